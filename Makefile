@@ -1,0 +1,33 @@
+# `make demo` and `make test` need only Python >= 3.11: each installs what it lacks into .venv, once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+# Nothing is fetched at run time: the demo's model and data come with the package.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed-hf
+	@$(BIN)/cram demo --out runs/demo
+
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+lint: .venv/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	@rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and pinned: it decides between the CPU and the CUDA build, and every other requirement on it is then met.
+.venv/.installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python must be >= 3.11, got {sys.version.split()[0]}")'
+	@echo "installing cram[$*] into .venv (once)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,298 @@
+"""The rules of CONTRIBUTING.md that a parser can check, and for each rule a proof that it can fail."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_ROOTS = ("cram", "cram_kernels", "benchmarks", "tests")
+IMPLEMENTATIONS = {"reference", "cpu", "triton", "native"}
+TEXT_SUFFIXES = {
+    ".py",
+    ".md",
+    ".toml",
+    ".yaml",
+    ".json",
+    ".html",
+    ".css",
+    ".jinja",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    "",
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 60, 12
+MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS = 110, 24
+# Distribution of an imported name where the two differ.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+
+Rule = Callable[[Path, str], Iterator[str]]
+
+
+def files(*roots: str, suffixes: set[str] | None = None) -> list[Path]:
+    """Every file under the given top-level folders (or those files themselves), without build products."""
+    found: list[Path] = []
+    for root in roots:
+        base = ROOT / root
+        candidates = [base] if base.is_file() else base.rglob("*")
+        found += [p for p in candidates if p.is_file() and "__pycache__" not in p.parts]
+    return sorted(p for p in found if suffixes is None or p.suffix in suffixes)
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All function definitions, nested ones included."""
+    return (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def imported_modules(path: Path, text: str) -> Iterator[tuple[str, str | None]]:
+    """(module, imported name or None) of every import in a file; relative modules are made absolute."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*prefix, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def import_direction(path: Path, text: str) -> Iterator[str]:
+    """`cram` -> `cram_kernels` -> torch; nothing points back, and nothing imports the tests or benchmarks."""
+    own = path.relative_to(ROOT).parts[0]
+    forbidden = {"cram_kernels": {"cram", "tests", "benchmarks"}, "cram": {"tests", "benchmarks"}}
+    for module, _ in imported_modules(path, text):
+        if module.split(".")[0] in forbidden.get(own, set()):
+            yield f"{own} must not import {module}"
+
+
+def implementations_apart(path: Path, text: str) -> Iterator[str]:
+    """An implementation of an op imports no other implementation (of its op, nor of another kind)."""
+    if path.relative_to(ROOT).parts[0] != "cram_kernels" or path.stem not in IMPLEMENTATIONS:
+        return
+    for module, name in imported_modules(path, text):
+        target = f"{module}.{name}" if name in IMPLEMENTATIONS else module
+        parts = target.split(".")
+        if parts[0] == "cram_kernels" and parts[-1] in IMPLEMENTATIONS:
+            same_op = tuple(parts[:-1]) == path.relative_to(ROOT).parts[:-1]
+            if same_op or parts[-1] != path.stem:
+                yield f"implementation must not import {target}"
+
+
+def public_kernels_only(path: Path, text: str) -> Iterator[str]:
+    """`cram` uses the public names of `cram_kernels`, never its submodules."""
+    if path.relative_to(ROOT).parts[0] != "cram":
+        return
+    for module, name in imported_modules(path, text):
+        if module.startswith("cram_kernels."):
+            yield f"must import from cram_kernels, got {module}" + (f" ({name})" if name else "")
+
+
+def small_rooms(path: Path, text: str) -> Iterator[str]:
+    """Files and functions a reader can hold in the head."""
+    lines = text.count("\n")
+    if lines > MAX_FILE_LINES:
+        yield f"{lines} lines, at most {MAX_FILE_LINES}"
+    for node in functions(ast.parse(text)):
+        # Kernels and autograd functions take tensors one by one; both stand behind a short public signature.
+        kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
+        flat = kernel or (bool(node.args.args) and node.args.args[0].arg == "ctx")
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        arguments = len(node.args.args) + len(node.args.kwonlyargs)
+        if length > (MAX_KERNEL_LINES if kernel else MAX_FUNCTION_LINES):
+            yield f"{node.name} has {length} lines"
+        if arguments > (MAX_KERNEL_ARGUMENTS if flat else MAX_ARGUMENTS):
+            yield f"{node.name} has {arguments} arguments"
+
+
+def documented(path: Path, text: str) -> Iterator[str]:
+    """Every module, public class and public function or method of the packages has a docstring."""
+    if path.relative_to(ROOT).parts[0] not in ("cram", "cram_kernels"):
+        return
+    tree = ast.parse(text)
+    if tree.body and not ast.get_docstring(tree):
+        yield "module has no docstring"
+    stack: list[tuple[str, ast.stmt]] = [("", node) for node in tree.body]
+    while stack:
+        prefix, node = stack.pop()
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if not named or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield f"{prefix}{node.name} has no docstring"
+        if isinstance(node, ast.ClassDef):
+            stack += [(f"{node.name}.", child) for child in node.body]
+
+
+def honest_errors(path: Path, text: str) -> Iterator[str]:
+    """No blanket handlers; in the packages no pickle and no warn-and-continue."""
+    packaged = path.relative_to(ROOT).parts[0] in ("cram", "cram_kernels")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = (
+                {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                if node.type
+                else {"everything"}
+            )
+            if caught & {"everything", "Exception", "BaseException"}:
+                yield f"line {node.lineno}: blanket except"
+        if (
+            packaged
+            and isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("torch.load", "warnings.warn")
+        ):
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+    if packaged and any(module.split(".")[0] == "pickle" for module, _ in imported_modules(path, text)):
+        yield "imports pickle"
+
+
+def plain_words(path: Path, text: str) -> Iterator[str]:
+    """No registry hosts, no paths of one machine, no unfinished-work markers."""
+    patterns = (
+        r"\b(?:huggingface|hf|pypi|pythonhosted|github|pytorch)\.(?:co|org|com|io)\b",
+        r"/(?:work|root|home)/\w",
+        r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
+    )
+    for pattern in patterns:
+        for match in re.finditer(pattern, text):
+            yield f"line {text.count(chr(10), 0, match.start()) + 1}: {match.group(0)!r}"
+
+
+PYTHON_RULES: list[Rule] = [
+    import_direction,
+    implementations_apart,
+    public_kernels_only,
+    small_rooms,
+    documented,
+    honest_errors,
+]
+
+
+def violations(rule: Rule, paths: list[Path]) -> list[str]:
+    """'path: what' for everything a rule finds in the given files."""
+    return [
+        f"{path.relative_to(ROOT)}: {found}"
+        for path in paths
+        for found in rule(path, path.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("rule", PYTHON_RULES, ids=lambda rule: rule.__name__)
+def test_python_files_keep_the_rule(rule: Rule) -> None:
+    found = violations(rule, files(*CODE_ROOTS, suffixes={".py"}))
+    assert not found, "\n".join(found)
+
+
+def test_texts_keep_to_plain_words() -> None:
+    tops = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".gitignore", ".ci/run", "csrc")
+    paths = [p for p in files(*CODE_ROOTS, *tops, suffixes=TEXT_SUFFIXES) if p.name != "tokenizer.json"]
+    found = violations(plain_words, paths)
+    assert not found, "\n".join(found)
+
+
+BREACHES: list[tuple[Rule, str, str]] = [
+    (import_direction, "cram_kernels/packing.py", "from cram.config import CramConfig\n"),
+    (import_direction, "cram/learner.py", "import benchmarks.run\n"),
+    (implementations_apart, "cram_kernels/expert_lora/cpu.py", "from .reference import expert_lora\n"),
+    (implementations_apart, "cram_kernels/expert_lora/cpu.py", "from . import reference\n"),
+    (
+        implementations_apart,
+        "cram_kernels/expert_lora/cpu.py",
+        "import cram_kernels.orthogonality.reference\n",
+    ),
+    (public_kernels_only, "cram/experts.py", "from cram_kernels.packing import PackedExperts\n"),
+    (small_rooms, "cram/config.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    (small_rooms, "cram/config.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (small_rooms, "cram/config.py", f"def f({', '.join(f'a{i}' for i in range(MAX_ARGUMENTS + 1))}): ...\n"),
+    (documented, "cram/config.py", "'''Doc.'''\ndef public():\n    return 1\n"),
+    (
+        documented,
+        "cram/config.py",
+        "'''Doc.'''\nclass Public:\n    '''Doc.'''\n    def method(self): return 1\n",
+    ),
+    (documented, "cram/config.py", "x = 1\n"),
+    (honest_errors, "cram/config.py", "try:\n    pass\nexcept Exception:\n    pass\n"),
+    (honest_errors, "cram/config.py", "try:\n    pass\nexcept:\n    pass\n"),
+    (honest_errors, "cram/config.py", "import torch\ntorch.load('x')\n"),
+    (honest_errors, "cram/config.py", "import pickle\n"),
+    (plain_words, "README.md", "see https://" + "github" + ".com/somebody\n"),
+    (plain_words, "README.md", "weights in " + "/" + "root/models\n"),
+    (plain_words, "README.md", "TO" + "DO later\n"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "text"), BREACHES, ids=[f"{r.__name__}-{i}" for i, (r, _, _) in enumerate(BREACHES)]
+)
+def test_rule_catches_a_breach(rule: Rule, path: str, text: str) -> None:
+    assert list(rule(ROOT / path, text))
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter at the repository root."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def loads(module: str, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Imports a module; fails if that loaded any of `names`."""
+    return run_python(
+        f"import sys, {module}; found = {set(names)!r} & set(sys.modules); assert not found, found"
+    )
+
+
+def loads_without(module: str, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Imports a module where importing any of `names` raises ImportError."""
+    return run_python(f"import sys; sys.modules.update(dict.fromkeys({names!r})); import {module}")
+
+
+HEAVY = ("transformers", "peft", "accelerate", "PIL", "yaml", "matplotlib", "sklearn", "triton")
+
+
+@pytest.mark.parametrize("module", ["cram_kernels", "cram", "cram.cli"])
+@pytest.mark.parametrize("check", [loads, loads_without])
+def test_import_needs_only_the_core_dependencies(check: Callable[..., Any], module: str) -> None:
+    done = check(module, HEAVY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_checks_can_fail() -> None:
+    assert "AssertionError: {'torch'}" in loads("cram_kernels", ("torch",)).stderr
+    assert "ModuleNotFoundError: import of torch halted" in loads_without("cram_kernels", ("torch",)).stderr
+
+
+def requirement_names(requirements: list[str]) -> set[str]:
+    """Distribution names of requirement strings."""
+    return {re.split(r"[\s\[<>=!~;]", requirement)[0].lower() for requirement in requirements}
+
+
+def test_every_third_party_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    core = requirement_names(project["dependencies"])
+    allowed = {
+        "cram_kernels": core | requirement_names(extras["triton"]),
+        "cram": core.union(*(requirement_names(extras[name]) for name in ("hf", "triton", "serve"))),
+    }
+    own = {"cram", "cram_kernels", "__future__"} | set(sys.stdlib_module_names)
+    for package, distributions in allowed.items():
+        for path in files(package, suffixes={".py"}):
+            roots = {module.split(".")[0] for module, _ in imported_modules(path, path.read_text())} - own
+            missing = {root for root in roots if DISTRIBUTIONS.get(root, root) not in distributions}
+            assert not missing, f"{path.relative_to(ROOT)} imports {missing}, not declared for {package}"
+
+
+def test_every_dependency_is_used() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = {path: path.read_text() for path in files(*CODE_ROOTS, suffixes={".py"})}
+    imported = {m.split(".")[0] for path, text in texts.items() for m, _ in imported_modules(path, text)}
+    used = {DISTRIBUTIONS.get(root, root) for root in imported}
+    declared = requirement_names([*project["dependencies"], *project["optional-dependencies"]["hf"]])
+    assert declared <= used, declared - used
