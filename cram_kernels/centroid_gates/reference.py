@@ -1,0 +1,48 @@
+"""centroid_gates, the formula and its closed-form gradient, on any device.
+
+    a[l, s, e] = -|v_s - c_le|^2 / (2 sigma^2)      g = softmax over the members of sample s
+    da = g o (dg - <g, dg>)      dc_le = sum_s da (v_s - c_le) / sigma^2      dv_s = -sum_le of the same terms
+
+|v|^2 cancels in the softmax. Queries and centroids are taken relative to the layer's mean centroid (of the
+experts that some sample may use), which leaves the distances alone and keeps float32 exact enough for norms
+of 60, where |v|^2 - 2 v c + |c|^2 would lose five digits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def centroid_gates(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None) -> Tensor:
+    """Compute gates [L, S, E]; arguments as in `cram_kernels.centroid_gates`, checked, of one dtype."""
+    offset, centred = _centre(query, centroids, members)
+    logits = (offset @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)) / sigma**2
+    if members is None:
+        return logits.softmax(-1)
+    # A row without members is NaN here and zero after the second fill.
+    gates = logits.masked_fill(~members, -torch.inf).softmax(-1)
+    return gates.masked_fill(~members, 0.0)
+
+
+def centroid_gates_backward(
+    grad: Tensor, gates: Tensor, query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query [S, D_q] and centroids [L, E, D_q]."""
+    offset, centred = _centre(query, centroids, members)
+    grad = grad.masked_fill(gates == 0, 0.0)  # NaN of an unused expert would pass a product with zero
+    dlogits = gates * (grad - (gates * grad).sum(-1, keepdim=True)) / sigma**2
+    dcentroids = dlogits.mT @ offset - dlogits.sum(1).unsqueeze(-1) * centred
+    dquery = (dlogits @ centred).sum(0)  # the terms in v cancel: dlogits sums to zero over the experts
+    return dquery, dcentroids
+
+
+def _centre(query: Tensor, centroids: Tensor, members: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return query [L, S, D_q] and centroids [L, E, D_q] relative to each layer's mean used centroid."""
+    if members is None:
+        mean = centroids.sum(1, keepdim=True) / max(centroids.shape[1], 1)
+    else:
+        used = members.any(0)
+        mean = centroids.where(used[:, None], 0.0).sum(1, keepdim=True) / used.sum().clamp(min=1)
+    mean = mean.where(mean.isfinite(), 0.0)  # one corrupt centroid must not reach the other experts
+    return query - mean, centroids - mean

@@ -1,0 +1,7 @@
+"""Frozen linear layer with packed, gated LoRA experts."""
+
+from cram_kernels.expert_lora.api import expert_lora
+from cram_kernels.expert_lora.dropout import dropout_mask
+from cram_kernels.expert_lora.routed import routed_expert_lora
+
+__all__ = ["dropout_mask", "expert_lora", "routed_expert_lora"]

@@ -1,0 +1,109 @@
+"""Public expert_lora: checks, the autocast rule, and the choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cram_kernels.dispatch import Op
+from cram_kernels.expert_lora import cpu, reference
+from cram_kernels.packing import PackedExperts
+
+OP = Op("expert_lora", {"reference": reference.expert_lora, "cpu": cpu.expert_lora})
+
+
+def expert_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: PackedExperts,
+    gates: Tensor,
+    segments: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """Apply a frozen linear layer and a gated sum of LoRA experts.
+
+        y = W0 x + b + sum_e gates[s(t), e] * scale * B_e A_e drop(x)
+
+    T is the product of x's leading dimensions, s(t) the segment of token t. A gate of exactly 0 selects: NaN
+    or Inf behind it does not reach y. Gradients flow to x, to the gates and to the trained suffix of
+    `experts`; there is no second derivative in any implementation but the reference.
+
+    Args:
+        x: Input [..., D_in].
+        weight: Frozen base weight [D_out, D_in], same dtype as x.
+        bias: Frozen base bias [D_out] or None.
+        experts: The packed experts. Cast to x.dtype for the products (master weights may be float32).
+        gates: [S, E] or [T, E], float32 (float64 with float64 x). Applied and summed in their own precision.
+        segments: int [T], the gate row of each token; None if S divides T evenly, token blocks in order.
+        dropout: Probability in [0, 1) of dropping an element of x on the experts' path; one mask for all
+            experts.
+        seed: Seed of the dropout mask, see `dropout_mask`.
+        impl: "auto" ("cpu" for CPU tensors, else "reference"), "reference", "cpu" (rank-packed eager
+            operations, made for CPUs, right on any device), "triton" or "native".
+
+    Returns:
+        y [..., D_out] in x.dtype. Inside an autocast region x, weight and bias are cast to the region's dtype
+        first, as `torch.nn.functional.linear` does, and y has that dtype; gates keep theirs. float64 is left
+        alone.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, `weight` or `bias` require grad, or `impl` is unknown.
+        NotImplementedError: `impl` is known but this op does not have it.
+
+    Source: CRAM (arXiv 2606.02502), expert layer with centroid-routed weights.
+    """
+    op = OP.select(impl, x.device)
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        _check(x, weight, bias, experts, gates, segments, dropout)
+        with torch.autocast(device, enabled=False):
+            return op(x, weight, bias, experts, gates, segments, dropout, seed)
+    _check(x, weight, bias, experts, gates, segments, dropout)
+    return op(x, weight, bias, experts, gates, segments, dropout, seed)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: PackedExperts,
+    gates: Tensor,
+    segments: Tensor | None,
+    dropout: float,
+) -> None:
+    d_out, d_in = experts.bt.shape[1], experts.a.shape[1]
+    if weight.shape != (d_out, d_in):
+        raise ValueError(f"weight must be [{d_out}, {d_in}] to fit the experts, got {list(weight.shape)}")
+    if not x.dim() or x.shape[-1] != d_in:
+        raise ValueError(f"x must be [..., {d_in}], got {list(x.shape)}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}")
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"bias must be [{d_out}], got {list(bias.shape)}")
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("weight and bias must be frozen (requires_grad=False), got one that requires grad")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    _check_gates(x.shape[:-1].numel(), x.dtype, len(experts.ranks), gates, segments)
+
+
+def _check_gates(tokens: int, dtype: torch.dtype, count: int, gates: Tensor, segments: Tensor | None) -> None:
+    if gates.dim() != 2 or gates.shape[1] != count:
+        raise ValueError(f"gates must be [S, {count}] or [T, {count}], got {list(gates.shape)}")
+    if gates.dtype != torch.float32 and not (gates.dtype == dtype == torch.float64):
+        raise ValueError(
+            f"gates must be float32 (or float64 with float64 x), got {gates.dtype} with {dtype} x"
+        )
+    if segments is None:
+        if tokens and (not gates.shape[0] or tokens % gates.shape[0]):
+            raise ValueError(f"gates must have S rows with S dividing T = {tokens}, got S = {gates.shape[0]}")
+    elif segments.shape != (tokens,) or segments.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"segments must be int32 or int64 [{tokens}], got {segments.dtype} {list(segments.shape)}"
+        )

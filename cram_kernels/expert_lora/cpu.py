@@ -1,0 +1,216 @@
+"""expert_lora, rank-packed: two small products beside the base linear, whatever the number of experts.
+
+    Z = drop(X) A^T        U = Z o (g s)[:, expert_of_row]        Y = X W0^T + b + U Bt
+    V = dY Bt^T            dZ = V o (g s)[:, expert_of_row]       dX = dY W0 + drop(dZ A)
+    dg_e = s * sum of Z o V over the expert's rows and the segment's tokens
+    dA = dZ^T drop(X)      dBt = U^T dY      both for the trained suffix only
+
+One autograd Function owns the base linear, so that the expand adds into its result in place and dX is
+accumulated in place too. Saved: the columns of Z that backward needs (all of them for gate gradients, else
+the trained ones), the gates, and x if the trained suffix needs it; U, the dropout mask and low-precision
+copies of the experts are made again. FLOPs: 2 T R (D_in + D_out) beyond the base linear, bytes saved T R
+elements.
+
+A gate of exactly 0 selects. Experts with gate 0 for all rows are left out of inference calls and masked
+otherwise; rows whose trained gates are all 0 are left out of dA and dBt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cram_kernels.expert_lora.dropout import dropout_mask, keep_scale
+from cram_kernels.packing import PackedExperts
+
+
+def expert_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: PackedExperts,
+    gates: Tensor,
+    segments: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """Compute the layer on packed ranks; arguments as in `cram_kernels.expert_lora`, already checked."""
+    trained_a, trained_b = experts.trained_a, experts.trained_b
+    a, bt, owner = experts.a, experts.bt, experts.expert_of_row
+    scale = experts.scale * (keep_scale(dropout) if dropout else 1.0)
+    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
+        return _ExpertLora.apply(
+            x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, dropout, seed
+        )
+    zeros = _may_be_zero(gates)
+    if zeros and _surely(~(live := _live_rows(gates, owner)).all()):
+        kept = live.nonzero().squeeze(1)
+        a, bt, owner = a[kept], bt[kept], owner[kept]
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias)
+    z = F.linear(_drop(rows, dropout, seed), a.to(x.dtype))
+    w = _row_gates(gates, owner, scale)
+    y.addmm_(_gated(z, w, segments, zeros), _mask_dead(bt, gates, owner, zeros).to(x.dtype))
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+class _ExpertLora(torch.autograd.Function):
+    """Base linear and packed experts with one hand-written backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        trained_a: Tensor | None,
+        trained_b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        bt: Tensor,
+        owner: Tensor,
+        segments: Tensor | None,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, weight, bias)
+        z = F.linear(_drop(rows, dropout, seed), a.to(x.dtype))
+        zeros = _may_be_zero(gates)
+        u = _gated(z, _row_gates(gates, owner, scale), segments, zeros)
+        y.addmm_(u, _mask_dead(bt, gates, owner, zeros).to(x.dtype))
+        _, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
+        tail = a.shape[0] - (trained_a.shape[0] if trained_a is not None else 0)
+        kept = z if need_gates else z[:, tail:].clone() if need_b else None
+        ctx.save_for_backward(x if need_a else None, kept, gates, segments, owner, weight, a, bt)
+        ctx.shape, ctx.tail, ctx.zeros = x.shape, tail, zeros
+        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy.device.type, enabled=False):
+            return (*_backward(ctx, dy), *[None] * 9)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, gates, trained_a and trained_b."""
+    x, z, gates, segments, owner, weight, a, bt = ctx.saved_tensors
+    need_x, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
+    tail, rank = ctx.tail, a.shape[0]
+    dx = dgates = da = db = None
+    dy = dy.reshape(-1, dy.shape[-1])
+    first = 0 if need_x or need_gates else tail
+    v = F.linear(dy, bt[first:].to(dy.dtype)) if need_x or need_gates or need_a else None
+    w = _row_gates(gates, owner, ctx.scale)
+    keep = None
+    if ctx.dropout:
+        keep = dropout_mask(ctx.seed, *_flat(ctx.shape), ctx.dropout, dy.device, dy.dtype)
+    if v is not None and need_gates:
+        dgates = _gate_gradient(z, v, gates, segments, owner, ctx.scale)
+    dz = _gated(v, w[:, first:], segments, ctx.zeros) if v is not None and (need_x or need_a) else None
+    if need_x and dz is not None:
+        dx = _input_gradient(dy, dz, weight, _mask_dead(a, gates, owner, ctx.zeros), keep).view(ctx.shape)
+    busy = _busy_tokens(w[:, tail:], dy.shape[0], segments) if ctx.zeros and (need_a or need_b) else None
+    if need_a and dz is not None:
+        rows = x.reshape(_flat(ctx.shape))
+        rows = rows if keep is None else rows * keep
+        da = _gram(dz[:, tail - first :], rows, busy).to(a.dtype)
+    if need_b:
+        columns = z[:, tail:] if z.shape[1] == rank else z
+        db = _gram(_gated(columns, w[:, tail:], segments, ctx.zeros), dy, busy).to(bt.dtype)
+    return dx, dgates, da, db
+
+
+def _flat(shape: torch.Size) -> tuple[int, int]:
+    return shape[:-1].numel(), shape[-1]
+
+
+def _drop(rows: Tensor, dropout: float, seed: int) -> Tensor:
+    """Zero the dropped elements; the scale 1 / (1 - p) rides on the gates."""
+    if not dropout:
+        return rows
+    return rows * dropout_mask(seed, rows.shape[0], rows.shape[1], dropout, rows.device, rows.dtype)
+
+
+def _row_gates(gates: Tensor, owner: Tensor, scale: float) -> Tensor:
+    """Gates of every packed row, times the scale: [S, R]."""
+    return gates.index_select(1, owner).mul_(scale)
+
+
+def _gated(m: Tensor, w: Tensor, segments: Tensor | None, zeros: bool) -> Tensor:
+    """Multiply m [T, R] by its segments' row gates w [S, R] in the gates' precision; result in m's dtype."""
+    if segments is not None:
+        w = w.index_select(0, segments)
+    tokens, groups = m.shape[0], w.shape[0]
+    if groups in (1, tokens):
+        out = m * w
+    else:
+        m3, w = m.unflatten(0, (groups, tokens // groups)), w.unsqueeze(1)
+        out = m3 * w
+    if zeros:
+        out.masked_fill_(w == 0, 0)
+    return out.view(m.shape).to(m.dtype)
+
+
+def _surely(condition: Tensor) -> bool:
+    """Whether a condition is known to hold; the compiler traces without values and knows nothing."""
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
+def _may_be_zero(gates: Tensor) -> bool:
+    return not _surely((gates != 0).all())
+
+
+def _live_rows(gates: Tensor, owner: Tensor) -> Tensor:
+    """Packed rows [R] whose expert has a non-zero gate somewhere."""
+    return (gates != 0).any(0).index_select(0, owner)
+
+
+def _mask_dead(packed: Tensor, gates: Tensor, owner: Tensor, zeros: bool) -> Tensor:
+    """Zero the rows of experts that no token uses, whose NaN would pass a product with zero."""
+    if not zeros or _surely((live := _live_rows(gates, owner)).all()):
+        return packed
+    return packed.where(live.unsqueeze(1), 0)
+
+
+def _busy_tokens(w: Tensor, tokens: int, segments: Tensor | None) -> Tensor | None:
+    """Mask [T, 1] of the tokens for which some of the row gates w [S, r] is not zero; None if all."""
+    busy = (w != 0).any(1)
+    busy = busy.index_select(0, segments) if segments is not None else busy
+    if busy.shape[0] != tokens:
+        busy = busy.repeat_interleave(tokens // busy.shape[0])
+    return None if _surely(busy.all()) else busy.unsqueeze(1)
+
+
+def _gram(p: Tensor, q: Tensor, busy: Tensor | None) -> Tensor:
+    """p^T q over the busy tokens: [r, D]."""
+    return p.t() @ (q if busy is None else q.where(busy, 0))
+
+
+def _input_gradient(dy: Tensor, dz: Tensor, weight: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
+    dx = dy @ weight
+    if keep is None:
+        return dx.addmm_(dz, a.to(dy.dtype))
+    return dx.addcmul_(dz @ a.to(dy.dtype), keep)
+
+
+def _gate_gradient(
+    z: Tensor, v: Tensor, gates: Tensor, segments: Tensor | None, owner: Tensor, scale: float
+) -> Tensor:
+    """Return dg [S, E] = scale * the sum of Z o V over each segment's tokens and each expert's rows."""
+    product = z.to(torch.promote_types(z.dtype, gates.dtype)) * v
+    segment_count = gates.shape[0]
+    if segments is not None:
+        product = product.new_zeros(segment_count, z.shape[1]).index_add_(0, segments, product)
+    elif segment_count not in (0, z.shape[0]):
+        product = product.unflatten(0, (segment_count, z.shape[0] // segment_count)).sum(1)
+    dgates = torch.zeros_like(gates, dtype=product.dtype).index_add_(1, owner, product).mul_(scale)
+    # An unused expert may hold NaN, which its gate's gradient must not carry into a softmax over all gates.
+    return torch.where(gates == 0, dgates.nan_to_num(), dgates).to(gates.dtype)

@@ -1,0 +1,75 @@
+"""Counter-based dropout: the mask is a hash of (seed, row, column), so nothing is stored for backward.
+
+Rows and column pairs are hashed apart, added, and finished by two multiply-xorshift rounds of a 32-bit
+integer; each hash decides two neighbouring columns, one by each 16-bit half. The drop probability is
+therefore rounded to a multiple of 2^-16, and `keep_scale` is the exact inverse of what is kept on average.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LANES = 1 << 16
+_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))  # "lowbias32", a finaliser with measured avalanche
+_GOLDEN = 0x9E3779B9
+_WORD = 0xFFFFFFFF
+
+
+def dropout_mask(
+    seed: int,
+    rows: int,
+    cols: int,
+    p: float,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
+    """Return the keep mask that every implementation uses.
+
+    Args:
+        seed: Any integer; equal seeds give equal masks.
+        rows: Number of tokens T.
+        cols: Number of features D_in.
+        p: Probability of dropping, in [0, 1).
+        device: Where the mask is made; its value does not depend on it.
+        dtype: Of the result. A floating mask to multiply with is cheaper than a bool to select with.
+
+    Returns:
+        [rows, cols], True (1) where the element is kept.
+    """
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    row_hash = _finish(torch.arange(rows, dtype=torch.int32, device=device) + _signed(_mix(low ^ _GOLDEN)))
+    pairs = torch.arange((cols + 1) // 2, dtype=torch.int32, device=device)
+    pair_hash = _finish(pairs + _signed(_mix(high + _GOLDEN & _WORD)))
+    lanes = _finish(row_hash[:, None] + pair_hash).view(torch.int16)[:, :cols]
+    keep = torch.empty(rows, cols, dtype=dtype, device=device)
+    return torch.ge(lanes, _dropped_lanes(p) - _LANES // 2, out=keep)
+
+
+def keep_scale(p: float) -> float:
+    """Return the factor that keeps the mean unchanged: 1 / (1 - p) for the p that the mask realises."""
+    return _LANES / (_LANES - _dropped_lanes(p))
+
+
+def _dropped_lanes(p: float) -> int:
+    return min(round(p * _LANES), _LANES - 1)
+
+
+def _finish(h: Tensor) -> Tensor:
+    """Mix int32 words in place; shifts are made logical by a mask because int32 shifts keep the sign."""
+    for shift, factor in _ROUNDS:
+        h ^= (h >> shift).bitwise_and_((1 << 32 - shift) - 1)
+        h *= _signed(factor)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h
+
+
+def _mix(word: int) -> int:
+    """The same finaliser on one Python integer."""
+    for shift, factor in _ROUNDS:
+        word = (word ^ word >> shift) * factor & _WORD
+    return word ^ word >> 16
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word

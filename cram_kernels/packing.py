@@ -1,0 +1,239 @@
+"""Experts of different ranks packed along one rank axis.
+
+A [R, D_in] and Bt [R, D_out] hold every expert's rows one after another (B stored transposed), expert e in
+rows ``offsets[e]:offsets[e + 1]``. Frozen experts are the prefix, trained ones the suffix: an expert is a row
+view, its gradient is contiguous, and no rank is padded. The leaf parameters ``trained_a`` and ``trained_b``
+alias the suffix, so an optimiser step is seen by the kernels without a copy; the alias is renewed wherever
+PyTorch replaces storage (``.to()``, copies, pickles, loaded states).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedExperts(nn.Module):
+    """LoRA experts of one linear layer, packed by rank.
+
+    Args:
+        a: Down projections [R, D_in], expert after expert. Kept, not copied.
+        bt: Transposed up projections [R, D_out], same rows, same dtype and device. Kept, not copied.
+        ranks: Rank of each expert; zero is legal. Sums to R.
+        scale: LoRA scale (alpha / r) of every expert.
+        trained: How many of the last experts get gradients.
+
+    Attributes:
+        a, bt: The packed storage, without gradient.
+        trained_a, trained_b: Leaf parameters [r, D_in] and [r, D_out] that alias the last rows of `a` and
+            `bt` (r = summed rank of the trained experts), or None with ``trained=0``.
+        expert_of_row: [R] int64, the expert each packed row belongs to.
+        offsets: E + 1 row offsets.
+
+    Raises:
+        ValueError: Shapes, dtypes, ranks or `trained` do not fit together.
+    """
+
+    a: Tensor
+    bt: Tensor
+    expert_of_row: Tensor
+    trained_a: nn.Parameter | None
+    trained_b: nn.Parameter | None
+
+    def __init__(self, a: Tensor, bt: Tensor, ranks: Sequence[int], scale: float, trained: int = 0) -> None:
+        super().__init__()
+        _check_storage(a, bt, ranks, trained)
+        self.ranks = tuple(int(rank) for rank in ranks)
+        self.offsets = tuple(accumulate(self.ranks, initial=0))
+        self.scale = float(scale)
+        self.trained = trained
+        self.register_buffer("a", a.detach())
+        self.register_buffer("bt", bt.detach())
+        owners = torch.repeat_interleave(
+            torch.arange(len(self.ranks)), torch.tensor(self.ranks, dtype=torch.int64)
+        )
+        self.register_buffer("expert_of_row", owners.to(a.device), persistent=False)
+        start = self.offsets[len(self.ranks) - trained]
+        self.trained_a = nn.Parameter(self.a[start:]) if trained else None
+        self.trained_b = nn.Parameter(self.bt[start:]) if trained else None
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        scale: float,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> PackedExperts:
+        """Return a pack without experts, to be filled by `append`."""
+        a = torch.zeros(0, in_features, dtype=dtype, device=device)
+        return cls(a, a.new_zeros(0, out_features), (), scale)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts E."""
+        return len(self.ranks)
+
+    @property
+    def total_rank(self) -> int:
+        """Number of packed rows R."""
+        return self.offsets[-1]
+
+    @property
+    def trained_rank(self) -> int:
+        """Number of packed rows that get gradients."""
+        return self.total_rank - self.offsets[self.num_experts - self.trained]
+
+    @property
+    def in_features(self) -> int:
+        """Input width D_in."""
+        return self.a.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output width D_out."""
+        return self.bt.shape[1]
+
+    def expert(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return views of expert `i` in PEFT's shapes: A [r_i, D_in], B [D_out, r_i].
+
+        A trained expert's views belong to the leaf parameters, so autograd reaches them.
+
+        Raises:
+            IndexError: There is no expert `i`.
+        """
+        if not -self.num_experts <= i < self.num_experts:
+            raise IndexError(f"expert must lie in [0, {self.num_experts}), got {i}")
+        i %= self.num_experts
+        lo, hi = self.offsets[i], self.offsets[i + 1]
+        if i < self.num_experts - self.trained:
+            return self.a[lo:hi], self.bt[lo:hi].t()
+        assert self.trained_a is not None and self.trained_b is not None
+        start = self.total_rank - self.trained_rank
+        return self.trained_a[lo - start : hi - start], self.trained_b[lo - start : hi - start].t()
+
+    def append(self, a: Tensor, b: Tensor, trained: int = 1) -> PackedExperts:
+        """Return a new pack with one more expert; everything before it is frozen, this pack stays as it is.
+
+        Args:
+            a: Down projection [r, D_in]; cast to the pack's dtype and device.
+            b: Up projection [D_out, r].
+            trained: 1 to train the new expert, 0 to keep it frozen.
+
+        Raises:
+            ValueError: Shapes do not fit the pack, or `trained` is neither 0 nor 1.
+        """
+        if trained not in (0, 1):
+            raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
+        _check_expert(a, b, self.in_features, self.out_features)
+        packed_a = torch.cat([self.a, a.detach().to(self.a)])
+        packed_bt = torch.cat([self.bt, b.detach().t().to(self.bt)])
+        return PackedExperts(packed_a, packed_bt, (*self.ranks, a.shape[0]), self.scale, trained)
+
+    def freeze(self) -> PackedExperts:
+        """Return a pack over the same storage in which no expert gets gradients."""
+        return PackedExperts(self.a, self.bt, self.ranks, self.scale)
+
+    def extra_repr(self) -> str:
+        """Show what the pack holds."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}, "
+            f"scale={self.scale:g}, trained={self.trained}"
+        )
+
+    def _alias(self) -> None:
+        """Point the leaf parameters at the end of the packed storage again, keeping their identity."""
+        if self.trained_a is not None and self.trained_b is not None:
+            start = self.total_rank - self.trained_rank
+            self.trained_a.data = self.a[start:]
+            self.trained_b.data = self.bt[start:]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
+        super()._apply(fn, recurse)
+        self._alias()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._alias()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # They are rows of `a` and `bt`; safetensors would refuse them as shared memory.
+        for name in ("trained_a", "trained_b"):
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [key for key in missing if key not in (prefix + "trained_a", prefix + "trained_b")]
+        self._alias()
+
+
+def pack_experts(a: Sequence[Tensor], b: Sequence[Tensor], scale: float, trained: int = 0) -> PackedExperts:
+    """Pack experts given in PEFT's shapes.
+
+    Args:
+        a: One [r_i, D_in] per expert; ranks may differ, zero is legal.
+        b: One [D_out, r_i] per expert, same dtype and device.
+        scale: LoRA scale (alpha / r) of every expert.
+        trained: How many of the last experts get gradients.
+
+    Returns:
+        A pack with its own storage (values are copied).
+
+    Raises:
+        ValueError: No expert (use `PackedExperts.empty`), or shapes, dtypes or `trained` do not fit together.
+    """
+    if not a or len(a) != len(b):
+        raise ValueError(f"a and b must be equally long and not empty, got {len(a)} and {len(b)} experts")
+    for a_i, b_i in zip(a, b, strict=True):
+        _check_expert(a_i, b_i, a[0].shape[-1], b[0].shape[0])
+        if a_i.dtype != a[0].dtype or a_i.device != a[0].device:
+            raise ValueError(
+                f"experts must share dtype and device, got {a_i.dtype} on {a_i.device} "
+                f"beside {a[0].dtype} on {a[0].device}"
+            )
+    packed_a = torch.cat([a_i.detach() for a_i in a])
+    packed_bt = torch.cat([b_i.detach().t() for b_i in b])
+    return PackedExperts(packed_a, packed_bt, [a_i.shape[0] for a_i in a], scale, trained)
+
+
+def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> None:
+    rank = a.shape[0]
+    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
+        raise ValueError(
+            f"an expert must have A [r, {in_features}] and B [{out_features}, r], "
+            f"got A {list(a.shape)} and B {list(b.shape)}"
+        )
+
+
+def _check_storage(a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int) -> None:
+    if a.dim() != 2 or bt.dim() != 2 or a.shape[0] != bt.shape[0]:
+        raise ValueError(
+            f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
+        )
+    if a.dtype != bt.dtype or a.device != bt.device:
+        raise ValueError(
+            f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"
+        )
+    if any(rank < 0 for rank in ranks) or sum(ranks) != a.shape[0]:
+        raise ValueError(f"ranks must be non-negative and sum to {a.shape[0]}, got {tuple(ranks)}")
+    if not 0 <= trained <= len(ranks):
+        raise ValueError(f"trained must lie in [0, {len(ranks)}], got {trained}")

@@ -1,0 +1,244 @@
+"""centroid_gates: values, gradients, membership, precision, and one gates tensor shared by many
+checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cram_kernels import centroid_gates, expert_lora
+from cram_kernels.testing import layer_inputs
+
+
+def draw(layers: int, samples: int, experts: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(samples, width, generator=generator, dtype=torch.float64)
+    return query, torch.randn(layers, experts, width, generator=generator, dtype=torch.float64)
+
+
+def formula(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None = None) -> Tensor:
+    """Distances by direct differences; rows without members become zero."""
+    differences = query[None, :, None] - centroids[:, None]
+    logits = -differences.square().sum(-1) / (2 * sigma**2)
+    if members is not None:
+        logits = logits.masked_fill(~members, -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(low, 6) for low in (0, 0, 1, 1))),
+    sigma=st.floats(0.5, 4),
+    masked=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_formula_and_gradients(
+    shape: tuple[int, int, int, int], sigma: float, masked: bool, seed: int
+) -> None:
+    query, centroids = (leaf.requires_grad_() for leaf in draw(*shape, seed=seed))
+    members = torch.rand(shape[1], shape[2]) > 0.4 if masked else None
+    gates, expected = (f(query, centroids, sigma, members) for f in (centroid_gates, formula))
+    torch.testing.assert_close(gates, expected)
+    functional = torch.randn(gates.shape, dtype=torch.float64)
+    found = torch.autograd.grad(gates, (query, centroids), functional)
+    wanted = torch.autograd.grad(expected.clone(), (query, centroids), functional)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_gradcheck() -> None:
+    query, centroids = draw(2, 3, 4, 5)
+    members = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool()
+    leaves = (query.requires_grad_(), centroids.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, c: centroid_gates(q, c, 1.5, members), leaves)
+
+
+def test_members_select_exactly() -> None:
+    """Others get exactly 0 and no gradient, NaN of an expert outside included; an empty row is all zeros."""
+    query, centroids = (t.float() for t in draw(3, 4, 5, 8))
+    members = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
+    expected = formula(query, centroids, 2.0, members)
+    centroids[:, 2] = torch.nan
+    centroids.requires_grad_()
+    gates = centroid_gates(query, centroids, 2.0, members)
+    torch.testing.assert_close(gates, expected)
+    assert (gates[:, ~members] == 0).all() and (gates[:, 2, 1] == 1).all()
+    grad = torch.randn(gates.shape).masked_fill(~members, torch.nan)
+    (found,) = torch.autograd.grad(gates, centroids, grad)
+    assert found[:, [0, 1, 3, 4]].isfinite().all()
+
+
+def test_a_corrupt_member_stays_its_own() -> None:
+    """NaN in a centroid that one sample uses leaves the samples that do not use it alone."""
+    query, centroids = draw(2, 3, 4, 8)
+    members = torch.ones(3, 4, dtype=torch.bool)
+    members[1:, 3] = False
+    expected = formula(query, centroids, 2.0, members)
+    centroids[:, 3] = torch.nan
+    torch.testing.assert_close(centroid_gates(query, centroids, 2.0, members)[:, 1:], expected[:, 1:])
+
+
+def test_empty_pool() -> None:
+    query, centroids = draw(2, 3, 4, 5)
+    assert centroid_gates(query, centroids[:, :0], 2.0).shape == (2, 3, 0)
+    assert centroid_gates(query[:0], centroids, 2.0).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("norm", [1.0, 60.0])
+def test_precision_at_large_norms(norm: float) -> None:
+    """float32 gates err at most twice as much as direct differences; the expanded form far more."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(768, generator=generator)
+    base *= norm / base.norm()
+    query = base + torch.randn(8, 768, generator=generator) * 0.1
+    centroids = base + torch.randn(4, 6, 768, generator=generator) * 0.1
+    exact = formula(query.double(), centroids.double(), 2.0)
+
+    def error(gates: Tensor) -> float:
+        return float((gates.double() - exact).abs().max())
+
+    eps = torch.finfo(torch.float32).eps
+    limit = 2 * error(formula(query, centroids, 2.0)) + eps
+    assert error(centroid_gates(query, centroids, 2.0)) <= limit
+    far = torch.cat([centroids, torch.randn(4, 2, 768, generator=generator) * norm], 1)
+    members = torch.tensor([True] * 6 + [False] * 2).expand(8, -1)
+    assert error(centroid_gates(query, far, 2.0, members)[..., :6]) <= limit
+    if norm == 60:
+        squares = query.square().sum(-1)[None, :, None] + centroids.square().sum(-1)[:, None]
+        expanded = (-(squares - 2 * query @ centroids.mT) / 8).softmax(-1)
+        assert error(expanded) > 20 * error(centroid_gates(query, centroids, 2.0))
+
+
+def test_saturated_softmax() -> None:
+    query, centroids = (30 * t.float() for t in draw(2, 4, 5, 64))
+    centroids[:, 0] = query[0]
+    centroids.requires_grad_()
+    gates = centroid_gates(query, centroids, 2.0)
+    assert (gates[:, 0] == torch.eye(5)[0]).all()
+    (grad,) = torch.autograd.grad(gates, centroids, torch.randn(gates.shape))
+    assert gates.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_and_autocast(dtype: torch.dtype) -> None:
+    query, centroids = (t.to(dtype) for t in draw(2, 3, 4, 16))
+    expected = formula(query.double(), centroids.double(), 2.0).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gates = centroid_gates(query, centroids, 2.0)
+    assert gates.dtype == torch.float32
+    torch.testing.assert_close(gates, expected)
+
+
+# The compiler itself instantiates autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_whole() -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
+    compiled = torch.compile(lambda q, c: centroid_gates(q, c, 2.0), fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(f(query, centroids).square().sum(), (query, centroids))
+        for f in (compiled, lambda q, c: centroid_gates(q, c, 2.0))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def reentrant(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return checkpoint(layer, *arguments, use_reentrant=True, preserve_rng_state=False)
+
+
+def unreentrant(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return checkpoint(layer, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("wrap", [reentrant, unreentrant])
+def test_one_gates_tensor_feeds_many_checkpoints(wrap: Callable[..., Tensor]) -> None:
+    """Each reentrant checkpoint runs its own backward pass through the shared gates."""
+    inputs = layer_inputs(in_features=20, out_features=20, dtype=torch.float64)
+    experts = inputs.experts()
+    query, rows = draw(3, 4, 4, 8)
+    trained = rows[:, -1].clone().requires_grad_()
+
+    def model(call: Callable[..., Tensor]) -> list[Tensor]:
+        gates = centroid_gates(query, torch.cat([rows[:, :-1], trained[:, None]], 1), 2.0)
+        x = hidden = inputs.x.clone().requires_grad_()
+        for index in range(3):
+            hidden = call(
+                lambda h, i: expert_lora(h, inputs.weight, inputs.bias, experts, gates[i]).tanh(),
+                hidden,
+                index,
+            )
+        trained.grad = None
+        experts.zero_grad()
+        hidden.square().sum().backward()
+        return [x.grad, trained.grad, experts.trained_a.grad]
+
+    torch.testing.assert_close(model(wrap), model(lambda layer, *arguments: layer(*arguments)))
+
+
+def test_two_backward_passes_add_up() -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
+    gates = centroid_gates(query, centroids, 2.0)
+    gates[0].square().sum().backward()
+    gates[1].square().sum().backward()
+    expected = torch.autograd.grad(formula(query, centroids, 2.0).square().sum(), (query, centroids))
+    torch.testing.assert_close((query.grad, centroids.grad), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_change_between_forward_and_backward_raises(which: int) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
+    gates = centroid_gates(query, centroids, 2.0)
+    with torch.no_grad():
+        (query, centroids, gates)[which].add_(1)
+    with pytest.raises(RuntimeError, match="must not change in place"):
+        gates.sum().backward()
+
+
+def test_second_derivative_raises() -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
+    gates = centroid_gates(query, centroids, 2.0)
+    (grad,) = torch.autograd.grad(gates.square().sum(), centroids, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_graph_is_freed_without_the_collector() -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
+    gates = centroid_gates(query, centroids, 2.0)
+    alive = weakref.ref(gates.grad_fn)
+    gc.disable()
+    try:
+        del gates
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+Q, C = torch.zeros(3, 8), torch.zeros(2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q[0], C, 2.0), r"\[S, D_q\] and \[L, E, D_q\], got \[8\] and \[2, 4, 8\]"),
+        ((Q, C[0], 2.0), r"got \[3, 8\] and \[4, 8\]"),
+        ((Q[:, 1:], C, 2.0), r"got \[3, 7\] and \[2, 4, 8\]"),
+        ((Q.int(), C, 2.0), "must be floating point, got torch.int32"),
+        ((Q, C, 0.0), "sigma must be positive, got 0.0"),
+        ((Q, C, float("nan")), "sigma must be positive, got nan"),
+        ((Q, C, 2.0, torch.ones(3, 4)), r"members must be bool \[3, 4\], got torch.float32"),
+        ((Q, C, 2.0, torch.ones(4, 3).bool()), r"members must be bool \[3, 4\], got torch.bool \[4, 3\]"),
+    ],
+)
+def test_refusals(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        centroid_gates(*arguments)
+    with pytest.raises(NotImplementedError, match="centroid_gates has no 'cpu'"):
+        centroid_gates(Q, C, 2.0, impl="cpu")

@@ -1,0 +1,176 @@
+"""PackedExperts: layout, views, aliasing through everything that replaces storage, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cram_kernels import PackedExperts, pack_experts
+
+RANKS = (4, 0, 9, 1)
+D_IN, D_OUT = 6, 5
+
+
+def factors(ranks: tuple[int, ...] = RANKS) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    a = [torch.randn(r, D_IN, generator=generator) for r in ranks]
+    b = [torch.randn(D_OUT, r, generator=generator) for r in ranks]
+    return a, b
+
+
+def assert_aliased(experts: PackedExperts) -> None:
+    """The leaf parameters must share memory with the last rows of the packed storage."""
+    start = experts.total_rank - experts.trained_rank
+    for leaf, packed in ((experts.trained_a, experts.a), (experts.trained_b, experts.bt)):
+        assert isinstance(leaf, nn.Parameter) and leaf.is_leaf and leaf.requires_grad
+        assert leaf.data_ptr() == packed[start:].data_ptr() and leaf.dtype == packed.dtype
+        torch.testing.assert_close(leaf.detach(), packed[start:])
+
+
+def test_layout_and_views() -> None:
+    a, b = factors()
+    experts = pack_experts(a, b, 2.0, trained=2)
+    assert (experts.num_experts, experts.total_rank, experts.trained_rank) == (4, 14, 10)
+    assert (experts.in_features, experts.out_features, experts.scale) == (D_IN, D_OUT, 2.0)
+    assert experts.offsets == (0, 4, 4, 13, 14)
+    assert experts.expert_of_row.tolist() == [0] * 4 + [2] * 9 + [3]
+    for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
+        for e in (i, i - 4):
+            assert torch.equal(experts.expert(e)[0], a_i) and torch.equal(experts.expert(e)[1], b_i)
+    assert [experts.expert(i)[0].requires_grad for i in range(4)] == [False, False, True, True]
+    assert not experts.a.requires_grad and not experts.bt.requires_grad
+    with pytest.raises(IndexError, match=r"expert must lie in \[0, 4\), got 4"):
+        experts.expert(4)
+    assert "ranks=(4, 0, 9, 1)" in repr(experts)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2, 4])
+def test_trained_suffix(trained: int) -> None:
+    experts = pack_experts(*factors(), 2.0, trained)
+    assert len(list(experts.parameters())) == (2 if trained else 0)
+    if trained:
+        assert_aliased(experts)
+    else:
+        assert experts.trained_a is None and experts.trained_b is None
+
+
+def test_optimiser_step_reaches_storage() -> None:
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    before = experts.bt.clone()
+    (experts.trained_a.sum() + experts.trained_b.sum()).backward()
+    torch.optim.AdamW(experts.parameters(), lr=0.1).step()
+    assert torch.equal(experts.bt[:13], before[:13]) and not torch.equal(experts.bt[13:], before[13:])
+    assert_aliased(experts)
+
+
+def reload(experts: PackedExperts, *, assign: bool) -> PackedExperts:
+    fresh = pack_experts(*(list(map(torch.zeros_like, f)) for f in factors()), 2.0, trained=1)
+    fresh.load_state_dict(experts.state_dict(), assign=assign)
+    return fresh
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda experts: experts.to(torch.float64),
+        lambda experts: experts.bfloat16(),
+        lambda experts: nn.Sequential(experts).half()[0],
+        copy.deepcopy,
+        lambda experts: pickle.loads(pickle.dumps(experts)),
+        lambda experts: reload(experts, assign=False),
+        lambda experts: reload(experts, assign=True),
+    ],
+    ids=["to", "bfloat16", "parent", "deepcopy", "pickle", "load", "load_assign"],
+)
+def test_alias_survives(replace: Callable[[PackedExperts], PackedExperts]) -> None:
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    values = experts.a.clone()
+    replaced = replace(experts)
+    assert_aliased(replaced)
+    torch.testing.assert_close(replaced.a, values.to(replaced.a.dtype))
+    with torch.no_grad():
+        replaced.trained_a.add_(1)
+    assert_aliased(replaced)
+
+
+def test_conversion_keeps_parameter_identity() -> None:
+    """An optimiser made before `.to()` must keep stepping the same parameters."""
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    leaf = experts.trained_a
+    assert experts.double().trained_a is leaf
+
+
+def test_copies_are_independent() -> None:
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    copied = copy.deepcopy(experts)
+    with torch.no_grad():
+        copied.trained_a.zero_()
+    assert experts.trained_a.abs().sum() > 0
+
+
+def test_state_dict_holds_each_value_once(tmp_path: Path) -> None:
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    assert set(experts.state_dict()) == {"a", "bt"}
+    save_file(nn.ModuleDict({"q": experts}).state_dict(), tmp_path / "experts.safetensors")
+    parent = nn.ModuleDict({"q": pack_experts(*factors(), 2.0, trained=1)})
+    assert parent.load_state_dict(load_file(tmp_path / "experts.safetensors")).missing_keys == []
+    with pytest.raises(RuntimeError, match="Missing key"):
+        parent.load_state_dict({"q.a": experts.a})
+
+
+def test_append_freezes_what_was_there() -> None:
+    experts = pack_experts(*factors((4,)), 2.0, trained=1)
+    a, b = factors((3,))
+    longer = experts.append(a[0].double(), b[0].double())
+    assert longer.ranks == (4, 3) and longer.trained == 1 and longer.a.dtype == torch.float32
+    assert torch.equal(longer.expert(1)[1], b[0]) and not longer.expert(0)[0].requires_grad
+    assert experts.ranks == (4,) and longer.a.data_ptr() != experts.a.data_ptr()
+    assert experts.append(a[0], b[0], trained=0).trained_a is None
+
+
+def test_empty_and_append() -> None:
+    experts = PackedExperts.empty(D_IN, D_OUT, 2.0, dtype=torch.float64)
+    assert (experts.num_experts, experts.total_rank, experts.trained_rank) == (0, 0, 0)
+    assert experts.append(*(f[0] for f in factors((3,)))).ranks == (3,)
+
+
+def test_freeze_shares_values() -> None:
+    experts = pack_experts(*factors(), 2.0, trained=1)
+    frozen = experts.freeze()
+    assert frozen.trained == 0 and not list(frozen.parameters())
+    assert frozen.a.data_ptr() == experts.a.data_ptr()
+
+
+A, B = torch.zeros(2, D_IN), torch.zeros(D_OUT, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pack_experts([], [], 2.0), "equally long and not empty, got 0 and 0"),
+        (lambda: pack_experts([A], [B, B], 2.0), "equally long and not empty, got 1 and 2"),
+        (
+            lambda: pack_experts([A], [B[:, :1]], 2.0),
+            r"A \[r, 6\] and B \[5, r\], got A \[2, 6\] and B \[5, 1\]",
+        ),
+        (lambda: pack_experts([A, A[:, 1:]], [B, B], 2.0), r"A \[r, 6\].*got A \[2, 5\]"),
+        (lambda: pack_experts([A, A.double()], [B, B.double()], 2.0), "must share dtype and device"),
+        (lambda: pack_experts([A], [B.double()], 2.0), "must share dtype and device"),
+        (lambda: pack_experts([A], [B], 2.0, trained=2), r"trained must lie in \[0, 1\], got 2"),
+        (lambda: PackedExperts(A, B.t(), (3,), 2.0), r"sum to 2, got \(3,\)"),
+        (lambda: PackedExperts(A, B.t(), (3, -1), 2.0), "non-negative"),
+        (lambda: PackedExperts(A, B, (2,), 2.0), r"\[R, D_in\] and \[R, D_out\], got \[2, 6\] and \[5, 2\]"),
+        (lambda: pack_experts([A], [B], 2.0).append(A, B, trained=2), "trained must be 0 or 1"),
+        (lambda: pack_experts([A], [B], 2.0).append(A[:, 1:], B), "an expert must have"),
+    ],
+)
+def test_refusals(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
