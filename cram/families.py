@@ -1,0 +1,143 @@
+"""The model families that experts can be attached to: where their parts are and how their prompts are
+written.
+
+Paths follow transformers 5, in which all four families keep the language model at `model.language_model`.
+Only linears inside its decoder layers are matched, never the vision tower, the projector or the output head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: `config.model_type` of its models.
+        vision_tower: Path of the vision tower.
+        clip_tower: Whether the vision tower is a CLIP vision model with a fixed number of tokens an image,
+            so that its pooled output can serve as the routing feature.
+        turns: (what opens the user's turn, what ends it) in prompts, in the order in which they are tried.
+        placeholders: Strings that stand for images in a decoded prompt.
+        core: Path of the module that merges vision and language.
+        language_model: Path of the language model.
+    """
+
+    name: str
+    vision_tower: str
+    clip_tower: bool
+    turns: tuple[tuple[str, str], ...]
+    placeholders: tuple[str, ...]
+    core: str = "model"
+    language_model: str = "model.language_model"
+
+    def user_turn(self, prompt: str) -> str | None:
+        """The last user turn of a decoded prompt without image placeholders, or None if no marker is found.
+
+        What follows the turn (the answer of a training prompt) is cut off.
+        """
+        for opening, end in self.turns:
+            start = prompt.rfind(opening)
+            if start >= 0:
+                return self.without_placeholders(prompt[start + len(opening) :].split(end, 1)[0])
+        return None
+
+    def without_placeholders(self, text: str) -> str:
+        """The text without image placeholders and outer white space."""
+        for placeholder in self.placeholders:
+            text = text.replace(placeholder, "")
+        return text.strip()
+
+
+_VICUNA = ("USER:", "ASSISTANT:")
+_CHATML = ("<|im_start|>user\n", "<|im_end|>")
+_QWEN_PLACEHOLDERS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        # LLaVA-1.5 speaks Vicuna; the later checkpoints of the same class use ChatML or Llama-2 markers.
+        Family("llava", "model.vision_tower", True, (_VICUNA, _CHATML, ("[INST]", "[/INST]")), ("<image>",)),
+        Family("qwen2_5_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
+        Family("qwen3_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
+        Family("internvl", "model.vision_tower", False, (_CHATML,), ("<img>", "<IMG_CONTEXT>", "</img>")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The linears of a model that experts act on.
+
+    Attributes:
+        family: Name of the family.
+        modules: Full module path -> (decoder layer, linear), in model order.
+        counts: Projection -> number of matched linears.
+        skipped: Paths of the language model's other linears.
+        num_layers: Decoder layers.
+    """
+
+    family: str
+    modules: dict[str, tuple[int, nn.Linear]]
+    counts: dict[str, int]
+    skipped: tuple[str, ...]
+    num_layers: int
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{name} x {count}" for name, count in self.counts.items())
+        return (
+            f"{self.family}: {len(self.modules)} linears in {self.num_layers} layers ({counts}), "
+            f"{len(self.skipped)} other language-model linears left alone"
+        )
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, by the `model_type` of its config.
+
+    Raises:
+        ValueError: If the family is not known; the message names the known ones.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"model must be one of the families {sorted(FAMILIES)}, got {kind or type(model).__name__!r}"
+        )
+    return FAMILIES[kind]
+
+
+def match_linears(model: nn.Module, family: Family, projections: Iterable[str]) -> Matched:
+    """Finds the linears named `projections` in every decoder layer of the language model.
+
+    Raises:
+        ValueError: If a projection is missing in any layer, so that no part of an adapter is silently
+            without effect.
+    """
+    wanted = tuple(projections)
+    pattern = re.compile(rf"{re.escape(family.language_model)}\.layers\.(\d+)\.(?:.+\.)?([^.]+)")
+    modules: dict[str, tuple[int, nn.Linear]] = {}
+    counts = dict.fromkeys(wanted, 0)
+    skipped, layers = [], set()
+    for path, module in model.named_modules():
+        found = pattern.fullmatch(path)
+        if not isinstance(module, nn.Linear) or found is None:
+            continue
+        layer, projection = int(found[1]), found[2]
+        layers.add(layer)
+        if projection in counts:
+            modules[path] = (layer, module)
+            counts[projection] += 1
+        else:
+            skipped.append(path)
+    if not layers or any(count != len(layers) for count in counts.values()):
+        leaves = sorted({path.rsplit(".", 1)[1] for path in [*skipped, *modules]})
+        raise ValueError(
+            f"target_projections must name linears of all {len(layers)} decoder layers under "
+            f"{family.language_model}, got {counts} matches; linears there: {leaves}"
+        )
+    return Matched(family.name, modules, counts, tuple(skipped), len(layers))

@@ -1,0 +1,171 @@
+"""attach and detach on the four families."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cram.attach import Cram, attach, detach
+from cram.config import CramConfig
+from cram.experts import ExpertLinear
+from tests.cram import factories
+
+FAMILIES = list(factories.MODELS)
+
+
+def attached(name: str, **config: Any) -> tuple[Any, Cram]:
+    model = factories.MODELS[name]()
+    return model, attach(model, CramConfig(buffer_rank=9, **config), factories.clip_encoder())
+
+
+def with_expert(name: str) -> tuple[Any, Cram]:
+    model, cram = attached(name)
+    centroid = torch.zeros(factories.PROJECTION)
+    cram.add_expert("one", factories.expert_weights(cram, 0), 0, centroid, trained=False)
+    return model, cram
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attach_matches_language_model_linears_only(name: str) -> None:
+    model, cram = attached(name)
+    expected = {
+        f"model.language_model.layers.{layer}.self_attn.{p}_proj"
+        for layer in range(factories.LAYERS)
+        for p in "qkvo"
+    }
+    assert cram.modules.keys() == expected
+    assert {p for p, m in model.named_modules() if isinstance(m, ExpertLinear)} == expected
+    assert cram.report.counts == {f"{p}_proj": factories.LAYERS for p in "qkvo"}
+    assert [m.layer for m in cram.modules.values()] == [0] * 4 + [1] * 4
+    assert all(".mlp." in path for path in cram.report.skipped)
+    assert len(cram.report.skipped) == 3 * factories.LAYERS
+    assert str(cram.report).startswith(f"{name}: 8 linears in 2 layers (q_proj x 2")
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attached_without_experts_is_bit_identical(name: str) -> None:
+    model, batch = factories.MODELS[name](), factories.inputs(name, rows=2)
+    before = model(**batch).logits
+    attach(model, CramConfig(), factories.clip_encoder())
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_detach_is_bit_identical(name: str) -> None:
+    model, batch = factories.MODELS[name](), factories.inputs(name, rows=2)
+    model.lm_head.requires_grad_(False)
+    before, modules = model(**batch).logits, dict(model.named_modules())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    cram = attach(model, CramConfig(buffer_rank=9), factories.clip_encoder())
+    cram.add_expert("one", factories.expert_weights(cram, 0), 0, torch.zeros(factories.PROJECTION))
+    with cram.forced("one"):
+        changed = model(**batch).logits
+    assert not torch.equal(changed, before)
+    model.train().eval()
+    detach(model)
+
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == flags
+    assert dict(model.named_modules()) == modules
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert not hasattr(model, "cram")
+    assert torch.equal(model(**batch).logits, before)
+    attach(model, CramConfig(), factories.clip_encoder())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_explicit_route_works_on_every_family(name: str) -> None:
+    model, cram = with_expert(name)
+    batch = factories.inputs(name, rows=2)
+    query = cram.encode(factories.QUESTIONS[:2], [[factories.image(0)], []])
+    cram.router.groups.observe("task", query.text)
+    base = cram_disabled(model, cram, batch)
+    with cram.fixed(cram.route(query)):
+        routed = model(**batch).logits
+        generated = model.generate(**batch, max_new_tokens=3, do_sample=False, num_beams=2)
+    assert not torch.allclose(routed, base)
+    with cram.forced("one"):
+        assert torch.equal(model(**batch).logits, routed)
+        assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False, num_beams=2), generated)
+
+
+def cram_disabled(model: nn.Module, cram: Cram, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with cram.disabled():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_disabled_is_bit_identical_to_the_base(name: str) -> None:
+    batch = factories.inputs(name, rows=2)
+    expected = factories.MODELS[name]()(**batch).logits
+    model, cram = with_expert(name)
+    assert torch.equal(cram_disabled(model, cram, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_images_without_a_reused_tower_must_be_routed_explicitly(name: str) -> None:
+    model, _ = with_expert(name)
+    with pytest.raises(ValueError, match="reuses_vision_tower=False.*route explicitly"):
+        model(**factories.inputs(name))
+
+
+def test_target_projections_choose_the_linears() -> None:
+    _, cram = attached("llava", target_projections=("down_proj", "q_proj"))
+    assert cram.report.counts == {"down_proj": 2, "q_proj": 2}
+    assert len(cram.report.skipped) == 5 * factories.LAYERS
+
+
+@pytest.mark.parametrize("names", [("query",), ("q_proj", "query")])
+def test_no_match_is_an_error(names: tuple[str, ...]) -> None:
+    model = factories.llava()
+    state = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"'query': 0\} matches; linears there: \['down_proj', .*'v_proj'\]"):
+        attach(model, CramConfig(target_projections=names), factories.clip_encoder())
+    assert list(model.state_dict()) == state
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_double_attach_is_an_error() -> None:
+    model, cram = attached("llava")
+    with pytest.raises(ValueError, match="must not be attached"):
+        attach(model, CramConfig(), factories.clip_encoder())
+    assert model.cram is cram
+
+
+def test_detach_of_a_plain_model_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must be attached, got a plain LlavaForConditionalGeneration"):
+        detach(factories.llava())
+
+
+def test_unknown_family_names_the_known_ones() -> None:
+    known = re.escape("['internvl', 'llava', 'qwen2_5_vl', 'qwen3_vl'], got 'clip'")
+    with pytest.raises(ValueError, match=known):
+        attach(factories.clip_model(), CramConfig(), factories.clip_encoder())
+    with pytest.raises(ValueError, match="got 'Linear'"):
+        attach(nn.Linear(2, 2), CramConfig(), factories.clip_encoder())
+
+
+def test_a_copy_of_an_attached_model_is_independent() -> None:
+    model, processor, cram = factories.routed_llava(trained=True)
+    batch = processor(
+        text=[factories.prompt(factories.QUESTIONS[0])], images=[factories.image(0)], return_tensors="pt"
+    )
+    expected = model(**batch).logits
+    twin = copy.deepcopy(model)
+    for parameter in twin.cram.trainable_parameters():
+        parameter.data.mul_(3)
+    assert not torch.allclose(twin(**batch).logits, expected)
+    assert torch.equal(model(**batch).logits, expected)
+    detach(twin)
+    assert torch.equal(model(**batch).logits, expected)
+    assert cram is model.cram

@@ -1,0 +1,223 @@
+"""Adding, training and freezing experts; the warm-up buffer; precisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cram.attach import Cram, attach
+from cram.config import CramConfig
+from tests.cram import factories
+from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
+
+
+def batch_of(processor: Any, dtype: torch.dtype = torch.float32) -> Any:
+    texts = [prompt(QUESTIONS[i], 1) for i in range(2)]
+    batch = processor(text=texts, images=[image(0), image(1)], padding=True, return_tensors="pt")
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    return batch
+
+
+def test_buffer_starts_as_the_base_model_and_acts_alone() -> None:
+    model, processor, cram = routed_llava()
+    batch = batch_of(processor)
+    with cram.disabled():
+        base = model(**batch).logits
+    cram.begin_buffer()
+    torch.testing.assert_close(model(**batch).logits, base, atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        for module in cram.modules.values():
+            module.trainable()[1].normal_()
+    assert (model(**batch).logits - base).abs().max() > 0.1
+    with cram.disabled():
+        assert torch.equal(model(**batch).logits, base)
+
+
+def test_buffer_equals_a_lora_with_gate_one() -> None:
+    model, processor, cram = routed_llava()
+    cram.begin_buffer()
+    path, module = next(iter(cram.modules.items()))
+    a, b = cram.buffers()[path]
+    with torch.no_grad():
+        b.normal_()
+    x = torch.randn(2, 5, module.in_features)
+    torch.testing.assert_close(module(x), module.base(x) + 2 * x @ a.T @ b.T)
+
+
+def test_buffer_rank_and_initial_values() -> None:
+    _, _, cram = routed_llava(buffer_rank=12)
+    torch.manual_seed(0)
+    cram.begin_buffer()
+    for path, (a, b) in cram.buffers().items():
+        linear = cram.modules[path]
+        assert a.shape == (min(12, linear.in_features, linear.out_features), linear.in_features)
+        assert b.shape == (linear.out_features, a.shape[0])
+        # Uniform with bound sqrt(6 / (1 + 5) / D_in), the range that nn.Linear and PEFT start with.
+        bound = linear.in_features**-0.5
+        assert not b.any() and 0.8 * bound < a.abs().max() <= bound
+    assert a.dtype == torch.float32
+    _, _, cram = routed_llava(buffer_rank=48)
+    cram.begin_buffer()
+    assert {a.shape[0] for a, _ in cram.buffers().values()} == {32, 16}
+
+
+def test_only_the_buffer_is_trained_during_the_warm_up() -> None:
+    model, processor, cram = routed_llava()
+    cram.begin_buffer()
+    batch = batch_of(processor)
+    parameters = cram.trainable_parameters()
+    assert len(parameters) == 2 * len(cram.modules)
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    b_gradients = [p.grad for p in parameters[1::2]]
+    assert all(gradient.abs().max() > 0 for gradient in b_gradients)
+    cram.end_buffer()
+    assert not cram.trainable_parameters() and not [p for p in model.parameters() if p.requires_grad]
+
+
+def test_only_the_new_expert_is_trained_after_it() -> None:
+    model, processor, cram = routed_llava(trained=True)
+    parameters = cram.trainable_parameters()
+    assert len(parameters) == 2 * len(cram.modules) + 1
+    assert parameters[-1] is cram.router.trained_centroid
+    before = {path: [t.clone() for t in m.experts.expert(0)] for path, m in cram.modules.items()}
+    batch = batch_of(processor)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    first = model.train()(**batch, labels=batch["input_ids"]).loss
+    first.backward()
+    assert all(p.grad.abs().max() > 0 for p in parameters)
+    optimizer.step()
+    assert model(**batch, labels=batch["input_ids"]).loss < first
+    for path, module in cram.modules.items():
+        assert all(torch.equal(x, y) for x, y in zip(module.experts.expert(0), before[path], strict=True))
+    trained = model.eval()(**batch).logits
+    cram.freeze()
+    assert not cram.trainable_parameters() and not cram.in_training
+    assert torch.equal(model(**batch).logits, trained)
+
+
+def test_life_of_a_task() -> None:
+    _, _, cram = routed_llava()
+    history = cram.history(0)
+    assert [a.shape[0] for a in history["model.language_model.layers.0.self_attn.q_proj"]] == [1, 3]
+    assert all(len(a) == 1 for a in cram.history(1).values())
+    assert not any(cram.history(5).values())
+    with pytest.raises(ValueError, match="buffers must follow begin_buffer"):
+        cram.buffers()
+    cram.begin_buffer()
+    with pytest.raises(ValueError, match="begin_buffer must follow end_buffer"):
+        cram.begin_buffer()
+    new = factories.expert_weights(cram, 9)
+    with pytest.raises(ValueError, match="end_buffer must come before"):
+        cram.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
+    cram.end_buffer()
+    cram.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
+    with pytest.raises(ValueError, match="begin_buffer must follow end_buffer and freeze"):
+        cram.begin_buffer()
+    with pytest.raises(ValueError, match="must be frozen before"):
+        cram.add_expert("later", new, 0, torch.zeros(factories.PROJECTION))
+    cram.freeze()
+    with pytest.raises(ValueError, match="got no trained expert"):
+        cram.freeze()
+
+
+def wrong_weights(cram: Cram, change: str) -> dict[str, Any]:
+    weights: dict[str, Any] = dict(factories.expert_weights(cram, 3))
+    path = next(iter(weights))
+    a, b = weights[path]
+    changed = {
+        "missing": None,
+        "width": (a[:, 1:], b),
+        "rank": (a, torch.zeros(b.shape[0], a.shape[0] + 1)),
+        "vector": (a[0], b),
+        "integer": (a.long(), b),
+        "nan": (a, b * torch.nan),
+    }[change]
+    weights[path] = changed
+    if changed is None:
+        weights["model.elsewhere"] = weights.pop(path)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"missing \['model.language_model.layers.0.self_attn.q_proj'\], unknown"),
+        ("width", r"must be float \[r, 32\] and \[32, r\]"),
+        ("rank", r"must be float \[r, 32\] and \[32, r\]"),
+        ("vector", r"must be float \[r, 32\] and \[32, r\]"),
+        ("integer", "got torch.int64"),
+        ("nan", "must be finite, got NaN or Inf"),
+    ],
+)
+def test_wrong_weights_change_nothing(change: str, message: str) -> None:
+    _, _, cram = routed_llava()
+    with pytest.raises(ValueError, match=message):
+        cram.add_expert("bad", wrong_weights(cram, change), 0, torch.zeros(factories.PROJECTION))
+    assert cram.num_experts == 3
+    assert {module.experts.num_experts for module in cram.modules.values()} == {3}
+
+
+@pytest.mark.parametrize("centroid", [torch.zeros(5), torch.full((factories.PROJECTION,), torch.inf)])
+def test_wrong_centroids_change_nothing(centroid: torch.Tensor) -> None:
+    _, _, cram = routed_llava()
+    with pytest.raises(ValueError, match="centroid must"):
+        cram.add_expert("bad", factories.expert_weights(cram, 3), 0, centroid)
+    assert {module.experts.num_experts for module in cram.modules.values()} == {3}
+
+
+def test_experts_of_rank_zero_are_legal() -> None:
+    model, processor, cram = routed_llava()
+    nothing = {
+        p: (torch.zeros(0, m.in_features), torch.zeros(m.out_features, 0)) for p, m in cram.modules.items()
+    }
+    cram.add_expert("nothing", nothing, 0, torch.zeros(factories.PROJECTION), trained=False)
+    batch = batch_of(processor)
+    with cram.disabled():
+        base = model(**batch).logits
+    with cram.forced("nothing"):
+        torch.testing.assert_close(model(**batch).logits, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_with_float32_experts(dtype: torch.dtype) -> None:
+    exact_model, processor, exact = routed_llava()
+    clip = factories.clip_model()
+    model = factories.llava(clip=clip).to(dtype)
+    cram = attach(model, exact.config, factories.clip_encoder(model, clip), processor)
+    cram.router.groups.import_state(*exact.router.groups.export_state())
+    for index, (name, group) in enumerate(zip(["old", "other", "new"], [0, 1, 0], strict=True)):
+        centroid = exact.router.centroids()[:, index]
+        cram.add_expert(name, factories.expert_weights(cram, index), group, centroid, trained=index == 2)
+    batch = batch_of(processor, dtype)
+    logits = model(**batch).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(
+        logits.float(), exact_model(**batch_of(processor)).logits, atol=0.06, rtol=0.06
+    )
+    assert cram.router.current.gates.dtype == torch.float32
+    cram.prepare_penalty()
+    loss = model.train()(**batch, labels=batch["input_ids"]).loss + cram.penalty()
+    loss.backward()
+    for parameter in cram.trainable_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0
+
+
+def test_an_expert_without_a_route_is_an_error() -> None:
+    _, _, cram = routed_llava()
+    module = next(iter(cram.modules.values()))
+    with pytest.raises(ValueError, match="q_proj must be routed before it runs"):
+        module(torch.zeros(1, 2, module.in_features))
+
+
+def test_adapted_linear_looks_like_its_base() -> None:
+    model = factories.qwen2_5_vl()
+    cram = attach(model, CramConfig(), factories.clip_encoder())
+    for module in cram.modules.values():
+        base = module.base
+        assert isinstance(base, nn.Linear) and module.weight is base.weight and module.bias is base.bias
+        assert (module.in_features, module.out_features) == (base.in_features, base.out_features)
