@@ -1,0 +1,201 @@
+"""The one definition of `report.json`: what a run folder says about the methods that were run.
+
+Accuracies are percentages (0..100), times are seconds, tasks are in the order in which they were learnt.
+The file has either `methods` (one seed) or `seeds` (several seeds, one object of methods a seed); the
+page and the pictures take the mean over seeds where there are several.
+
+The annotations are evaluated at run time: `validate_report` reads the keys from these very definitions.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict, cast
+
+
+class Parameters(TypedDict):
+    """Trainable values that stay in the model: all tasks together, and those that each task added."""
+
+    total: int
+    per_task: dict[str, int]
+
+
+class Seconds(TypedDict):
+    """Wall-clock seconds of training and of evaluation; `per_task` is the training of each task."""
+
+    train: float
+    eval: float
+    per_task: dict[str, float]
+
+
+class Routing(TypedDict):
+    """How the test samples of one task were routed after the last task.
+
+    `group_accuracy` and `expert_accuracy` are the percentages of samples whose group, and whose expert
+    with the largest gate, are those of the sample's own task. `mean_gates` is the mean weight of each
+    expert over samples and layers.
+    """
+
+    group_accuracy: float
+    expert_accuracy: float
+    mean_gates: dict[str, float]
+
+
+class MethodReport(TypedDict):
+    """One method's run over the whole stream.
+
+    `matrix[t][i]` is the accuracy on task i after task t was learnt (row t has t + 1 numbers).
+    `ranks[task][module]` is the rank of the task's expert in a module; `groups[task]` its instruction group.
+    """
+
+    tasks: list[str]
+    matrix: list[list[float]]
+    last: float
+    avg: float
+    mft: float
+    bwt: float
+    forgetting: float
+    parameters: Parameters
+    seconds: Seconds
+    ranks: NotRequired[dict[str, dict[str, int]]]
+    groups: NotRequired[dict[str, int]]
+    routing: NotRequired[dict[str, Routing]]
+
+
+class Report(TypedDict):
+    """The file as a whole. `stream` names the task stream, `settings` is shown on the page as it is."""
+
+    stream: str
+    methods: NotRequired[dict[str, MethodReport]]
+    seeds: NotRequired[dict[str, dict[str, MethodReport]]]
+    settings: NotRequired[dict[str, Any]]
+
+
+METRIC_NAMES = ("last", "avg", "mft", "bwt", "forgetting")
+
+
+def validate_report(data: object) -> Report:
+    """Check that `data`, as read from `report.json`, follows the schema.
+
+    Raises:
+        ValueError: Naming the place (`methods.cram.matrix[2]`), what it must be and what was found.
+    """
+    top = _object(data, "report", Report)
+    if ("methods" in top) == ("seeds" in top):
+        raise ValueError(f"report must have exactly one of 'methods' and 'seeds', got keys {sorted(top)}")
+    if not isinstance(top["stream"], str):
+        raise ValueError(f"report.stream must be a string, got {top['stream']!r}")
+    if "methods" in top:
+        _methods(top["methods"], "methods")
+        return cast(Report, top)
+    seeds = _mapping(top["seeds"], "seeds")
+    contents = {seed: _methods(methods, f"seeds.{seed}") for seed, methods in seeds.items()}
+    first, *others = contents.values()
+    if any(other != first for other in others):
+        raise ValueError(f"seeds must all have the same methods and tasks in the same order, got {contents}")
+    return cast(Report, top)
+
+
+def by_seed(report: Report) -> dict[str, dict[str, MethodReport]]:
+    """The methods of every seed; a report of one seed counts as the seed "0"."""
+    return report["seeds"] if "seeds" in report else {"0": report["methods"]}
+
+
+def _methods(value: object, where: str) -> tuple[list[str], list[str]]:
+    """Check the methods of one seed; their names and their common tasks."""
+    methods = _mapping(value, where)
+    tasks: list[str] = []
+    for name, method in methods.items():
+        found = _method(method, f"{where}.{name}")
+        if tasks and found != tasks:
+            raise ValueError(
+                f"{where}.{name}.tasks must be the tasks of the other methods {tasks}, got {found}"
+            )
+        tasks = found
+    return list(methods), tasks
+
+
+def _method(value: object, where: str) -> list[str]:
+    method = _object(value, where, MethodReport)
+    tasks = method["tasks"]
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"{where}.tasks must be a list of task names, got {tasks!r}")
+    if len(set(tasks)) != len(tasks):
+        raise ValueError(f"{where}.tasks must be unique, got {tasks}")
+    _matrix(method["matrix"], len(tasks), f"{where}.matrix")
+    for name in METRIC_NAMES:
+        _number(method[name], f"{where}.{name}")
+    parameters = _object(method["parameters"], f"{where}.parameters", Parameters)
+    _number(parameters["total"], f"{where}.parameters.total")
+    _per_task(parameters["per_task"], tasks, f"{where}.parameters.per_task")
+    seconds = _object(method["seconds"], f"{where}.seconds", Seconds)
+    for name in ("train", "eval"):
+        _number(seconds[name], f"{where}.seconds.{name}")
+    _per_task(seconds["per_task"], tasks, f"{where}.seconds.per_task")
+    _optional_parts(method, tasks, where)
+    return tasks
+
+
+def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> None:
+    if "groups" in method:
+        _per_task(method["groups"], tasks, f"{where}.groups")
+    if "ranks" in method:
+        ranks = _tasks_only(method["ranks"], tasks, f"{where}.ranks")
+        for task, modules in ranks.items():
+            for module, rank in _mapping(modules, f"{where}.ranks.{task}").items():
+                _number(rank, f"{where}.ranks.{task}.{module}")
+    if "routing" in method:
+        for task, value in _tasks_only(method["routing"], tasks, f"{where}.routing").items():
+            routing = _object(value, f"{where}.routing.{task}", Routing)
+            _number(routing["group_accuracy"], f"{where}.routing.{task}.group_accuracy")
+            _number(routing["expert_accuracy"], f"{where}.routing.{task}.expert_accuracy")
+            for expert, gate in _mapping(routing["mean_gates"], f"{where}.routing.{task}.mean_gates").items():
+                _number(gate, f"{where}.routing.{task}.mean_gates.{expert}")
+
+
+def _matrix(value: object, num_tasks: int, where: str) -> None:
+    if not isinstance(value, list) or len(value) != num_tasks:
+        raise ValueError(f"{where} must be a list of {num_tasks} rows, got {value!r}")
+    for t, row in enumerate(value):
+        if not isinstance(row, list) or len(row) != t + 1:
+            raise ValueError(f"{where}[{t}] must be a list of {t + 1} accuracies, got {row!r}")
+        for i, accuracy in enumerate(row):
+            _number(accuracy, f"{where}[{t}][{i}]")
+
+
+def _object(value: object, where: str, kind: type) -> dict[str, Any]:
+    """A JSON object with every required key of the typed dictionary `kind` and no unknown key."""
+    found = _mapping(value, where)
+    required: frozenset[str] = kind.__required_keys__  # type: ignore[attr-defined]
+    known = required | kind.__optional_keys__  # type: ignore[attr-defined]
+    missing, unknown = sorted(required - found.keys()), sorted(found.keys() - known)
+    if missing or unknown:
+        raise ValueError(
+            f"{where} must have the keys {sorted(known)}, got missing {missing}, unknown {unknown}"
+        )
+    return found
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"{where} must be a non-empty object, got {value!r}")
+    return dict(value)
+
+
+def _tasks_only(value: object, tasks: list[str], where: str) -> dict[str, Any]:
+    found = _mapping(value, where)
+    if unknown := sorted(found.keys() - set(tasks)):
+        raise ValueError(f"{where} must be keyed by tasks {tasks}, got {unknown}")
+    return found
+
+
+def _per_task(value: object, tasks: list[str], where: str) -> None:
+    found = _tasks_only(value, tasks, where)
+    if missing := [task for task in tasks if task not in found]:
+        raise ValueError(f"{where} must have every task, got none for {missing}")
+    for task, number in found.items():
+        _number(number, f"{where}.{task}")
+
+
+def _number(value: object, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value!r}")

@@ -1,0 +1,225 @@
+"""Scorers: predictions and samples -> one number, from 0 to 100 (`coco_caption` alone can exceed 100).
+
+Strict scorers (the default) count every test sample once, whatever was predicted; published variants follow
+the rules behind published numbers (`cram.scoring.published`). Both refuse predictions whose ids are not
+exactly the samples' ids.
+
+    accuracy         share of answers equal to an accepted answer, ignoring case, blanks and a final point
+    option_letter    share of answers that state the right option letter
+    number           share of answers that hold exactly one number, equal to the right one
+    anls             mean normalised Levenshtein similarity to the nearest accepted answer, 0 below 0.5
+    caption          mean of BLEU-1..4, ROUGE-L and CIDEr / 10, x 100
+    coco_caption     published convention: mean of BLEU-1..4, ROUGE-L and CIDEr, x 100, at most 250; no METEOR
+    prism_anls       published: as anls, without the cut at 0.5
+    prism_*, mcitlib_*   the published accuracies of `cram.scoring.published.RULES`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cram.scoring.captions import CIDER_MAXIMUM, caption_metrics
+from cram.scoring.published import RULES, PublishedRule, published_accuracy
+
+if TYPE_CHECKING:
+    from cram.streams.types import Sample
+
+Scorer = Callable[[Sequence[str], "Sequence[Sample]"], float]
+
+ANLS_THRESHOLD = 0.5
+NUMBER_TOLERANCE = 1e-6
+_OPTION = re.compile(
+    r"(?:(?:the )?(?:correct )?(?:answer|option)(?: is)?:? *)?\(?([a-z])\)?(?:[.:,]? *|[.:)] .*)", re.I | re.S
+)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+
+
+def score(scorer: str, predictions: Mapping[str, str], samples: Sequence[Sample]) -> float:
+    """Score the answers to a test split.
+
+    Args:
+        scorer: A name in `SCORERS`.
+        predictions: Sample id -> generated text, for exactly the ids of `samples`.
+        samples: The test split.
+
+    Raises:
+        ValueError: If the scorer is unknown, `samples` is empty or has repeated ids, or predictions are
+            missing or left over.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {sorted(SCORERS)}, got {scorer!r}")
+    check_coverage(predictions, samples)
+    return SCORERS[scorer]([predictions[sample.id] for sample in samples], samples)
+
+
+def published_scores(
+    scorer: str, predictions: Mapping[str, str], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """The scores of the published variants of a strict scorer that differ from it; empty if none does."""
+    strict = score(scorer, predictions, samples)
+    variants = {name: score(name, predictions, samples) for name in VARIANTS.get(scorer, ())}
+    return {name: value for name, value in variants.items() if abs(value - strict) > 1e-9}
+
+
+def check_coverage(predictions: Mapping[str, str], samples: Sequence[Sample]) -> None:
+    """Refuse predictions whose ids are not exactly the ids of the samples.
+
+    Raises:
+        ValueError: Naming how many ids are missing, left over or repeated, and the first of them.
+    """
+    ids = [sample.id for sample in samples]
+    if not ids:
+        raise ValueError("samples must not be empty, got none")
+    known = set(ids)
+    if len(known) != len(ids):
+        raise ValueError(f"sample ids must be unique, got {len(ids) - len(known)} repeated")
+    missing = [i for i in ids if i not in predictions]
+    extra = [i for i in predictions if i not in known]
+    if missing or extra:
+        raise ValueError(
+            f"predictions must cover exactly the {len(ids)} samples, got {len(missing)} missing "
+            f"(first: {missing[:3]}) and {len(extra)} unknown (first: {extra[:3]})"
+        )
+
+
+def read_predictions(file: Path) -> dict[str, str]:
+    """Read predictions from JSON lines `{question_id, text}` (other keys are ignored).
+
+    Raises:
+        ValueError: Naming the file and the line of the first fault, among them a repeated id.
+    """
+    predictions: dict[str, str] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} must be JSON, got {error}") from error
+        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(
+                f"{file}, line {number} must have 'question_id' and a string 'text', got {row!r}"
+            )
+        question = str(row["question_id"])
+        if question in predictions:
+            raise ValueError(f"{file}, line {number} must have a new question_id, got {question!r} again")
+        predictions[question] = row["text"]
+    return predictions
+
+
+def normalise(text: str) -> str:
+    """Case, runs of blanks and one final point removed: what `accuracy` compares."""
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def option_letter(text: str) -> str | None:
+    """The option letter an answer states: "B", "(b)", "B. a dog", "The answer is B."; None for others."""
+    match = _OPTION.fullmatch(text.strip())
+    return match.group(1).upper() if match else None
+
+
+def single_number(text: str) -> float | None:
+    """The number in a text that holds exactly one ("1,200 m" -> 1200.0); None otherwise."""
+    found = _NUMBER.findall(text)
+    return float(found[0].replace(",", "")) if len(found) == 1 else None
+
+
+def anls_similarity(prediction: str, answer: str, threshold: float = ANLS_THRESHOLD) -> float:
+    """1 - edit distance / longer length of the stripped, lower-cased texts; 0 below the threshold.
+
+    Source: Biten et al. 2019 (ST-VQA), with the threshold 0.5 of the DocVQA evaluation.
+    """
+    left, right = prediction.strip().lower(), answer.strip().lower()
+    longest = max(len(left), len(right))
+    similarity = 1.0 - _edit_distance(left, right) / longest if longest else 1.0
+    return similarity if similarity >= threshold else 0.0
+
+
+def _edit_distance(left: str, right: str) -> int:
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(right, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def _same_text(prediction: str, answer: str) -> float:
+    return float(normalise(prediction) == normalise(answer))
+
+
+def _same_option(prediction: str, answer: str) -> float:
+    expected = option_letter(answer)
+    if expected is None:
+        raise ValueError(f"an answer scored by 'option_letter' must be an option letter, got {answer!r}")
+    return float(option_letter(prediction) == expected)
+
+
+def _same_number(prediction: str, answer: str) -> float:
+    expected = single_number(answer)
+    if expected is None:
+        raise ValueError(f"an answer scored by 'number' must hold one number, got {answer!r}")
+    found = single_number(prediction)
+    return float(found is not None and abs(found - expected) <= NUMBER_TOLERANCE * max(1.0, abs(expected)))
+
+
+def _anls_without_threshold(prediction: str, answer: str) -> float:
+    return anls_similarity(prediction, answer, threshold=0.0)
+
+
+def _best_of_accepted(credit: Callable[[str, str], float]) -> Scorer:
+    """Mean over samples of the best credit that any accepted answer gives."""
+
+    def mean_credit(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
+        credits = [
+            max(credit(prediction, answer) for answer in sample.accepted)
+            for prediction, sample in zip(predictions, samples, strict=True)
+        ]
+        return 100.0 * sum(credits) / len(credits)
+
+    return mean_credit
+
+
+def _caption(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
+    metrics = caption_metrics(predictions, [sample.accepted for sample in samples])
+    metrics["CIDEr"] /= CIDER_MAXIMUM
+    return 100.0 * sum(metrics.values()) / len(metrics)
+
+
+def _coco_caption(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
+    metrics = caption_metrics(predictions, [sample.accepted for sample in samples])
+    return 100.0 * sum(metrics.values()) / len(metrics)
+
+
+def _published(rule: PublishedRule) -> Scorer:
+    def accuracy(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
+        ids = [sample.id for sample in samples]
+        answers = [sample.answer for sample in samples]
+        return published_accuracy(
+            rule, list(zip(ids, predictions, strict=True)), list(zip(ids, answers, strict=True))
+        )
+
+    return accuracy
+
+
+SCORERS: dict[str, Scorer] = {
+    "accuracy": _best_of_accepted(_same_text),
+    "option_letter": _best_of_accepted(_same_option),
+    "number": _best_of_accepted(_same_number),
+    "anls": _best_of_accepted(anls_similarity),
+    "caption": _caption,
+    "coco_caption": _coco_caption,
+    "prism_anls": _best_of_accepted(_anls_without_threshold),
+    **{name: _published(rule) for name, rule in RULES.items()},
+}
+
+# Strict scorer -> the published variants that score the same kind of answer.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "accuracy": tuple(RULES),
+    "anls": ("prism_anls",),
+    "caption": ("coco_caption",),
+}

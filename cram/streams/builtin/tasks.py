@@ -1,0 +1,196 @@
+"""The six built-in tasks: each a picture kind of its own, a question and the form its answer must take.
+
+In the spirit of UCIT: classification of sketches with option letters, chart reading, captioning, icon
+questions, counting arithmetic on rendered scenes, and handwritten digits. Every generator draws one sample
+from a random generator and nothing else, so that a seed decides the whole stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from cram.streams.builtin.draw import (
+    COLORS,
+    SHAPES,
+    SIZE,
+    Canvas,
+    gradient_background,
+    jitter_color,
+    noise_background,
+    outline,
+)
+
+Drawn = tuple[Image.Image, str, str]
+Generator = Callable[[np.random.Generator, str], Drawn]
+
+LETTERS = "ABCDEFGH"
+LETTER_FORMAT = "Answer with the option's letter from the given choices directly."
+NUMBER_FORMAT = "Answer the question using a single number."
+CAPTION_FORMAT = "Write a one-sentence caption for the provided image."
+
+CORNERS: dict[str, tuple[int, int]] = {
+    "top left": (13, 13),
+    "top right": (35, 13),
+    "bottom left": (13, 35),
+    "bottom right": (35, 35),
+}
+
+
+@dataclass(frozen=True)
+class BuiltinTask:
+    """A task's generator with its scoring rule and answer length in tokens."""
+
+    name: str
+    draw: Generator
+    scorer: str
+    max_new_tokens: int
+
+
+def options(names: list[str]) -> str:
+    """`A. first B. second ...`"""
+    return " ".join(f"{letter}. {name}" for letter, name in zip(LETTERS, names, strict=False))
+
+
+def _choose(rng: np.random.Generator, names: list[str], count: int) -> list[str]:
+    return [names[i] for i in rng.permutation(len(names))[:count]]
+
+
+def draw_sketch(rng: np.random.Generator, split: str) -> Drawn:
+    """A shape in wobbly pencil lines on paper; which of eight names is it?"""
+    del split
+    names = list(SHAPES)
+    answer = int(rng.integers(len(names)))
+    paper = noise_background(rng, (222, 212, 190), 14, 12)
+    canvas = Canvas(paper)
+    x, y = rng.uniform(20, 28, size=2)
+    radius, turn = rng.uniform(13, 18), rng.uniform(-0.25, 0.25)
+    ink = (60 + int(rng.integers(30)),) * 3
+    for _ in range(2):
+        corners = outline(names[answer], x, y, radius, turn)
+        wobbly = [(px + rng.normal(0, 0.45), py + rng.normal(0, 0.45)) for px, py in corners]
+        canvas.line([*wobbly, wobbly[0]], ink, 1.0)
+    if names[answer] == "ring":
+        inner = outline("circle", x, y, radius * 0.55, turn)
+        canvas.line([*inner, inner[0]], ink, 1.2)
+    return canvas.finish(), f"Which shape is drawn? {options(names)} {LETTER_FORMAT}", LETTERS[answer]
+
+
+def draw_chart(rng: np.random.Generator, split: str) -> Drawn:
+    """A bar chart on white with axes and grid; what is the value of one bar?"""
+    del split
+    count = int(rng.integers(3, 5))
+    names = _choose(rng, list(COLORS), count)
+    values = rng.integers(1, 7, size=count)
+    canvas = Canvas((250, 250, 250))
+    for level in range(1, 7):
+        canvas.line([(7, 43 - 6 * level), (46, 43 - 6 * level)], (214, 214, 214), 0.5)
+    step = 38 / count
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        left = 8 + i * step + 1.5
+        canvas.rectangle((left, 43 - 6 * int(value), left + step - 3, 43), jitter_color(rng, COLORS[name]))
+    canvas.line([(7, 5), (7, 43), (46, 43)], (40, 40, 40), 1.0)
+    asked = int(rng.integers(count))
+    return (
+        canvas.finish(),
+        f"What is the value of the {names[asked]} bar? {NUMBER_FORMAT}",
+        str(values[asked]),
+    )
+
+
+def draw_photo(rng: np.random.Generator, split: str) -> Drawn:
+    """Two objects of two sizes before a sky; a caption that names both and how they lie to each other."""
+    del split
+    sky = np.array([150, 190, 235]) + rng.integers(-20, 20, size=3)
+    ground = np.array([90, 150, 80]) + rng.integers(-20, 20, size=3)
+    canvas = Canvas(gradient_background(tuple(sky), tuple(ground)))
+    vertical = bool(rng.integers(2))
+    names = _choose(rng, list(SHAPES), 2)
+    phrases = []
+    for i, name in enumerate(names):
+        along, across = (13 if i == 0 else 35) + rng.uniform(-2, 2), 24 + rng.uniform(-4, 4)
+        x, y = (across, along) if vertical else (along, across)
+        large = bool(rng.integers(2))
+        color = list(COLORS)[int(rng.integers(len(COLORS)))]
+        canvas.shape(
+            name, x, y, 10.0 if large else 5.5, jitter_color(rng, COLORS[color]), rng.uniform(-0.2, 0.2)
+        )
+        phrases.append(f"a {'large' if large else 'small'} {color} {name}")
+    relation = "above" if vertical else "left of"
+    return canvas.finish(), CAPTION_FORMAT, f"{phrases[0]} {relation} {phrases[1]}."
+
+
+def draw_icons(rng: np.random.Generator, split: str) -> Drawn:
+    """Four white icons on dark tiles; in which tile is the asked one?"""
+    del split
+    names = _choose(rng, list(SHAPES), 4)
+    canvas = Canvas((235, 235, 240))
+    tile = (34, 52 + int(rng.integers(-8, 8)), 74 + int(rng.integers(-10, 10)))
+    for (x, y), name in zip(CORNERS.values(), names, strict=True):
+        canvas.rectangle((x - 10, y - 10, x + 10, y + 10), tile)
+        canvas.shape(name, x, y, rng.uniform(6.5, 8.0), (246, 246, 246))
+    asked = int(rng.integers(4))
+    question = f"Where is the {names[asked]} icon? {options(list(CORNERS))} {LETTER_FORMAT}"
+    return canvas.finish(), question, LETTERS[asked]
+
+
+def draw_scene(rng: np.random.Generator, split: str) -> Drawn:
+    """Shaded solids on a lit floor; how many are left when one kind is taken away?"""
+    del split
+    canvas = Canvas(gradient_background((70, 70, 78), (128, 124, 118)))
+    count = int(rng.integers(2, 7))
+    cells = rng.permutation(6)[:count]
+    colors = _choose(rng, list(COLORS), 2)
+    chosen = [colors[int(rng.integers(2))] for _ in cells]
+    for cell, color in zip(cells, chosen, strict=True):
+        x, y = 9 + 15 * (cell % 3) + rng.uniform(-1.5, 1.5), 14 + 20 * (cell // 3) + rng.uniform(-2, 2)
+        _draw_ball(canvas, x, y, 6.0, jitter_color(rng, COLORS[color], 8))
+    removed = colors[int(rng.integers(2))]
+    left = sum(color != removed for color in chosen)
+    question = f"Subtract all {removed} balls. How many balls are left?"
+    return canvas.finish(), f"{question} {NUMBER_FORMAT}", str(left)
+
+
+def _draw_ball(canvas: Canvas, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
+    canvas.disc(x + 1.2, y + 1.8, radius, (50, 48, 46))
+    for shade, size, shift in ((0.75, 1.0, 0.0), (1.0, 0.8, 0.9), (1.35, 0.35, 2.0)):
+        tone = tuple(min(255, int(channel * shade)) for channel in color)
+        canvas.disc(x - shift, y - shift, radius * size, (tone[0], tone[1], tone[2]))
+
+
+def draw_digits(rng: np.random.Generator, split: str) -> Drawn:
+    """Two digits written by hand (scikit-learn's scans; each split has its own scans); which number is it?"""
+    scans, labels = _handwriting(split)
+    canvas = Image.new("L", (SIZE, SIZE), 0)
+    read = []
+    for place in range(2):
+        index = int(rng.integers(len(labels)))
+        read.append(str(labels[index]))
+        scan = Image.fromarray(scans[index]).resize((22, 30), Image.Resampling.BICUBIC)
+        canvas.paste(scan, (2 + 22 * place + int(rng.integers(-1, 2)), 9 + int(rng.integers(-3, 4))))
+    return canvas.convert("RGB"), f"Which number is written by hand? {NUMBER_FORMAT}", " ".join(read)
+
+
+@lru_cache(maxsize=2)
+def _handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scans of one split [N, 8, 8] uint8 with their labels [N]; every fourth scan is a test scan."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    is_test = np.arange(len(digits.target)) % 4 == 0
+    chosen = is_test if split == "test" else ~is_test
+    return (digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen]
+
+
+TASKS: tuple[BuiltinTask, ...] = (
+    BuiltinTask("sketches", draw_sketch, "option_letter", 4),
+    BuiltinTask("charts", draw_chart, "number", 4),
+    BuiltinTask("captions", draw_photo, "caption", 20),
+    BuiltinTask("icons", draw_icons, "option_letter", 4),
+    BuiltinTask("arithmetic", draw_scene, "number", 4),
+    BuiltinTask("digits", draw_digits, "accuracy", 6),
+)

@@ -1,0 +1,208 @@
+"""Streams by name or by file. A stream file is data: tasks in order, their files, and how they are scored.
+
+    name: UCIT
+    root: ${UCIT_ROOT}             # optional; relative to the stream file, which is also the default
+    images: datasets               # image root, relative to root; default: root
+    tasks:
+      - name: ImageNet-R
+        train: ImageNet-R/train.json
+        test: ImageNet-R/test.json
+        scorer: accuracy
+        max_new_tokens: 16
+        images: other/folder       # optional, for this task
+        references: captions.json  # optional, COCO captions of the test images
+        repeated_ids: true         # optional, training ids may repeat
+
+Everything is read and checked when the stream is loaded: a fault in the last row of the last task is
+reported before the first task is trained. Nothing but reading a stream file needs PyYAML.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cram.scoring.scorers import SCORERS
+from cram.streams.readers import StreamError, add_references, read_samples
+from cram.streams.types import Sample, Stream, Task
+
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+# Key of a stream file or of one of its tasks -> (type, whether it is required).
+STREAM_KEYS: dict[str, tuple[type, bool]] = {
+    "name": (str, True),
+    "root": (str, False),
+    "images": (str, False),
+    "tasks": (list, True),
+}
+TASK_KEYS: dict[str, tuple[type, bool]] = {
+    "name": (str, True),
+    "train": (str, True),
+    "test": (str, True),
+    "scorer": (str, True),
+    "max_new_tokens": (int, True),
+    "images": (str, False),
+    "references": (str, False),
+    "repeated_ids": (bool, False),
+}
+
+
+def load_stream(
+    source: str | Path, seed: int = 0, limit: int | None = None, data_root: str | Path | None = None
+) -> Stream:
+    """Load a stream and check all of it.
+
+    Args:
+        source: "builtin" (pictures drawn on the spot), the name of a shipped stream file ("ucit",
+            "trigap"), or the path of a stream file.
+        seed: Seed of the built-in stream's pictures, or of the choice that `limit` makes.
+        limit: Samples a split at most: the built-in stream draws so many, a stream file's splits are
+            thinned out at random (in file order, the same choice for the same seed).
+        data_root: Replaces `root` of the stream file.
+
+    Raises:
+        StreamError: If anything in the stream file or in the files it names is wrong.
+        ValueError: If `limit` is not positive or `source` is neither a name nor a file.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 sample a split, got {limit}")
+    if source == "builtin":
+        # The drawing code is loaded only by those who draw.
+        from cram.streams.builtin import TEST_SAMPLES, TRAIN_SAMPLES, build
+
+        most = limit or TRAIN_SAMPLES
+        return build(seed, train_samples=min(most, TRAIN_SAMPLES), test_samples=min(most, TEST_SAMPLES))
+    stream = _read_stream(_stream_file(source), Path(data_root) if data_root is not None else None)
+    return stream if limit is None else _thin_out(stream, limit, seed)
+
+
+def _stream_file(source: str | Path) -> Path:
+    shipped = SHIPPED.get(str(source))
+    path = shipped or Path(source)
+    if not path.is_file():
+        names = ["builtin", *SHIPPED]
+        raise ValueError(f"stream must be one of {names} or the path of a stream file, got {str(source)!r}")
+    return path
+
+
+def _read_stream(file: Path, data_root: Path | None) -> Stream:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StreamError(file, None, "(file)", f"must be YAML, got {error}") from error
+    described = _check_keys(file, "", content, STREAM_KEYS)
+    if not described["tasks"]:
+        raise StreamError(file, None, "tasks", "must list at least one task, got none")
+    entries = [_check_task(file, f"tasks[{i}]", entry) for i, entry in enumerate(described["tasks"])]
+    names = [entry["name"] for entry in entries]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise StreamError(file, None, f"tasks[{index}].name", f"must be unique, got {name!r} again")
+    root = _root(file, described.get("root"), data_root)
+    images = described.get("images", ".")
+    tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
+    return Stream(described["name"], tuple(tasks))
+
+
+def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
+    task = _check_keys(file, f"{where}.", entry, TASK_KEYS)
+    if not NAME_PATTERN.fullmatch(task["name"]):
+        raise StreamError(
+            file, None, f"{where}.name", f"must match {NAME_PATTERN.pattern}, got {task['name']!r}"
+        )
+    if task["scorer"] not in SCORERS:
+        raise StreamError(
+            file, None, f"{where}.scorer", f"must be one of {sorted(SCORERS)}, got {task['scorer']!r}"
+        )
+    if task["max_new_tokens"] < 1:
+        raise StreamError(
+            file, None, f"{where}.max_new_tokens", f"must be at least 1, got {task['max_new_tokens']}"
+        )
+    return task
+
+
+def _read_task(file: Path, where: str, entry: dict[str, Any], root: Path, images: str) -> Task:
+    image_root = _inside(file, f"{where}.images", root, entry.get("images", images))
+    if not image_root.is_dir():
+        raise StreamError(file, None, f"{where}.images", f"must be a folder, got {image_root}")
+    train = read_samples(
+        _inside(file, f"{where}.train", root, entry["train"]), image_root, entry.get("repeated_ids", False)
+    )
+    test = read_samples(_inside(file, f"{where}.test", root, entry["test"]), image_root)
+    if "references" in entry:
+        test = add_references(test, _inside(file, f"{where}.references", root, entry["references"]))
+    return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"])
+
+
+def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
+    if data_root is not None:
+        root = data_root
+    else:
+        expanded = os.path.expandvars(described or ".")
+        if "$" in expanded:
+            raise StreamError(
+                file, None, "root", f"must be set (the environment variable or data_root), got {described!r}"
+            )
+        root = file.parent / Path(expanded).expanduser()
+    if not root.is_dir():
+        raise StreamError(file, None, "root", f"must be an existing folder, got {root}")
+    return root
+
+
+def _inside(file: Path, field: str, root: Path, name: str) -> Path:
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise StreamError(file, None, field, f"must stay under the root {root}, got {name!r}")
+    return path
+
+
+def _check_keys(
+    file: Path, prefix: str, content: object, keys: dict[str, tuple[type, bool]]
+) -> dict[str, Any]:
+    """An object that has every required key of `keys`, no other key, and values of the right types."""
+    place = prefix.rstrip(".") or "(file)"
+    if not isinstance(content, dict):
+        raise StreamError(file, None, place, f"must be a mapping, got {content!r}")
+    unknown = [key for key in content if key not in keys]
+    if unknown:
+        raise StreamError(
+            file, None, f"{prefix}{unknown[0]}", f"is not a known key; known are {sorted(keys)}"
+        )
+    for key, (kind, required) in keys.items():
+        if key not in content:
+            if required:
+                raise StreamError(file, None, f"{prefix}{key}", "must be present, got nothing")
+            continue
+        value = content[key]
+        if type(value) is not kind or value == "":
+            raise StreamError(
+                file, None, f"{prefix}{key}", f"must be a {kind.__name__} that is not empty, got {value!r}"
+            )
+    return content
+
+
+def _thin_out(stream: Stream, limit: int, seed: int) -> Stream:
+    def choose(samples: Sequence[Sample], split: str) -> Sequence[Sample]:
+        if len(samples) <= limit:
+            return samples
+        chosen = random.Random(f"{seed}/{split}").sample(range(len(samples)), limit)
+        return [samples[index] for index in sorted(chosen)]
+
+    tasks = tuple(
+        Task(
+            task.name,
+            choose(task.train, f"{task.name}/train"),
+            choose(task.test, f"{task.name}/test"),
+            task.scorer,
+            task.max_new_tokens,
+        )
+        for task in stream.tasks
+    )
+    return Stream(stream.name, tasks)

@@ -1,0 +1,115 @@
+"""What a task stream is made of: samples, tasks and the stream, and the lazy opening of images.
+
+Pillow is imported where an image is opened: streams without images, and `import cram`, do without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_IMAGE_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its answer.
+
+    Attributes:
+        id: Unique within its split.
+        images: Opened images or paths; empty for a question without an image.
+        instruction: The user's whole turn (question and format instruction) without image placeholders.
+        answer: What the model is trained to say.
+        references: Every accepted answer of a test sample (several captions, several annotators);
+            empty means that `answer` is the only one.
+        source: Where the sample was read from ("file, row n"), for error messages.
+    """
+
+    id: str
+    images: tuple[Image.Image | Path, ...]
+    instruction: str
+    answer: str
+    references: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every accepted answer, at least one."""
+        return self.references or (self.answer,)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream: its two splits, how answers are scored and how long they may be.
+
+    Attributes:
+        name: Unique within the stream; letters, digits, `_`, `-` and `.`.
+        train: Training samples.
+        test: Test samples.
+        scorer: A name known to `cram.scoring.score`.
+        max_new_tokens: Length limit of a generated answer.
+    """
+
+    name: str
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    scorer: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are learnt."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError(f"stream {self.name!r} must have at least one task, got none")
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names of stream {self.name!r} must be unique, got {names}")
+
+
+def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Open one image as RGB.
+
+    The header is read before the pixels, so a small file that claims a huge picture is refused
+    without being decoded.
+
+    Raises:
+        ValueError: If the image has more than `max_pixels` pixels or cannot be decoded.
+    """
+    from PIL import Image
+
+    if not isinstance(image, Path):
+        return _to_rgb(image)
+    try:
+        with Image.open(image) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"image {image} must have at most {max_pixels} pixels, got {width} x {height}"
+                )
+            return _to_rgb(opened)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"image {image} must have at most {max_pixels} pixels, got: {error}") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"image {image} must be a readable picture, got: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Dropping the transparency of a palette in one step makes Pillow warn at every such image.
+    transparent_palette = image.mode == "P" and "transparency" in image.info
+    return (image.convert("RGBA") if transparent_palette else image).convert("RGB")
+
+
+def open_images(sample: Sample) -> list[Image.Image]:
+    """Open every image of a sample as RGB, in order; an empty list for a sample without images."""
+    return [open_image(image) for image in sample.images]

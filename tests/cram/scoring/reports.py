@@ -1,0 +1,46 @@
+"""Made-up reports that follow the schema."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from cram.scoring.metrics import continual_metrics
+
+TASKS = ["colour-ring", "count", "spell"]
+MATRICES = {
+    "cram": [[90.0], [88.0, 92.0], [86.0, 90.0, 94.0]],
+    "sequential": [[90.0], [40.0, 92.0], [10.0, 30.0, 94.0]],
+    "isolated": [[90.0], [90.0, 92.0], [90.0, 92.0, 96.0]],
+}
+
+
+def method_report(name: str, shift: float = 0.0) -> dict[str, Any]:
+    matrix = [[value + shift for value in row] for row in MATRICES[name]]
+    method: dict[str, Any] = {
+        "tasks": list(TASKS),
+        "matrix": matrix,
+        **continual_metrics(matrix).to_dict(),
+        "parameters": {"total": 3000, "per_task": dict.fromkeys(TASKS, 1000)},
+        "seconds": {"train": 30.0, "eval": 6.0, "per_task": dict.fromkeys(TASKS, 10.0)},
+    }
+    if name == "cram":
+        modules = [f"model.language_model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
+        method["ranks"] = {task: {m: 4 + k % 6 for k, m in enumerate(modules)} for task in TASKS}
+        method["groups"] = {"colour-ring": 0, "count": 1, "spell": 0}
+        method["routing"] = {task: routing(task) for task in TASKS}
+    return method
+
+
+def routing(task: str) -> dict[str, Any]:
+    gates = {other: 0.8 if other == task else 0.1 for other in TASKS}
+    return {"group_accuracy": 99.0, "expert_accuracy": 81.0, "mean_gates": gates}
+
+
+def single_seed() -> dict[str, Any]:
+    return {"stream": "toy", "methods": {name: method_report(name) for name in MATRICES}}
+
+
+def several_seeds() -> dict[str, Any]:
+    seeds = {str(s): {name: method_report(name, shift=float(s)) for name in MATRICES} for s in range(3)}
+    return copy.deepcopy({"stream": "toy", "seeds": seeds, "settings": {"note": "<b>plain</b>"}})

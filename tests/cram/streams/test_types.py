@@ -1,0 +1,86 @@
+"""Samples, tasks, streams, and the opening of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cram.streams.types import Sample, Stream, Task, open_image, open_images
+from tests.cram.streams.layouts import picture
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_images_are_opened_as_rgb(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+    Image.new(mode, (5, 4)).save(file)
+    sample = Sample("1", (file, Image.new("L", (2, 3))), "q", "a")
+    opened = open_images(sample)
+    assert [image.mode for image in opened] == ["RGB", "RGB"]
+    assert [image.size for image in opened] == [(5, 4), (2, 3)]
+
+
+def test_no_images() -> None:
+    assert open_images(Sample("1", (), "q", "a")) == []
+
+
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.png"
+    Image.new("1", (9_000, 8_000)).save(file)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"bomb.png must have at most 64000000 pixels, got 9000 x 8000"):
+        open_image(file)
+
+
+def test_palettes_with_transparency_are_opened_without_a_warning(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 10, 20])
+    image.save(tmp_path / "x.png", transparency=b"\xff\x80")
+    assert open_image(tmp_path / "x.png").getpixel((0, 0)) == (200, 10, 20)
+
+
+def test_the_pixel_limit_is_inclusive(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png", size=(4, 5))
+    assert open_image(tmp_path / "x.png", max_pixels=20).size == (4, 5)
+    with pytest.raises(ValueError, match="at most 19 pixels"):
+        open_image(tmp_path / "x.png", max_pixels=19)
+
+
+@pytest.mark.parametrize("limit", [10, 1500])
+def test_pillows_own_limits_are_reported_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    picture(tmp_path / "x.png", size=(40, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match="x.png must have at most"):
+        open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture"])
+def test_unreadable_images_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="x.png must be a readable picture"):
+        open_image(tmp_path / "x.png")
+
+
+def test_truncated_images_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png", size=(64, 64))
+    data = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="x.png must be a readable picture"):
+        open_image(tmp_path / "x.png")
+
+
+def test_accepted_answers() -> None:
+    assert Sample("1", (), "q", "a").accepted == ("a",)
+    assert Sample("1", (), "q", "a", ("a", "b")).accepted == ("a", "b")
+
+
+def test_streams_have_distinct_tasks() -> None:
+    task = Task("x", [Sample("1", (), "q", "a")], [Sample("1", (), "q", "a")], "accuracy", 8)
+    assert Stream("s", (task,)).tasks == (task,)
+    with pytest.raises(ValueError, match=r"task names of stream 's' must be unique, got \['x', 'x'\]"):
+        Stream("s", (task, task))
+    with pytest.raises(ValueError, match="stream 's' must have at least one task"):
+        Stream("s", ())
