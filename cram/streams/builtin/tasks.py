@@ -30,8 +30,8 @@ Generator = Callable[[np.random.Generator, str], Drawn]
 
 LETTERS = "ABCDEFGH"
 LETTER_FORMAT = "Answer with the option's letter from the given choices directly."
-NUMBER_FORMAT = "Answer the question using a single number."
-CAPTION_FORMAT = "Write a one-sentence caption for the provided image."
+NUMBER_FORMAT = "The answer must be a single number."
+CAPTION_FORMAT = "Write a short caption."
 
 CORNERS: dict[str, tuple[int, int]] = {
     "top left": (13, 13),

@@ -1,0 +1,76 @@
+"""CRAM (arXiv 2606.02502): one expert of adaptive rank a task, instruction groups, centroid routing.
+
+The first steps of a task train a rank-48 buffer alone while its group is decided and the centroid averaged.
+Then the buffer becomes the expert, which trains beside the group's frozen experts under the penalty.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cram.attach import Cram
+from cram.instantiate import instantiate_expert
+from cram.methods.method import Method, no_centroid
+from cram.routing import CentroidMean, Query, warmup_steps
+
+
+class CramMethod(Method):
+    """Stages of a task: warm-up of the buffer, instantiation, training of the expert."""
+
+    name = "cram"
+    routed = True
+
+    def __init__(self, cram: Cram) -> None:
+        super().__init__(cram)
+        self._task = ""
+        self._switch = 0
+        self._group: int | None = None
+        self._centroid = CentroidMean()
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Start the buffer's warm-up.
+
+        Raises:
+            ValueError: If the task has no step left for the expert after the warm-up.
+        """
+        self._switch = warmup_steps(total_steps, self.config.warmup_fraction)
+        if self._switch >= total_steps:
+            raise ValueError(f"task {task!r} must have at least {self._switch + 1} steps, got {total_steps}")
+        self._task, self._group, self._centroid = task, None, CentroidMean()
+        self.cram.begin_buffer()
+        self.cram.on_query.append(self.observe)
+
+    def before_step(self, step: int) -> list[nn.Parameter] | None:
+        """A fresh optimiser for the buffer at the first step and for the expert after the warm-up."""
+        if step == self._switch:
+            self._instantiate()
+        return self.cram.trainable_parameters() if step in (0, self._switch) else None
+
+    def observe(self, query: Query) -> None:
+        """Update the group's prototype with the batch, and until the expert exists the centroid."""
+        group = self.cram.router.groups.observe(self._task, query.text)
+        if not self.cram.in_training:
+            self._group = group
+            self._centroid.update(query.image, query.has_image)
+
+    def extra_loss(self) -> Tensor | None:
+        """The orthogonality penalty while the expert is trained."""
+        return self.cram.penalty() if self.cram.in_training else None
+
+    def end_task(self) -> None:
+        """Freeze the expert and its centroid."""
+        self.cram.freeze()
+        self.cram.on_query.remove(self.observe)
+        self.cram.locked_group = None
+
+    def _instantiate(self) -> None:
+        cram, group = self.cram, self._group
+        if group is None:
+            raise ValueError(f"task {self._task!r} must have been routed during its warm-up, got no query")
+        cram.router.groups.lock(self._task, group)
+        weights = instantiate_expert(cram.buffers(), cram.history(group), self.config)
+        centroid = self._centroid.mean() if self._centroid.count else no_centroid(cram)
+        cram.end_buffer()
+        cram.add_expert(self._task, weights, group, centroid)
+        cram.prepare_penalty()
+        cram.locked_group = group

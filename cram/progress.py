@@ -1,0 +1,66 @@
+"""One line of progress with the time left; redrawn on a terminal, elsewhere written at every tenth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+WIDTH = 24
+MIN_REDRAW_S = 0.1
+
+
+class ProgressBar:
+    """Progress over a known number of steps, used as a context manager.
+
+    Args:
+        label: What is being done.
+        total: Steps.
+        shown: False writes nothing.
+    """
+
+    def __init__(self, label: str, total: int, shown: bool = True) -> None:
+        self.label, self.total, self.shown = label, total, shown
+        self.done = 0
+        self._started = time.monotonic()
+        self._drawn = 0.0
+        self._tty = sys.stderr.isatty()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.shown and self._tty and self.done:
+            sys.stderr.write("\n")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count steps and show `note` beside them."""
+        before, self.done = self.done, self.done + steps
+        if not self.shown:
+            return
+        now = time.monotonic()
+        if self._tty and (now - self._drawn >= MIN_REDRAW_S or self.done >= self.total):
+            self._drawn = now
+            sys.stderr.write(f"\r\033[K{self.line(note)}")
+            sys.stderr.flush()
+        elif not self._tty and before * 10 // self.total != self.done * 10 // self.total:
+            sys.stderr.write(f"{self.line(note)}\n")
+            sys.stderr.flush()
+
+    def line(self, note: str = "") -> str:
+        """The line as it is shown at this moment."""
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, self.done) * (self.total - self.done)
+        filled = WIDTH * self.done // max(1, self.total)
+        bar = "#" * filled + "-" * (WIDTH - filled)
+        times = f"{clock(elapsed)}, {clock(left)} left"
+        return f"{self.label} [{bar}] {self.done}/{self.total} {times}  {note}".rstrip()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
