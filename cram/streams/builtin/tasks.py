@@ -81,25 +81,21 @@ def draw_sketch(rng: np.random.Generator, split: str) -> Drawn:
 
 
 def draw_chart(rng: np.random.Generator, split: str) -> Drawn:
-    """A bar chart on white with axes and grid; what is the value of one bar?"""
+    """A bar chart on white with axes and grid; what is the value of its tallest or shortest bar?"""
     del split
     count = int(rng.integers(3, 5))
     names = _choose(rng, list(COLORS), count)
-    values = rng.integers(1, 7, size=count)
+    values = [int(value) for value in rng.permutation(6)[:count] + 1]
     canvas = Canvas((250, 250, 250))
     for level in range(1, 7):
         canvas.line([(7, 43 - 6 * level), (46, 43 - 6 * level)], (214, 214, 214), 0.5)
     step = 38 / count
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         left = 8 + i * step + 1.5
-        canvas.rectangle((left, 43 - 6 * int(value), left + step - 3, 43), jitter_color(rng, COLORS[name]))
+        canvas.rectangle((left, 43 - 6 * value, left + step - 3, 43), jitter_color(rng, COLORS[name]))
     canvas.line([(7, 5), (7, 43), (46, 43)], (40, 40, 40), 1.0)
-    asked = int(rng.integers(count))
-    return (
-        canvas.finish(),
-        f"What is the value of the {names[asked]} bar? {NUMBER_FORMAT}",
-        str(values[asked]),
-    )
+    word, value = (("tallest", max(values)), ("shortest", min(values)))[int(rng.integers(2))]
+    return canvas.finish(), f"What is the value of the {word} bar? {NUMBER_FORMAT}", str(value)
 
 
 def draw_photo(rng: np.random.Generator, split: str) -> Drawn:
@@ -125,34 +121,34 @@ def draw_photo(rng: np.random.Generator, split: str) -> Drawn:
 
 
 def draw_icons(rng: np.random.Generator, split: str) -> Drawn:
-    """Four white icons on dark tiles; in which tile is the asked one?"""
+    """Four icons on dark tiles, one of them lit up; in which tile is it?"""
     del split
     names = _choose(rng, list(SHAPES), 4)
     canvas = Canvas((235, 235, 240))
     tile = (34, 52 + int(rng.integers(-8, 8)), 74 + int(rng.integers(-10, 10)))
-    for (x, y), name in zip(CORNERS.values(), names, strict=True):
+    lit = int(rng.integers(4))
+    color = COLORS[_choose(rng, list(COLORS), 1)[0]]
+    for i, ((x, y), name) in enumerate(zip(CORNERS.values(), names, strict=True)):
         canvas.rectangle((x - 10, y - 10, x + 10, y + 10), tile)
-        canvas.shape(name, x, y, rng.uniform(6.5, 8.0), (246, 246, 246))
-    asked = int(rng.integers(4))
-    question = f"Where is the {names[asked]} icon? {options(list(CORNERS))} {LETTER_FORMAT}"
-    return canvas.finish(), question, LETTERS[asked]
+        fill = jitter_color(rng, color) if i == lit else (110, 118, 128)
+        canvas.shape(name, x, y, rng.uniform(6.5, 8.0), fill)
+    question = f"Which icon is lit? {options(list(CORNERS))} {LETTER_FORMAT}"
+    return canvas.finish(), question, LETTERS[lit]
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Drawn:
-    """Shaded solids on a lit floor; how many are left when one kind is taken away?"""
+    """Shaded balls on a lit floor; how many are there after one is added or taken away?"""
     del split
     canvas = Canvas(gradient_background((70, 70, 78), (128, 124, 118)))
-    count = int(rng.integers(2, 7))
-    cells = rng.permutation(6)[:count]
-    colors = _choose(rng, list(COLORS), 2)
-    chosen = [colors[int(rng.integers(2))] for _ in cells]
-    for cell, color in zip(cells, chosen, strict=True):
+    count = int(rng.integers(1, 6))
+    colors = list(COLORS)
+    for cell in rng.permutation(6)[:count]:
         x, y = 9 + 15 * (cell % 3) + rng.uniform(-1.5, 1.5), 14 + 20 * (cell // 3) + rng.uniform(-2, 2)
-        _draw_ball(canvas, x, y, 6.0, jitter_color(rng, COLORS[color], 8))
-    removed = colors[int(rng.integers(2))]
-    left = sum(color != removed for color in chosen)
-    question = f"Subtract all {removed} balls. How many balls are left?"
-    return canvas.finish(), f"{question} {NUMBER_FORMAT}", str(left)
+        color = COLORS[colors[int(rng.integers(len(colors)))]]
+        _draw_ball(canvas, x, y, 6.0, jitter_color(rng, color, 8))
+    change, result = (("Add", count + 1), ("Subtract", count - 1))[int(rng.integers(2))]
+    question = f"{change} one ball. How many balls are there then?"
+    return canvas.finish(), f"{question} {NUMBER_FORMAT}", str(result)
 
 
 def _draw_ball(canvas: Canvas, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
@@ -163,16 +159,19 @@ def _draw_ball(canvas: Canvas, x: float, y: float, radius: float, color: tuple[i
 
 
 def draw_digits(rng: np.random.Generator, split: str) -> Drawn:
-    """Two digits written by hand (scikit-learn's scans; each split has its own scans); which number is it?"""
+    """A digit written by hand (scikit-learn's scans; each split has its own scans); which one is it?"""
     scans, labels = _handwriting(split)
+    index = int(rng.integers(len(labels)))
     canvas = Image.new("L", (SIZE, SIZE), 0)
-    read = []
-    for place in range(2):
-        index = int(rng.integers(len(labels)))
-        read.append(str(labels[index]))
-        scan = Image.fromarray(scans[index]).resize((22, 30), Image.Resampling.BICUBIC)
-        canvas.paste(scan, (2 + 22 * place + int(rng.integers(-1, 2)), 9 + int(rng.integers(-3, 4))))
-    return canvas.convert("RGB"), f"Which number is written by hand? {NUMBER_FORMAT}", " ".join(read)
+    width, height = int(rng.integers(24, 32)), int(rng.integers(32, 40))
+    scan = Image.fromarray(scans[index]).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (
+        (SIZE - width) // 2 + int(rng.integers(-4, 5)),
+        (SIZE - height) // 2 + int(rng.integers(-3, 4)),
+    )
+    canvas.paste(scan, (left, top))
+    question = f"Which number is written by hand? {NUMBER_FORMAT}"
+    return canvas.convert("RGB"), question, str(labels[index])
 
 
 @lru_cache(maxsize=2)
@@ -192,5 +191,5 @@ TASKS: tuple[BuiltinTask, ...] = (
     BuiltinTask("captions", draw_photo, "caption", 20),
     BuiltinTask("icons", draw_icons, "option_letter", 4),
     BuiltinTask("arithmetic", draw_scene, "number", 4),
-    BuiltinTask("digits", draw_digits, "accuracy", 6),
+    BuiltinTask("digits", draw_digits, "number", 4),
 )

@@ -19,7 +19,7 @@ ANSWERS = {
     "captions": r"a (small|large) \w+ \w+ (above|left of) a (small|large) \w+ \w+\.",
     "icons": r"[ABCD]",
     "arithmetic": r"[0-6]",
-    "digits": r"\d \d",
+    "digits": r"\d",
 }
 
 
