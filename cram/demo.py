@@ -32,7 +32,7 @@ class DemoSettings:
     limit: int | None = None
 
 
-# The base is a thousandth of a real one and takes a larger step; one epoch is 90 steps.
+# The base is a thousandth of a real one and takes a larger step; one epoch is 80 steps.
 FULL = DemoSettings({"learning_rate": 3e-3, "batch_size": 16, "eval_batch_size": 128})
 QUICK = DemoSettings({"learning_rate": 3e-3, "batch_size": 8, "max_steps": 4, "eval_batch_size": 8}, limit=8)
 

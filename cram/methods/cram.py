@@ -69,6 +69,11 @@ class CramMethod(Method):
             raise ValueError(f"task {self._task!r} must have been routed during its warm-up, got no query")
         cram.router.groups.lock(self._task, group)
         weights = instantiate_expert(cram.buffers(), cram.history(group), self.config)
+        if not self._centroid.count and cram.router.experts_of(group):
+            # Without an image the group's first expert answers alone, and that one is frozen.
+            raise ValueError(
+                f"task {self._task!r} must show images in its warm-up to join the experts of its group, got text"
+            )
         centroid = self._centroid.mean() if self._centroid.count else no_centroid(cram)
         cram.end_buffer()
         cram.add_expert(self._task, weights, group, centroid)

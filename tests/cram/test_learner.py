@@ -353,3 +353,12 @@ def test_rerun_tests_the_newest_state(finished: Path, tmp_path: Path) -> None:
     for i, name in enumerate(found):
         again = (run / "eval/toy/predictions" / f"{name}.jsonl").read_bytes()
         assert again == (run / "tasks/03-mixed/predictions" / f"{i + 1:02d}-{name}.jsonl").read_bytes()
+
+
+def test_text_alone_cannot_join_a_group_of_experts(tmp_path: Path) -> None:
+    seen = learning.task("seen", "Which shade", ("lo", "hi"), 90)
+    bare = learning.task("bare", "Which shade", ("lo", "hi"), 90, images=0)
+    learner = learning.learner(tmp_path / "run", tasks=Stream("toy", (seen, bare)))
+    with pytest.raises(ValueError, match="'bare' must show images in its warm-up .* got text"):
+        learner.run()
+    assert not (tmp_path / "run/tasks/02-bare").exists()

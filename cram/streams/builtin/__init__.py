@@ -7,7 +7,7 @@ import numpy as np
 from cram.streams.builtin.tasks import TASKS, BuiltinTask
 from cram.streams.types import Sample, Stream, Task
 
-TRAIN_SAMPLES = 1440
+TRAIN_SAMPLES = 1280
 TEST_SAMPLES = 256
 _SPLITS = ("train", "test")
 
