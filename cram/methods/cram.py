@@ -72,7 +72,7 @@ class CramMethod(Method):
         if not self._centroid.count and cram.router.experts_of(group):
             # Without an image the group's first expert answers alone, and that one is frozen.
             raise ValueError(
-                f"task {self._task!r} must show images in its warm-up to join the experts of its group, got text"
+                f"task {self._task!r} must show images in its warm-up to join experts of its group, got text"
             )
         centroid = self._centroid.mean() if self._centroid.count else no_centroid(cram)
         cram.end_buffer()
