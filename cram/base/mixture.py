@@ -142,14 +142,12 @@ def style_words(image: Image.Image) -> str:
     return " ".join(words)
 
 
-def draw_scene(
-    rng: np.random.Generator, low: int, high: int, *, corners: bool = False, distinct: bool = True
-) -> Scene:
-    """`low`..`high` shapes on a grid of places; `distinct` gives every object a shape of its own."""
+def draw_scene(rng: np.random.Generator, low: int, high: int, *, corners: bool = False) -> Scene:
+    """`low`..`high` different shapes, each in a place of its own."""
     count = int(rng.integers(low, high + 1))
     names = CORNERS if corners else tuple(CELLS)
     places = sorted(_some(rng, names, count), key=list(CELLS).index)
-    kinds = _some(rng, tuple(SHAPES), count) if distinct else [_pick(rng, tuple(SHAPES)) for _ in places]
+    kinds = _some(rng, tuple(SHAPES), count)
     scene, canvas = Scene(), Canvas(_background(rng))
     crowded = count > 4 or not corners
     for place, shape in zip(places, kinds, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def _draw_raw(seed: int, count: int) -> list[Row]:
 def draw_rows(seed: int, count: int, workers: int) -> list[Row]:
     """Draw `count` examples in parallel; the same seed and worker count give the same rows."""
     shares = [count // 16 + (i < count % 16) for i in range(16)]
-    with ProcessPoolExecutor(workers) as executor:
+    # A forked child may inherit a lock that a thread of torch holds.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         parts = executor.map(_draw_raw, [seed * 1000 + i for i in range(16)], shares)
         return [row for part in parts for row in part]
 

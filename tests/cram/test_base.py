@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cram
-from cram.base import base_folder
+from cram.base import base_folder, pretrain
 from cram.base.mixture import FORMATS, MIXTURE, draw_example
 from cram.base.model import IMAGE, IMAGE_TOKENS
 from cram.base.pretrain import Losses, accuracy_by_kind
@@ -85,6 +87,22 @@ def test_answers_its_own_mixture(loaded: Any) -> None:
     found = accuracy_by_kind(losses, pool)
     assert abs(np.mean(list(found.values())) - np.mean(list(told.values()))) < 12
     assert found["name_shape"] > 65 and found["gauge"] > 85 and found["describe_long"] > 50
+
+
+def test_pretraining_writes_a_loadable_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CLIP_STEPS", "FORMAT_STEPS"):
+        monkeypatch.setattr(pretrain, name, 2)
+    monkeypatch.setattr(pretrain, "CLIP_BATCH", 8)
+    pretrain.pretrain(tmp_path, steps=2, batch=8, rate=1e-3, examples=400, seed=1)
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert facts["steps"] == {"clip": 2, "llava": 2, "formats": 2}
+    model, _, encoder = Sources(str(tmp_path / "llava"), str(tmp_path / "clip")).load("cpu")
+    assert encoder.reuses_vision_tower and model.config.image_token_id == 2
+    images = [
+        [draw_example(np.random.default_rng(i))[0].image or Image.new("RGB", (48, 48))] for i in range(8)
+    ]
+    features, _ = encoder.encode_images(images)
+    assert 2 < features.norm(dim=-1).mean() < 50
 
 
 def test_is_near_guessing_on_the_stream(loaded: Any, stream: Stream) -> None:

@@ -133,13 +133,6 @@ class Canvas:
         font = _font(height * _SUPERSAMPLING)
         self._draw.text((x * _SUPERSAMPLING, y * _SUPERSAMPLING), text, font=font, fill=fill, anchor="mm")
 
-    def paste(self, picture: Image.Image, x: int, y: int) -> None:
-        """Paste a picture whose size is given in final pixels, top left at (x, y)."""
-        big = picture.resize(
-            (picture.width * _SUPERSAMPLING, picture.height * _SUPERSAMPLING), Image.Resampling.BILINEAR
-        )
-        self._image.paste(big, (x * _SUPERSAMPLING, y * _SUPERSAMPLING))
-
 
 @lru_cache(maxsize=32)
 def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
