@@ -16,7 +16,7 @@ from cram.scoring.summary import MethodSummary, Spread, summarise
 
 METHOD_NOTES = {
     "cram": "One adaptive-rank LoRA expert a task, routed by instruction and image; no task id at test time.",
-    "sequential": "One LoRA trained through all tasks with as many parameters: the lower bound.",
+    "sequential": "One LoRA as large as an average expert, trained through all tasks: the lower bound.",
     "isolated": "One LoRA a task, chosen by the true task id at test time: the upper bound.",
 }
 # Methods that are told the task at test time are shown, but not compared with those that are not.
