@@ -1,18 +1,26 @@
 """Choice of implementation: names, the default rule, and why an implementation is missing.
 
-Rule for ``impl="auto"``: the op's "cpu" implementation for tensors on a CPU where the op has one, else
-"reference". An explicit name is served by exactly that implementation or refused; nothing falls back.
+Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO` for the
+device. An explicit name is served by exactly that implementation or refused; nothing falls back.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 IMPLS = ("reference", "cpu", "triton", "native")
+# On a GPU "cpu" is the same arithmetic in a few large eager operations, which beats the reference's loop.
+AUTO = {"cpu": ("native", "cpu", "reference"), "cuda": ("native", "triton", "cpu", "reference")}
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Why an implementation cannot serve tensors of this device and dtype (None, None: at all), or None if it can.
+Missing = Callable[[torch.device | None, torch.dtype | None], str | None]
 
 
 @dataclass(frozen=True)
@@ -22,30 +30,78 @@ class Op:
     Args:
         name: Public function name, used in error messages.
         impls: Implementation name -> function; must contain "reference".
+        missing: Implementation name -> why it cannot run here; names left out always can.
     """
 
     name: str
     impls: Mapping[str, Callable[..., Any]]
+    missing: Mapping[str, Missing] = field(default_factory=dict)
 
-    def select(self, impl: str, device: torch.device) -> Callable[..., Any]:
-        """Return the function that serves `impl` for tensors on `device`.
+    def select(
+        self, impl: str, device: torch.device, dtype: torch.dtype | None = None
+    ) -> Callable[..., Any]:
+        """Return the function that serves `impl` for tensors on `device`, of `dtype` where that matters.
 
         Raises:
             ValueError: `impl` is none of the known names.
-            NotImplementedError: `impl` is known, but this op has no such implementation.
+            NotImplementedError: `impl` is known, but this op does not have it or it cannot run here.
         """
         if impl == "auto":
-            return self.impls["cpu" if device.type == "cpu" and "cpu" in self.impls else "reference"]
-        if impl in self.impls:
-            return self.impls[impl]
+            for name in AUTO.get(device.type, ("reference",)):
+                if self.why_missing(name, device, dtype) is None:
+                    return self.impls[name]
+            return self.impls["reference"]
         if impl not in IMPLS:
             raise ValueError(f"impl must be one of {('auto', *IMPLS)}, got {impl!r}")
-        raise NotImplementedError(self.why_missing(impl))
+        reason = self.why_missing(impl, device, dtype)
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return self.impls[impl]
 
-    def why_missing(self, impl: str) -> str:
-        """Return the reason why `impl` cannot be had, naming what can."""
-        return f"{self.name} has no {impl!r} implementation; it has {tuple(self.impls)}"
+    def why_missing(
+        self, impl: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> str | None:
+        """Return why `impl` cannot be had for tensors of this device and dtype, or None if it can."""
+        if impl not in self.impls:
+            return f"{self.name} has no {impl!r} implementation; it has {tuple(self.impls)}"
+        reason = self.missing[impl](device, dtype) if impl in self.missing else None
+        return None if reason is None else f"{self.name} cannot run {impl!r} here: {reason}"
 
     def availability(self) -> dict[str, str | None]:
         """Return implementation name -> None where available, else the reason."""
-        return {impl: None if impl in self.impls else self.why_missing(impl) for impl in IMPLS}
+        return {impl: self.why_missing(impl) for impl in IMPLS}
+
+
+def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    """Return why the Triton kernels cannot serve such tensors; `Missing` for every op that has them.
+
+    Kernels run on CUDA devices, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, set before Triton is
+    imported), which is right in float32 and float16 only.
+    """
+    reason = _triton_environment()
+    if reason is not None:
+        return reason
+    if device is not None and device.type == "cpu" and not interpreted():
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1)"
+    if device is not None and device.type not in ("cpu", "cuda"):
+        return f"tensors must be on a CUDA device, got {device}"
+    if dtype is not None and dtype not in TRITON_DTYPES:
+        return f"dtype must be one of {TRITON_DTYPES}, got {dtype}"
+    if device is not None and device.type == "cpu" and dtype is torch.bfloat16:
+        return "Triton's interpreter computes wrong bfloat16 products; use float32 or float16"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _triton_environment() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'cram-mcit[triton]')"
+    if not (torch.cuda.is_available() or interpreted()):
+        return "no CUDA device, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return None

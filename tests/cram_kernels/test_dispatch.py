@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from cram_kernels import available_impls
-from cram_kernels.dispatch import IMPLS, Op
+from cram_kernels.dispatch import IMPLS, Op, interpreted, triton_missing
 
-CPU, OTHER = torch.device("cpu"), torch.device("meta")
+CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 OP = Op("op", {"reference": lambda: "reference", "cpu": lambda: "cpu"})
 BARE = Op("bare", {"reference": lambda: "reference"})
+FAST = Op(
+    "fast",
+    {name: partial(str, name) for name in IMPLS},
+    {"triton": triton_missing, "native": lambda device, dtype: None if dtype == torch.float32 else "dtype"},
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +27,8 @@ BARE = Op("bare", {"reference": lambda: "reference"})
     [
         (OP, "auto", CPU, "cpu"),
         (OP, "auto", OTHER, "reference"),
+        (OP, "auto", CUDA, "cpu"),
+        (FAST, "auto", CPU, "cpu"),
         (BARE, "auto", CPU, "reference"),
         (OP, "reference", CPU, "reference"),
         (OP, "cpu", OTHER, "cpu"),
@@ -39,6 +47,23 @@ def test_explicit_request_never_falls_back() -> None:
         OP.select("triton", CPU)
     with pytest.raises(ValueError, match="impl must be one of .*, got 'fast'"):
         OP.select("fast", CPU)
+
+
+def test_dtype_decides_where_an_implementation_asks_for_it() -> None:
+    assert FAST.select("auto", CPU, torch.float32)() == "native"
+    with pytest.raises(NotImplementedError, match="fast cannot run 'native' here: dtype"):
+        FAST.select("native", CPU, torch.float64)
+
+
+def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert interpreted() and triton_missing(CPU, torch.float32) is None
+    assert "must be on a CUDA device, got meta" in str(triton_missing(OTHER, torch.float32))
+    assert "got torch.float64" in str(triton_missing(CPU, torch.float64))
+    assert "wrong bfloat16 products" in str(triton_missing(CPU, torch.bfloat16))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in str(triton_missing(CPU, torch.float32))
 
 
 def test_report() -> None:
