@@ -1,7 +1,7 @@
 """Choice of implementation: names, the default rule, and why an implementation is missing.
 
-Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO` for the
-device. An explicit name is served by exactly that implementation or refused; nothing falls back.
+Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO` for
+the device. An explicit name is served by exactly that implementation or refused; nothing falls back.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class Op:
     impls: Mapping[str, Callable[..., Any]]
     missing: Mapping[str, Missing] = field(default_factory=dict)
 
-    def select(
-        self, impl: str, device: torch.device, dtype: torch.dtype | None = None
-    ) -> Callable[..., Any]:
+    def select(self, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
         """Return the function that serves `impl` for tensors on `device`, of `dtype` where that matters.
 
         Raises:
@@ -75,8 +73,8 @@ class Op:
 def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
     """Return why the Triton kernels cannot serve such tensors; `Missing` for every op that has them.
 
-    Kernels run on CUDA devices, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, set before Triton is
-    imported), which is right in float32 and float16 only.
+    Kernels run on CUDA devices, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, set before
+    Triton is imported), which is right in float32 and float16 only.
     """
     reason = _triton_environment()
     if reason is not None:
@@ -92,13 +90,13 @@ def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> st
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_environment() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'cram-mcit[triton]')"

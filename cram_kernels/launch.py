@@ -1,0 +1,72 @@
+"""One Triton kernel launch as data: what runs, what a compiler needs, what it costs.
+
+A launcher returns a `Launch`; running it, compiling it ahead of time for an architecture without a GPU, and computing
+how far it is from the hardware's floor all start from that one description. Needs no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid, arguments, compile options and cost.
+
+    Args:
+        kernel: The `triton.jit` function.
+        grid: Programs along up to three axes; a launch with an empty axis does nothing.
+        arguments: Runtime arguments by name: tensors, integers, floats, None.
+        constants: Compile-time arguments by name.
+        warps: Warps a program.
+        stages: Depth of the software pipeline.
+        moved_bytes: Least bytes through device memory: every input read once, every output written once.
+        flops: Floating-point operations on tensor cores (two a multiply-add), tile padding left out.
+        dependent: Start before the kernel in front has ended (programmatic dependent launch); the kernel must wait
+            for it before it reads what that one writes. Only architectures from sm_90 on have it.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    moved_bytes: int = 0
+    flops: int = 0
+    dependent: bool = False
+
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device."""
+        if not all(self.grid):
+            return
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.dependent:
+            options["launch_pdl"] = True
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def floor_us(self, bytes_per_us: float, flops_per_us: float) -> float:
+        """Return the least time in microseconds at a copy bandwidth and a matrix-product rate."""
+        return max(self.moved_bytes / bytes_per_us, self.flops / flops_per_us)
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Return the bytes of the tensors' elements; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def architecture(device: torch.device) -> int:
+    """Return the compute capability of a CUDA device as 10 * major + minor; 90 under the interpreter."""
+    return _capability(device.index) if device.type == "cuda" else 90
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
