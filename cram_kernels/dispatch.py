@@ -1,7 +1,7 @@
 """Choice of implementation: names, the default rule, and why an implementation is missing.
 
-Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO` for
-the device. An explicit name is served by exactly that implementation or refused; nothing falls back.
+Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO`
+for the device. An explicit name is served by exactly that implementation or refused; nothing falls back.
 """
 
 from __future__ import annotations

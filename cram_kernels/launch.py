@@ -1,7 +1,7 @@
 """One Triton kernel launch as data: what runs, what a compiler needs, what it costs.
 
-A launcher returns a `Launch`; running it, compiling it ahead of time for an architecture without a GPU, and computing
-how far it is from the hardware's floor all start from that one description. Needs no Triton.
+A launcher returns a `Launch`; running it, compiling it ahead of time for an architecture without a GPU, and
+computing how far it is from the hardware's floor all start from that one description. Needs no Triton.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Launch:
         stages: Depth of the software pipeline.
         moved_bytes: Least bytes through device memory: every input read once, every output written once.
         flops: Floating-point operations on tensor cores (two a multiply-add), tile padding left out.
-        dependent: Start before the kernel in front has ended (programmatic dependent launch); the kernel must wait
-            for it before it reads what that one writes. Only architectures from sm_90 on have it.
+        dependent: Start before the kernel in front has ended (programmatic dependent launch); the kernel must
+            wait for it before it reads what that one writes. Only architectures from sm_90 on have it.
     """
 
     kernel: Any
