@@ -7,6 +7,7 @@ computing how far it is from the hardware's floor all start from that one descri
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -59,6 +60,13 @@ class Launch:
 def nbytes(*tensors: Tensor | None) -> int:
     """Return the bytes of the tensors' elements; None counts nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which launches go to the tensor's device; does nothing where they already do."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def architecture(device: torch.device) -> int:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cram_kernels.dispatch import Op
+from cram_kernels.dispatch import Op, triton_missing
 from cram_kernels.expert_lora import cpu, reference
 from cram_kernels.packing import PackedExperts
 
-OP = Op("expert_lora", {"reference": reference.expert_lora, "cpu": cpu.expert_lora})
+
+def _triton(*arguments: Any) -> Tensor:
+    from cram_kernels.expert_lora import triton
+
+    return triton.expert_lora(*arguments)
+
+
+OP = Op(
+    "expert_lora",
+    {"reference": reference.expert_lora, "cpu": cpu.expert_lora, "triton": _triton},
+    {"triton": triton_missing},
+)
 
 
 def expert_lora(
@@ -56,14 +69,15 @@ def expert_lora(
 
     Source: CRAM (arXiv 2606.02502), expert layer with centroid-routed weights.
     """
-    op = OP.select(impl, x.device)
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        op = OP.select(impl, x.device, dtype)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         _check(x, weight, bias, experts, gates, segments, dropout)
         with torch.autocast(device, enabled=False):
             return op(x, weight, bias, experts, gates, segments, dropout, seed)
+    op = OP.select(impl, x.device, x.dtype)
     _check(x, weight, bias, experts, gates, segments, dropout)
     return op(x, weight, bias, experts, gates, segments, dropout, seed)
 

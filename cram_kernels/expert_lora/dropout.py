@@ -37,21 +37,27 @@ def dropout_mask(
     Returns:
         [rows, cols], True (1) where the element is kept.
     """
-    low, high = seed & _WORD, (seed >> 32) & _WORD
-    row_hash = _finish(torch.arange(rows, dtype=torch.int32, device=device) + _signed(_mix(low ^ _GOLDEN)))
-    pairs = torch.arange((cols + 1) // 2, dtype=torch.int32, device=device)
-    pair_hash = _finish(pairs + _signed(_mix(high + _GOLDEN & _WORD)))
+    row_word, pair_word = seed_words(seed)
+    row_hash = _finish(torch.arange(rows, dtype=torch.int32, device=device) + row_word)
+    pair_hash = _finish(torch.arange((cols + 1) // 2, dtype=torch.int32, device=device) + pair_word)
     lanes = _finish(row_hash[:, None] + pair_hash).view(torch.int16)[:, :cols]
     keep = torch.empty(rows, cols, dtype=dtype, device=device)
-    return torch.ge(lanes, _dropped_lanes(p) - _LANES // 2, out=keep)
+    return torch.ge(lanes, dropped_lanes(p) - _LANES // 2, out=keep)
 
 
 def keep_scale(p: float) -> float:
     """Return the factor that keeps the mean unchanged: 1 / (1 - p) for the p that the mask realises."""
-    return _LANES / (_LANES - _dropped_lanes(p))
+    return _LANES / (_LANES - dropped_lanes(p))
 
 
-def _dropped_lanes(p: float) -> int:
+def seed_words(seed: int) -> tuple[int, int]:
+    """Return the int32 words that a seed adds to row and column-pair numbers before they are hashed."""
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    return _signed(_mix(low ^ _GOLDEN)), _signed(_mix(high + _GOLDEN & _WORD))
+
+
+def dropped_lanes(p: float) -> int:
+    """Return how many of the 2^16 values of a 16-bit lane drop the element."""
     return min(round(p * _LANES), _LANES - 1)
 
 

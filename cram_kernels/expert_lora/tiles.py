@@ -1,0 +1,147 @@
+"""Tiles of the Triton kernels: one row per architecture, precision and size bucket, with its reason.
+
+A bucket is chosen by the largest T it takes, never by T itself, and split counts follow from the bucket and
+the layer's widths: a row of a batch is computed alike whatever the other rows are, and nothing is tuned at
+run time. `python -m benchmarks.tune` measures the candidates on a GPU. What no GPU has measured says "by
+arithmetic".
+
+Arithmetic of the rows (H200: 132 multiprocessors, 4.3 TB/s from memory, about 5.5 TB/s from the L2 cache):
+SHRINK moves (1 + R / BLOCK_T) times x through the L2, so large T wants BLOCK_T of 128 and a split K to fill
+the machine; EXPAND moves (1 + R / (2 BLOCK_T) + R / (2 BLOCK_D)) times its two passes over y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+# K elements a split keeps at least: fewer leave the software pipeline nothing to overlap.
+LEAST_SPAN = 512
+
+
+@dataclass(frozen=True)
+class ShrinkTile:
+    """SHRINK's blocks; `block_r` is the most packed rows a program takes."""
+
+    block_t: int
+    block_r: int
+    block_k: int
+    split_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ExpandTile:
+    """EXPAND's blocks; `block_r` is the most packed rows a step takes."""
+
+    block_t: int
+    block_r: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class GramTile:
+    """GRAM's blocks; `block_r` is the most trained rows a program takes."""
+
+    block_t: int
+    block_r: int
+    block_d: int
+    split_t: int
+    warps: int
+    stages: int
+
+
+# Largest T of the bucket (None: any) -> (BLOCK_T, most BLOCK_R, BLOCK_K, most SPLIT_K, warps, stages).
+ShrinkRow = tuple[int | None, int, int, int, int, int, int]
+SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
+    (90, True): [
+        # Latency-bound: many small programs, each with all its loads in flight; planes are summed by EXPAND.
+        (64, 16, 16, 128, 8, 4, 4),
+        (512, 32, 64, 128, 8, 4, 3),
+        # One wave of 132 programs; the whole packed rank in one tile, x read once.
+        (2048, 64, 128, 64, 4, 4, 4),
+        # BLOCK_T 128 halves the traffic of A through the L2; the split refills the machine.
+        (8192, 128, 128, 64, 4, 8, 4),
+        (None, 128, 128, 64, 1, 8, 4),
+    ],
+    (90, False): [
+        # float32 products run on the scalar units: tiles that fit the registers.
+        (64, 16, 16, 64, 8, 4, 3),
+        (None, 32, 64, 32, 4, 4, 3),
+    ],
+    # Shared memory of 163 KB and 108 multiprocessors: as above with three stages.
+    (80, True): [
+        (64, 16, 16, 128, 8, 4, 3),
+        (512, 32, 64, 64, 8, 4, 3),
+        (2048, 64, 128, 64, 4, 4, 3),
+        (8192, 128, 128, 32, 4, 8, 3),
+        (None, 128, 128, 32, 1, 8, 3),
+    ],
+    (80, False): [(64, 16, 16, 64, 8, 4, 2), (None, 32, 64, 32, 4, 4, 2)],
+}
+
+# Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, warps, stages).
+ExpandRow = tuple[int | None, int, int, int, int, int]
+EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
+    (90, True): [
+        # D_out / 64 programs: 64 of them at 4096, each with one small tile of Bt.
+        (64, 16, 64, 64, 4, 2),
+        (1024, 64, 128, 128, 4, 2),
+        # One K block covers R <= 128; 8 warps keep the accumulator at 64 registers a thread.
+        (None, 128, 128, 128, 8, 2),
+    ],
+    (90, False): [(64, 16, 32, 64, 4, 2), (None, 32, 32, 64, 4, 2)],
+    (80, True): [(64, 16, 64, 64, 4, 2), (1024, 64, 64, 128, 4, 2), (None, 128, 64, 128, 8, 2)],
+    (80, False): [(64, 16, 32, 64, 4, 2), (None, 32, 32, 64, 4, 2)],
+}
+
+# Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, most SPLIT_T, warps, stages).
+GramRow = tuple[int | None, int, int, int, int, int, int]
+GRAM: dict[tuple[int, bool], list[GramRow]] = {
+    # D / 128 programs a gradient; the split over tokens makes two waves of them.
+    (90, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 4, 3)],
+    (90, False): [(None, 32, 32, 64, 8, 4, 2)],
+    (80, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 4, 3)],
+    (80, False): [(None, 32, 32, 64, 8, 4, 2)],
+}
+
+
+Row = TypeVar("Row", ShrinkRow, ExpandRow, GramRow)
+
+
+def shrink_tile(arch: int, dtype: torch.dtype, tokens: int, rank: int, width: int) -> ShrinkTile:
+    """Return the tile of X [tokens, width] A^T [width, rank]."""
+    limit, block_t, block_r, block_k, split_k, warps, stages = _row(SHRINK, arch, dtype, tokens)
+    programs = -(-(limit or block_t) // block_t) * -(-rank // block_r)
+    most = max(1, min(split_k, width // LEAST_SPAN))
+    wanted = max(1, -(-PROCESSORS[_known(arch)] // programs))
+    return ShrinkTile(block_t, block_r, block_k, min(most, wanted), warps, stages)
+
+
+def expand_tile(arch: int, dtype: torch.dtype, tokens: int) -> ExpandTile:
+    """Return the tile of Y [tokens, D] += U F."""
+    _, *row = _row(EXPAND, arch, dtype, tokens)
+    return ExpandTile(*row)
+
+
+def gram_tile(arch: int, dtype: torch.dtype, tokens: int, width: int) -> GramTile:
+    """Return the tile of the gradients of total `width` (D_in + D_out, or one of them)."""
+    _, block_t, block_r, block_d, split_t, warps, stages = _row(GRAM, arch, dtype, tokens)
+    wanted = -(-2 * PROCESSORS[_known(arch)] // max(1, width // block_d))
+    return GramTile(block_t, block_r, block_d, max(1, min(split_t, wanted)), warps, stages)
+
+
+def _known(arch: int) -> int:
+    """Return the newest architecture with a row of its own that is not newer than `arch`."""
+    return max((known for known in PROCESSORS if known <= arch), default=80)
+
+
+def _row(table: dict[tuple[int, bool], list[Row]], arch: int, dtype: torch.dtype, tokens: int) -> Row:
+    rows = table[(90 if _known(arch) >= 90 else 80, dtype.itemsize == 2)]
+    return next(row for row in rows if row[0] is None or tokens <= row[0])
