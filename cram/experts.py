@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cram.penalty import visual_mean
+from cram.siblings import Siblings
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 
 
@@ -62,6 +63,7 @@ class ExpertLinear(nn.Module):
         base: The linear it stands for; untouched.
         experts: All experts of the module in float32, or None before the first one.
         buffer: The warm-up LoRA; while it exists it acts alone, with gate 1.
+        siblings: The linears that read the same input, if there are any; see `cram.siblings`.
         layer: Index of the decoder layer.
         name: Module path in the base model.
         hidden: Visual-token mean of the last training input [B, D_in], for the penalty. Detached: the layer's
@@ -79,6 +81,7 @@ class ExpertLinear(nn.Module):
         self.buffer = None
         self.layer, self.name, self.dropout = layer, name, dropout
         self.state = state
+        self.siblings: Siblings | None = None
         self.hidden: Tensor | None = None
         self._one: Tensor | None = None
 
@@ -88,29 +91,39 @@ class ExpertLinear(nn.Module):
         Raises:
             ValueError: If the module has experts and nothing has been routed.
         """
-        state, packed = self.state, self.buffer
-        if state.disabled:
-            return self.base(x)
-        if packed is not None:
-            gates = self._one
-        else:
-            packed = self.experts
-            if packed is None:
-                return self.base(x)
-            if state.gates is None:
-                raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
-            gates = state.gates[self.layer]
-        assert gates is not None
-        if gates.device != x.device:
-            gates = gates.to(x.device)
+        state, packed, base = self.state, self.packed, self.base
+        if state.disabled or packed is None:
+            return base(x)
+        gates = self._gates()
         if state.visual is not None:
             self.hidden = state.pool(x, state.visual.to(x.device))
-        base = self.base
         if not self.training or not self.dropout or not packed.trained:
-            return expert_lora(x, base.weight, base.bias, packed, gates)
+            found = None
+            if self.siblings is not None and self.buffer is None:
+                found = self.siblings.output(self, x, gates)
+            if found is None:
+                found = expert_lora(x, base.weight, base.bias, packed, gates.to(x.device))
+            return found
         # From torch's generator: checkpointing restores its state before it runs a layer again.
         seed = int(torch.randint(2**31 - 1, ()))
-        return expert_lora(x, base.weight, base.bias, packed, gates, dropout=self.dropout, seed=seed)
+        return expert_lora(
+            x, base.weight, base.bias, packed, gates.to(x.device), dropout=self.dropout, seed=seed
+        )
+
+    @property
+    def packed(self) -> PackedExperts | None:
+        """What acts beside the base linear: the warm-up LoRA while it exists, else the experts."""
+        return self.experts if self.buffer is None else self.buffer
+
+    def _gates(self) -> Tensor:
+        """The gates of what acts; the warm-up LoRA acts on every sample, with gate 1."""
+        gates = self.state.gates
+        if self.buffer is not None:
+            assert self._one is not None
+            return self._one
+        if gates is None:
+            raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
+        return gates[self.layer]
 
     def append(self, a: Tensor, b: Tensor, scale: float, trained: bool) -> None:
         """Appends an expert, a [r, D_in] and b [D_out, r]; the experts before it are frozen."""
@@ -151,7 +164,7 @@ class ExpertLinear(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The leaf parameters in training: those of the buffer while it exists, else those of the newest
         expert."""
-        packed = self.buffer if self.buffer is not None else self.experts
+        packed = self.packed
         if packed is None or packed.trained_a is None or packed.trained_b is None:
             return []
         return [packed.trained_a, packed.trained_b]

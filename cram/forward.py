@@ -30,6 +30,7 @@ from cram.families import Family, Matched, family_of, match_linears
 from cram.orthogonality import Penalty
 from cram.penalty import visual_token_mask
 from cram.routing import Query, Route, Router
+from cram.siblings import join_siblings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,6 +84,7 @@ class RoutedForward:
                 linear.training
             )
             model.set_submodule(path, self.modules[path])
+        join_siblings(self.modules)
         self.router.to(next(iter(self.modules.values())).weight.device)
         self._hooks = self._register(model)
 

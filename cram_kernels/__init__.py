@@ -7,10 +7,12 @@ needed at import.
 from cram_kernels.centroid_gates import api as _gates
 from cram_kernels.centroid_gates import centroid_gates
 from cram_kernels.expert_lora import api as _layer
-from cram_kernels.expert_lora import dropout_mask, expert_lora, routed_expert_lora
+from cram_kernels.expert_lora import dropout_mask, expert_lora, routed_expert_lora, stacked_expert_lora
 from cram_kernels.expert_lora import routed as _routed
+from cram_kernels.expert_lora import stacked as _stacked
+from cram_kernels.native import native_libraries
 from cram_kernels.orthogonality import api as _penalty
-from cram_kernels.orthogonality import orthogonality_penalty, orthonormal_basis
+from cram_kernels.orthogonality import orthogonality_penalty, orthonormal_basis, visual_mean
 from cram_kernels.packing import PackedExperts, pack_experts
 
 __all__ = [
@@ -19,13 +21,16 @@ __all__ = [
     "centroid_gates",
     "dropout_mask",
     "expert_lora",
+    "native_libraries",
     "orthogonality_penalty",
     "orthonormal_basis",
     "pack_experts",
     "routed_expert_lora",
+    "stacked_expert_lora",
 ]
 
 
 def available_impls() -> dict[str, dict[str, str | None]]:
     """Return op -> implementation -> None where it is available, else the reason."""
-    return {module.OP.name: module.OP.availability() for module in (_layer, _gates, _routed, _penalty)}
+    modules = (_layer, _stacked, _gates, _routed, _penalty)
+    return {module.OP.name: module.OP.availability() for module in modules}

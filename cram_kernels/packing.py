@@ -5,6 +5,9 @@ rows ``offsets[e]:offsets[e + 1]``. Frozen experts are the prefix, trained ones 
 view, its gradient is contiguous, and no rank is padded. The leaf parameters ``trained_a`` and ``trained_b``
 alias the suffix, so an optimiser step is seen by the kernels without a copy; the alias is renewed wherever
 PyTorch replaces storage (``.to()``, copies, pickles, loaded states).
+
+A pack may hold room for experts to come (`reserve`): zero rows and unused gate columns. `insert` fills them
+in place, so shapes and addresses stay what a captured CUDA graph has seen.
 """
 
 from __future__ import annotations
@@ -23,15 +26,19 @@ class PackedExperts(nn.Module):
     Args:
         a: Down projections [R, D_in], expert after expert. Kept, not copied.
         bt: Transposed up projections [R, D_out], same rows, same dtype and device. Kept, not copied.
-        ranks: Rank of each expert; zero is legal. Sums to R.
+        ranks: Rank of each expert; zero is legal. Sums to R, or to less with `gate_columns`: rows beyond are
+            room.
         scale: LoRA scale (alpha / r) of every expert.
         trained: How many of the last experts get gradients.
+        gate_columns: Columns that gates must have, at least the number of experts and 1; None for exactly the
+            number of experts and no room.
 
     Attributes:
         a, bt: The packed storage, without gradient.
         trained_a, trained_b: Leaf parameters [r, D_in] and [r, D_out] that alias the last rows of `a` and
             `bt` (r = summed rank of the trained experts), or None with ``trained=0``.
-        expert_of_row: [R] int64, the expert each packed row belongs to.
+        expert_of_row: [R] int64, the gate column of each packed row; rows that are room name the last column.
+        gate_columns: Columns that gates must have.
         offsets: E + 1 row offsets.
 
     Raises:
@@ -44,17 +51,27 @@ class PackedExperts(nn.Module):
     trained_a: nn.Parameter | None
     trained_b: nn.Parameter | None
 
-    def __init__(self, a: Tensor, bt: Tensor, ranks: Sequence[int], scale: float, trained: int = 0) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        bt: Tensor,
+        ranks: Sequence[int],
+        scale: float,
+        trained: int = 0,
+        gate_columns: int | None = None,
+    ) -> None:
         super().__init__()
-        _check_storage(a, bt, ranks, trained)
+        _check_storage(a, bt, ranks, trained, gate_columns)
         self.ranks = tuple(int(rank) for rank in ranks)
         self.offsets = tuple(accumulate(self.ranks, initial=0))
         self.scale = float(scale)
         self.trained = trained
+        self.gate_columns = len(self.ranks) if gate_columns is None else gate_columns
         self.register_buffer("a", a.detach())
         self.register_buffer("bt", bt.detach())
         owners = torch.repeat_interleave(
-            torch.arange(len(self.ranks)), torch.tensor(self.ranks, dtype=torch.int64)
+            torch.tensor([*range(len(self.ranks)), self.gate_columns - 1]),
+            torch.tensor([*self.ranks, a.shape[0] - self.total_rank]),
         )
         self.register_buffer("expert_of_row", owners.to(a.device), persistent=False)
         start = self.offsets[len(self.ranks) - trained]
@@ -81,7 +98,7 @@ class PackedExperts(nn.Module):
 
     @property
     def total_rank(self) -> int:
-        """Number of packed rows R."""
+        """Number of packed rows R, without room."""
         return self.offsets[-1]
 
     @property
@@ -131,19 +148,69 @@ class PackedExperts(nn.Module):
         if trained not in (0, 1):
             raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
         _check_expert(a, b, self.in_features, self.out_features)
-        packed_a = torch.cat([self.a, a.detach().to(self.a)])
-        packed_bt = torch.cat([self.bt, b.detach().t().to(self.bt)])
+        packed_a = torch.cat([self.a[: self.total_rank], a.detach().to(self.a)])
+        packed_bt = torch.cat([self.bt[: self.total_rank], b.detach().t().to(self.bt)])
         return PackedExperts(packed_a, packed_bt, (*self.ranks, a.shape[0]), self.scale, trained)
 
     def freeze(self) -> PackedExperts:
         """Return a pack over the same storage in which no expert gets gradients."""
-        return PackedExperts(self.a, self.bt, self.ranks, self.scale)
+        return PackedExperts(self.a, self.bt, self.ranks, self.scale, gate_columns=self.gate_columns)
+
+    def reserve(self, rows: int, experts: int) -> PackedExperts:
+        """Return a frozen pack of these experts with room for more, in storage of its own.
+
+        Gates for it have `experts` columns; the columns of experts that are not there yet do nothing.
+
+        Args:
+            rows: Packed rows in all; multiples of 16 waste nothing on a GPU.
+            experts: Experts in all.
+
+        Raises:
+            ValueError: The room is smaller than what the pack holds.
+        """
+        if rows < self.total_rank or experts < max(self.num_experts, 1):
+            raise ValueError(
+                f"room must be at least {self.total_rank} rows and {max(self.num_experts, 1)} experts, "
+                f"got {rows} and {experts}"
+            )
+        a, bt = (side.new_zeros(rows, side.shape[1]) for side in (self.a, self.bt))
+        a[: self.total_rank], bt[: self.total_rank] = self.a[: self.total_rank], self.bt[: self.total_rank]
+        return PackedExperts(a, bt, self.ranks, self.scale, gate_columns=experts)
+
+    @torch.no_grad()
+    def insert(self, a: Tensor, b: Tensor) -> int:
+        """Add a frozen expert in place, in the room that `reserve` made; return its index.
+
+        Shapes and addresses of the pack's tensors stay; only values change, so a captured CUDA graph uses the
+        expert from its next replay on.
+
+        Args:
+            a: Down projection [r, D_in]; cast to the pack's dtype and device.
+            b: Up projection [D_out, r].
+
+        Raises:
+            ValueError: Shapes do not fit the pack, the pack is in training, or there is no room.
+        """
+        _check_expert(a, b, self.in_features, self.out_features)
+        rows = slice(self.total_rank, self.total_rank + a.shape[0])
+        if self.trained or rows.stop > self.a.shape[0] or self.num_experts == self.gate_columns:
+            raise ValueError(
+                f"an inserted expert must find room in a frozen pack, got {a.shape[0]} rows for "
+                f"{self.a.shape[0] - self.total_rank} and {self.gate_columns - self.num_experts} free "
+                f"experts, {self.trained} trained"
+            )
+        self.a[rows] = a.to(self.a)
+        self.bt[rows] = b.t().to(self.bt)
+        self.expert_of_row[rows] = self.num_experts
+        self.ranks = (*self.ranks, a.shape[0])
+        self.offsets = (*self.offsets, rows.stop)
+        return self.num_experts - 1
 
     def extra_repr(self) -> str:
         """Show what the pack holds."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}, "
-            f"scale={self.scale:g}, trained={self.trained}"
+            f"scale={self.scale:g}, trained={self.trained}, gate_columns={self.gate_columns}"
         )
 
     def _alias(self) -> None:
@@ -224,7 +291,9 @@ def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> 
         )
 
 
-def _check_storage(a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int) -> None:
+def _check_storage(
+    a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int, gate_columns: int | None
+) -> None:
     if a.dim() != 2 or bt.dim() != 2 or a.shape[0] != bt.shape[0]:
         raise ValueError(
             f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
@@ -233,7 +302,12 @@ def _check_storage(a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int) ->
         raise ValueError(
             f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"
         )
-    if any(rank < 0 for rank in ranks) or sum(ranks) != a.shape[0]:
+    room = a.shape[0] - sum(ranks)
+    if any(rank < 0 for rank in ranks) or room < 0 or (room and gate_columns is None):
         raise ValueError(f"ranks must be non-negative and sum to {a.shape[0]}, got {tuple(ranks)}")
+    if gate_columns is not None and (gate_columns < len(ranks) or (room and not gate_columns)):
+        raise ValueError(f"gate_columns must be at least {max(len(ranks), 1)}, got {gate_columns}")
+    if room and trained:
+        raise ValueError(f"a pack with room must be frozen, got {trained} trained experts")
     if not 0 <= trained <= len(ranks):
         raise ValueError(f"trained must lie in [0, {len(ranks)}], got {trained}")

@@ -55,8 +55,9 @@ def expert_lora(
         dropout: Probability in [0, 1) of dropping an element of x on the experts' path; one mask for all
             experts.
         seed: Seed of the dropout mask, see `dropout_mask`.
-        impl: "auto" ("cpu" for CPU tensors, else "reference"), "reference", "cpu" (rank-packed eager
-            operations, made for CPUs, right on any device), "triton" or "native".
+        impl: "auto" ("cpu" for CPU tensors, "triton" for CUDA tensors where it can run, else "cpu"),
+            "reference", "cpu" (rank-packed eager operations, made for CPUs, right on any device), "triton"
+            (CUDA devices, or CPU tensors under Triton's interpreter; bfloat16, float16, float32) or "native".
 
     Returns:
         y [..., D_out] in x.dtype. Inside an autocast region x, weight and bias are cast to the region's dtype
@@ -69,20 +70,27 @@ def expert_lora(
 
     Source: CRAM (arXiv 2606.02502), expert layer with centroid-routed weights.
     """
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        op = OP.select(impl, x.device, dtype)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        _check(x, weight, bias, experts, gates, segments, dropout)
-        with torch.autocast(device, enabled=False):
-            return op(x, weight, bias, experts, gates, segments, dropout, seed)
+        with torch.autocast(x.device.type, enabled=False):
+            return expert_lora(
+                x, weight, bias, experts, gates, segments, dropout=dropout, seed=seed, impl=impl
+            )
     op = OP.select(impl, x.device, x.dtype)
-    _check(x, weight, bias, experts, gates, segments, dropout)
+    check_layer(x, weight, bias, experts, gates, segments, dropout)
     return op(x, weight, bias, experts, gates, segments, dropout, seed)
 
 
-def _check(
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that an autocast region asks for, or None outside of one and for float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def check_layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -91,6 +99,7 @@ def _check(
     segments: Tensor | None,
     dropout: float,
 ) -> None:
+    """Raise ValueError where one layer's arguments do not fit together; see `expert_lora`."""
     d_out, d_in = experts.bt.shape[1], experts.a.shape[1]
     if weight.shape != (d_out, d_in):
         raise ValueError(f"weight must be [{d_out}, {d_in}] to fit the experts, got {list(weight.shape)}")
@@ -104,7 +113,7 @@ def _check(
         raise ValueError("weight and bias must be frozen (requires_grad=False), got one that requires grad")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    _check_gates(x.shape[:-1].numel(), x.dtype, len(experts.ranks), gates, segments)
+    _check_gates(x.shape[:-1].numel(), x.dtype, experts.gate_columns, gates, segments)
 
 
 def _check_gates(tokens: int, dtype: torch.dtype, count: int, gates: Tensor, segments: Tensor | None) -> None:

@@ -57,19 +57,19 @@ def expert_lora(
     seed: int,
 ) -> Tensor:
     """Compute the layer in Triton; arguments as in `cram_kernels.expert_lora`, already checked."""
-    return stacked_expert_lora(x, [(weight, bias)], [experts], gates, segments, dropout, seed)[0]
+    return stacked_expert_lora(x, [(weight, bias, experts)], gates, segments, dropout, seed)[0]
 
 
 def stacked_expert_lora(
     x: Tensor,
-    bases: Sequence[tuple[Tensor, Tensor | None]],
-    stack: Sequence[PackedExperts],
+    layers: Sequence[tuple[Tensor, Tensor | None, PackedExperts]],
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
     seed: int,
 ) -> list[Tensor]:
     """Compute up to three layers that read the same x; arguments as in `cram_kernels.stacked_expert_lora`."""
+    stack = [experts for _, _, experts in layers]
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -82,8 +82,8 @@ def stacked_expert_lora(
         gates,
         *trained,
         *[None] * (2 * (MAX_STACK - len(stack))),
-        [weight for weight, _ in bases],
-        [weight[:0, 0] if bias is None else bias for weight, bias in bases],
+        [weight for weight, _, _ in layers],
+        [weight[:0, 0] if bias is None else bias for weight, bias, _ in layers],
         [e.a for e in stack],
         [e.bt for e in stack],
         [e.expert_of_row for e in stack],

@@ -72,6 +72,7 @@ def test_report() -> None:
         "expert_lora",
         "centroid_gates",
         "routed_expert_lora",
+        "stacked_expert_lora",
         "orthogonality_penalty",
     }
     for op, impls in report.items():

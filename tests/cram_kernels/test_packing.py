@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cram_kernels import PackedExperts, pack_experts
+from cram_kernels import PackedExperts, expert_lora, pack_experts
+from cram_kernels.testing import layer_inputs
 
 RANKS = (4, 0, 9, 1)
 D_IN, D_OUT = 6, 5
@@ -174,3 +175,50 @@ A, B = torch.zeros(2, D_IN), torch.zeros(D_OUT, 2)
 def test_refusals(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_inserted_experts_equal_packed_ones() -> None:
+    """A reserved pack keeps shapes and addresses, and computes what a pack made at once does."""
+    inputs = layer_inputs((4, 9, 1, 6), trained=0)
+    packed = inputs.experts()
+    grown = pack_experts(inputs.a[:2], inputs.b[:2], inputs.scale).reserve(32, 6)
+    addresses = [side.data_ptr() for side in (grown.a, grown.bt, grown.expert_of_row)]
+    for e in (2, 3):
+        assert grown.insert(inputs.a[e], inputs.b[e]) == e
+    assert addresses == [side.data_ptr() for side in (grown.a, grown.bt, grown.expert_of_row)]
+    assert grown.ranks == packed.ranks and grown.a.shape == (32, 20) and grown.gate_columns == 6
+    assert torch.equal(grown.expert(2)[0], inputs.a[2]) and torch.equal(grown.expert(3)[1], inputs.b[3])
+    unused = torch.cat([inputs.gates, torch.full((4, 2), 7.0)], 1)
+    for impl in ("reference", "cpu", "triton"):
+        y = expert_lora(inputs.x, inputs.weight, None, grown, unused, impl=impl)
+        expected = expert_lora(inputs.x, inputs.weight, None, packed, inputs.gates, impl=impl)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    appended = grown.append(inputs.a[0], inputs.b[0])
+    assert appended.ranks == (4, 9, 1, 6, 4) and appended.a.shape[0] == 24 and appended.gate_columns == 5
+
+
+def test_room_survives_copies_and_states() -> None:
+    grown = pack_experts([torch.randn(3, 8)], [torch.randn(5, 3)], 1.0).reserve(16, 2)
+    copied = copy.deepcopy(grown)
+    copied.insert(torch.ones(2, 8), torch.ones(5, 2))
+    assert grown.num_experts == 1 and copied.num_experts == 2 and grown.a[3:].eq(0).all()
+    grown.insert(torch.zeros(2, 8), torch.zeros(5, 2))
+    grown.load_state_dict(copied.state_dict())
+    assert torch.equal(grown.a, copied.a) and grown.freeze().gate_columns == 2
+
+
+def test_room_refusals() -> None:
+    packed = pack_experts([torch.randn(3, 8)], [torch.randn(5, 3)], 1.0)
+    with pytest.raises(ValueError, match="room must be at least 3 rows and 1 experts, got 2 and 1"):
+        packed.reserve(2, 1)
+    with pytest.raises(ValueError, match="must find room in a frozen pack, got 2 rows for 0 and 0 free"):
+        packed.insert(torch.ones(2, 8), torch.ones(5, 2))
+    grown = packed.reserve(16, 2)
+    with pytest.raises(ValueError, match=r"A \[r, 8\] and B \[5, r\]"):
+        grown.insert(torch.ones(2, 7), torch.ones(5, 2))
+    with pytest.raises(ValueError, match="got 14 rows for 13 and 1 free"):
+        grown.insert(torch.ones(14, 8), torch.ones(5, 14))
+    with pytest.raises(ValueError, match="a pack with room must be frozen, got 1 trained"):
+        PackedExperts(grown.a, grown.bt, (3,), 1.0, trained=1, gate_columns=2)
+    with pytest.raises(ValueError, match="gate_columns must be at least 2, got 1"):
+        PackedExperts(grown.a, grown.bt, (8, 8), 1.0, gate_columns=1)

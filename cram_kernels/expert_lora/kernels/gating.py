@@ -45,7 +45,8 @@ class Dropout(NamedTuple):
 
 def gating(gates: Tensor, owners: Sequence[Tensor], segments: Tensor | None, scale: float) -> Gating:
     """Return the kernels' view of gates [S, E]."""
-    return Gating(gates.contiguous(), tuple(owners), segments, *gates.shape, scale)
+    samples, experts = gates.shape
+    return Gating(gates.contiguous(), tuple(owners), segments, samples, experts, scale)
 
 
 def tokens_per_gate(tokens: int, gates: Tensor) -> int:

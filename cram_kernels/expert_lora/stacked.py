@@ -1,0 +1,91 @@
+"""Expert layers that read the same input (q, k and v; gate and up), in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.expert_lora import cpu, reference
+from cram_kernels.expert_lora.api import autocast_dtype, check_layer
+from cram_kernels.packing import PackedExperts
+
+MAX_STACK = 3
+
+Layer = tuple[Tensor, Tensor | None, PackedExperts]
+
+
+def stacked_expert_lora(
+    x: Tensor,
+    layers: Sequence[Layer],
+    gates: Tensor,
+    segments: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Apply `expert_lora` for several layers that read the same x, with the same gates and dropout mask.
+
+    "triton" reads x once for all of them and adds to the gradient of x once.
+
+    Args:
+        x: Input [..., D_in].
+        layers: One to three (weight [D_out_p, D_in], bias [D_out_p] or None, packed experts); as many experts
+            and the same scale in each, ranks and D_out may differ.
+        gates: As in `expert_lora`, used by every layer.
+        segments: As in `expert_lora`.
+        dropout: As in `expert_lora`; one mask on x for all layers.
+        seed: As in `expert_lora`.
+        impl: As in `expert_lora`.
+
+    Returns:
+        One y [..., D_out_p] a layer.
+
+    Raises:
+        ValueError: As in `expert_lora`, or the number of layers or their scales do not fit.
+        NotImplementedError: `impl` is known but cannot run here.
+    """
+    if not 1 <= len(layers) <= MAX_STACK:
+        raise ValueError(f"layers must be one to {MAX_STACK}, got {len(layers)}")
+    scales = {experts.scale for _, _, experts in layers}
+    if len(scales) > 1:
+        raise ValueError(f"stacked layers must share their scale, got {sorted(scales)}")
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        cast = [(w.to(dtype), None if b is None else b.to(dtype), experts) for w, b, experts in layers]
+        with torch.autocast(x.device.type, enabled=False):
+            return stacked_expert_lora(
+                x.to(dtype), cast, gates, segments, dropout=dropout, seed=seed, impl=impl
+            )
+    for weight, bias, experts in layers:
+        check_layer(x, weight, bias, experts, gates, segments, dropout)
+    op = OP.select(impl, x.device, x.dtype)
+    return tuple(op(x, layers, gates, segments, dropout, seed))
+
+
+def _one_by_one(
+    layer: Callable[..., Tensor], x: Tensor, layers: Sequence[Layer], *arguments: Any
+) -> list[Tensor]:
+    return [layer(x, weight, bias, experts, *arguments) for weight, bias, experts in layers]
+
+
+def _triton(*arguments: Any) -> list[Tensor]:
+    from cram_kernels.expert_lora import triton
+
+    return triton.stacked_expert_lora(*arguments)
+
+
+OP = Op(
+    "stacked_expert_lora",
+    {
+        "reference": partial(_one_by_one, reference.expert_lora),
+        "cpu": partial(_one_by_one, cpu.expert_lora),
+        "triton": _triton,
+    },
+    {"triton": triton_missing},
+)
