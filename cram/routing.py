@@ -253,7 +253,8 @@ class Router(Float32Module):
             raise ValueError(f"image must have D_q={centroids.shape[2]} columns, got {query.image.shape[1]}")
         members = self.expert_group_ids.to(groups.device) == groups[:, None]
         members = members & (query.has_image[:, None] | self.leads_group.to(groups.device))
-        return centroid_gates(query.image, centroids, self.config.sigma, members)
+        trained = int(self.trained_centroid is not None)
+        return centroid_gates(query.image, centroids, self.config.sigma, members, trained=trained)
 
     def _layer_rows(self, centroid: Tensor) -> Tensor:
         """Checks a new centroid and returns its own float32 copy as [L, D_q] on the router's device."""

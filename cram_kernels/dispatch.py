@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ IMPLS = ("reference", "cpu", "triton", "native")
 AUTO = {"cpu": ("native", "cpu", "reference"), "cuda": ("native", "triton", "cpu", "reference")}
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 # Why an implementation cannot serve tensors of this device and dtype (None, None: at all), or None if it can.
 Missing = Callable[[torch.device | None, torch.dtype | None], str | None]
 
@@ -90,15 +92,29 @@ def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> st
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_when_compiled(function: Function) -> Function:
+    """Let the compiler take a function's result as a constant instead of tracing it.
+
+    `torch.compiler.assume_constant_result` does the same, but loads the compiler and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+@constant_when_compiled
 def _triton_environment() -> str | None:
-    if find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed (pip install 'cram-mcit[triton]')"
     if not (torch.cuda.is_available() or interpreted()):
         return "no CUDA device, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"

@@ -39,7 +39,8 @@ class LayerInputs:
     def experts(self) -> PackedExperts:
         """Pack the experts."""
         if not self.a:
-            return PackedExperts.empty(self.x.shape[-1], self.dy.shape[-1], self.scale, self.x.dtype)
+            widths = self.x.shape[-1], self.dy.shape[-1]
+            return PackedExperts.empty(*widths, self.scale, self.x.dtype, self.x.device)
         return pack_experts(self.a, self.b, self.scale, self.trained)
 
     def token_gates(self) -> Tensor:
@@ -48,16 +49,23 @@ class LayerInputs:
             return self.gates[self.segments]
         return self.gates.repeat_interleave(len(self.x) // max(len(self.gates), 1), 0)
 
-    def to(self, dtype: torch.dtype, expert_dtype: torch.dtype | None = None) -> LayerInputs:
-        """Cast everything but the gates; experts to `expert_dtype` where it is given."""
+    def to(
+        self,
+        dtype: torch.dtype,
+        expert_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LayerInputs:
+        """Cast everything but the gates, experts to `expert_dtype` where it is given; move it all."""
         return replace(
             self,
-            x=self.x.to(dtype),
-            weight=self.weight.to(dtype),
-            bias=self.bias.to(dtype),
-            dy=self.dy.to(dtype),
-            a=tuple(a.to(expert_dtype or dtype) for a in self.a),
-            b=tuple(b.to(expert_dtype or dtype) for b in self.b),
+            x=self.x.to(device, dtype),
+            weight=self.weight.to(device, dtype),
+            bias=self.bias.to(device, dtype),
+            dy=self.dy.to(device, dtype),
+            a=tuple(a.to(device, expert_dtype or dtype) for a in self.a),
+            b=tuple(b.to(device, expert_dtype or dtype) for b in self.b),
+            gates=self.gates.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
         )
 
 
@@ -161,7 +169,7 @@ def layer_plain(inputs: LayerInputs) -> dict[str, Tensor]:
         y = F.linear(x, inputs.weight, inputs.bias)
         if not a:
             return y
-        widths = torch.tensor([len(a_e) for a_e in a])
+        widths = torch.tensor([len(a_e) for a_e in a], device=x.device)
         z = F.linear(x, torch.cat(list(a)).to(x.dtype))
         u = (z * (token_gates * inputs.scale).repeat_interleave(widths, 1)).to(x.dtype)
         return y + F.linear(u, torch.cat(list(b), 1).to(x.dtype))
@@ -213,6 +221,38 @@ def assert_within_budget(
             limit = 2 * largest(allowed) + largest(band)
             found = largest(error)
             assert found <= limit, f"{name}: {measure} error must be at most {limit:.3g}, got {found:.3g}"
+
+
+def assert_within_rounding(
+    actual: Mapping[str, Tensor], inputs: LayerInputs, keep: Tensor | None = None, keep_scale: float = 1.0
+) -> None:
+    """Assert that every element of `run_layer`'s results errs by rounding alone, however small the tensor.
+
+    The formula on the inputs' absolute values sums the sizes of an element's terms. Five roundings to x.dtype
+    (base, both projections, gate, sum) and float32 sums over tokens, ranks and both widths may each cost one
+    eps of it. For tensors too small for the statistics of `assert_within_budget`.
+
+    Args:
+        actual: Some or all of `run_layer`'s results.
+        inputs: What they were computed from.
+        keep: Dropout mask [T, D_in], or None.
+        keep_scale: Factor of the kept elements.
+
+    Raises:
+        AssertionError: A tensor has another shape or an element is beyond its bound; names it.
+    """
+    parts = ("x", "weight", "bias", "gates", "dy")
+    positive = replace(inputs, **{name: getattr(inputs, name).abs() for name in parts})
+    positive = replace(positive, a=tuple(a.abs() for a in inputs.a), b=tuple(b.abs() for b in inputs.b))
+    oracle, sizes = (layer_oracle(each, keep, keep_scale) for each in (inputs, positive))
+    dtype, terms = inputs.x.dtype, len(inputs.x) + sum(map(len, inputs.a)) + sum(inputs.weight.shape)
+    share = 5 * torch.finfo(dtype).eps + terms * torch.finfo(torch.float32).eps
+    for name, got in actual.items():
+        expected = oracle[name]
+        assert got.shape == expected.shape, f"{name} must be {list(expected.shape)}, got {list(got.shape)}"
+        limit = share * sizes[name] + torch.finfo(dtype).tiny
+        beyond = ~((got.double() - expected).abs() <= limit)
+        assert not beyond.any(), f"{name}: {int(beyond.sum())} elements must err by rounding alone"
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Public centroid_gates: checks and the autograd Function around an implementation's forward."""
+"""Public centroid_gates: checks and the autograd Function around an implementation's forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates import reference
-from cram_kernels.dispatch import Op
+from cram_kernels.dispatch import Op, triton_missing
 
-OP = Op("centroid_gates", {"reference": reference.centroid_gates})
+# (query, centroids, sigma, members) -> gates
+Forward = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
+# (grad, gates, query, centroids, sigma, members, trained, needs) -> gradients of query and centroids
+Backward = Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 def centroid_gates(
@@ -21,6 +25,7 @@ def centroid_gates(
     sigma: float,
     members: Tensor | None = None,
     *,
+    trained: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Compute all layers' expert weights from one query per sample.
@@ -39,22 +44,26 @@ def centroid_gates(
         sigma: Width, larger than 0.
         members: bool [S, E], the experts sample s may use; None for all. Others get exactly 0, and a row
             without any member is all zeros.
+        trained: Only the last so many experts of `centroids` get gradients, those before them zeros; None for
+            all. The gradient of `query` takes in all experts either way.
         impl: "auto", "reference", "cpu", "triton" or "native".
 
     Returns:
         Gates [L, S, E] in float32 (float64 if an input is float64), whatever the autocast state.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, `sigma` is not positive, or `impl` is unknown.
-        NotImplementedError: `impl` is known but this op does not have it.
+        ValueError: Shapes or dtypes do not fit, `sigma` is not positive, `trained` is not between 0 and E, or
+            `impl` is unknown.
+        NotImplementedError: `impl` is known but this op does not have it, or it cannot serve these tensors.
 
     Source: CRAM (arXiv 2606.02502), centroid routing inside an instruction group.
     """
-    forward = OP.select(impl, query.device)
-    _check(query, centroids, sigma, members)
+    check_router(query, centroids, sigma, members, trained)
     dtype = torch.promote_types(torch.promote_types(query.dtype, centroids.dtype), torch.float32)
+    gates_of = OP.select(impl, query.device, dtype)
+    rows = centroids.shape[1] if trained is None else trained
     with torch.autocast(query.device.type, enabled=False):
-        return _CentroidGates.apply(query.to(dtype), centroids.to(dtype), sigma, members, forward)
+        return gates_of(query.to(dtype), centroids.to(dtype), sigma, members, rows)
 
 
 class _CentroidGates(torch.autograd.Function):
@@ -67,13 +76,16 @@ class _CentroidGates(torch.autograd.Function):
         centroids: Tensor,
         sigma: float,
         members: Tensor | None,
-        gates_of: Callable[[Tensor, Tensor, float, Tensor | None], Tensor],
+        trained: int,
+        forward: Forward,
+        backward: Backward,
     ) -> Tensor:
-        gates = gates_of(query, centroids, sigma, members)
+        gates = forward(query, centroids, sigma, members)
         ctx.query, ctx.centroids, ctx.sigma, ctx.members = query.detach(), centroids.detach(), sigma, members
         # An alias, because the output itself would tie a reference cycle through its grad_fn.
         ctx.gates = gates.detach()
         ctx.versions = _versions(ctx.query, ctx.centroids, ctx.gates)
+        ctx.trained, ctx.gradients_of = trained, backward
         return gates
 
     @staticmethod
@@ -83,11 +95,12 @@ class _CentroidGates(torch.autograd.Function):
             raise RuntimeError(
                 "query, centroids and gates must not change in place between forward and backward"
             )
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         with torch.autocast(grad.device.type, enabled=False):
-            grads = reference.centroid_gates_backward(
-                grad, ctx.gates, ctx.query, ctx.centroids, ctx.sigma, ctx.members
+            dquery, dcentroids = ctx.gradients_of(
+                grad, ctx.gates, ctx.query, ctx.centroids, ctx.sigma, ctx.members, ctx.trained, needs
             )
-        return (*grads, None, None, None)
+        return dquery, dcentroids, None, None, None, None, None
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
@@ -95,7 +108,44 @@ def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return () if torch.compiler.is_compiling() else tuple(tensor._version for tensor in tensors)
 
 
-def _check(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None) -> None:
+def _differentiable(
+    forward: Forward,
+    backward: Backward,
+    query: Tensor,
+    centroids: Tensor,
+    sigma: float,
+    members: Tensor | None,
+    trained: int,
+) -> Tensor:
+    return _CentroidGates.apply(query, centroids, sigma, members, trained, forward, backward)
+
+
+def _triton_forward(*arguments: Any) -> Tensor:
+    from cram_kernels.centroid_gates import triton
+
+    return triton.centroid_gates(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    from cram_kernels.centroid_gates import triton
+
+    return triton.centroid_gates_backward(*arguments)
+
+
+OP = Op(
+    "centroid_gates",
+    {
+        "reference": partial(_differentiable, reference.centroid_gates, reference.centroid_gates_backward),
+        "triton": partial(_differentiable, _triton_forward, _triton_backward),
+    },
+    {"triton": triton_missing},
+)
+
+
+def check_router(
+    query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None, trained: int | None = None
+) -> None:
+    """Raise ValueError where the arguments of `centroid_gates` do not fit together."""
     if query.dim() != 2 or centroids.dim() != 3 or query.shape[1] != centroids.shape[2]:
         raise ValueError(
             "query and centroids must be [S, D_q] and [L, E, D_q], "
@@ -113,3 +163,5 @@ def _check(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | Non
             raise ValueError(
                 f"members must be bool {list(wanted)}, got {members.dtype} {list(members.shape)}"
             )
+    if trained is not None and not 0 <= trained <= centroids.shape[1]:
+        raise ValueError(f"trained must be between 0 and E={centroids.shape[1]}, got {trained}")

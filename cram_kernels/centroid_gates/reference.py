@@ -26,15 +26,40 @@ def centroid_gates(query: Tensor, centroids: Tensor, sigma: float, members: Tens
 
 
 def centroid_gates_backward(
-    grad: Tensor, gates: Tensor, query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of query [S, D_q] and centroids [L, E, D_q]."""
+    grad: Tensor,
+    gates: Tensor,
+    query: Tensor,
+    centroids: Tensor,
+    sigma: float,
+    members: Tensor | None,
+    trained: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of query [S, D_q] and centroids [L, E, D_q], None where `needs` says no.
+
+    Centroids before the last `trained` ones get zeros.
+    """
     offset, centred = _centre(query, centroids, members)
-    grad = grad.masked_fill(gates == 0, 0.0)  # NaN of an unused expert would pass a product with zero
+    unused = gates == 0
+    grad = grad.masked_fill(unused, 0.0)  # NaN of an unused expert would pass a product with zero
     dlogits = gates * (grad - (gates * grad).sum(-1, keepdim=True)) / sigma**2
-    dcentroids = dlogits.mT @ offset - dlogits.sum(1).unsqueeze(-1) * centred
-    dquery = (dlogits @ centred).sum(0)  # the terms in v cancel: dlogits sums to zero over the experts
+    dlogits = dlogits.masked_fill(unused, 0.0)
+    dquery = dcentroids = None
+    if needs[0]:
+        # The terms in v cancel: dlogits sums to zero over the experts.
+        dquery = (dlogits @ _finite(centred)).sum(0)
+    if needs[1]:
+        first = centroids.shape[1] - trained
+        of_trained = dlogits[..., first:]
+        sums = of_trained.sum(1).unsqueeze(-1)
+        dcentroids = torch.zeros_like(centroids)
+        dcentroids[:, first:] = of_trained.mT @ _finite(offset) - sums * centred[:, first:]
     return dquery, dcentroids
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Return 0 for NaN and Inf: the gates of whoever uses such a row are NaN, and others must not see it."""
+    return values.where(values.isfinite(), 0.0)
 
 
 def _centre(query: Tensor, centroids: Tensor, members: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -44,5 +69,5 @@ def _centre(query: Tensor, centroids: Tensor, members: Tensor | None) -> tuple[T
     else:
         used = members.any(0)
         mean = centroids.where(used[:, None], 0.0).sum(1, keepdim=True) / used.sum().clamp(min=1)
-    mean = mean.where(mean.isfinite(), 0.0)  # one corrupt centroid must not reach the other experts
+    mean = _finite(mean)  # one corrupt centroid must not reach the other experts
     return query - mean, centroids - mean

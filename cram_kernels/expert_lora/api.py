@@ -100,6 +100,21 @@ def check_layer(
     dropout: float,
 ) -> None:
     """Raise ValueError where one layer's arguments do not fit together; see `expert_lora`."""
+    check_base(x, weight, bias, experts, dropout)
+    columns = experts.gate_columns
+    if gates.dim() != 2 or gates.shape[1] != columns:
+        raise ValueError(f"gates must be [S, {columns}] or [T, {columns}], got {list(gates.shape)}")
+    if gates.dtype != torch.float32 and not (gates.dtype == x.dtype == torch.float64):
+        raise ValueError(
+            f"gates must be float32 (or float64 with float64 x), got {gates.dtype} with {x.dtype} x"
+        )
+    check_segments(x.shape[:-1].numel(), gates.shape[0], segments)
+
+
+def check_base(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts: PackedExperts, dropout: float
+) -> None:
+    """Raise ValueError where the input, the base linear, the experts and dropout do not fit together."""
     d_out, d_in = experts.bt.shape[1], experts.a.shape[1]
     if weight.shape != (d_out, d_in):
         raise ValueError(f"weight must be [{d_out}, {d_in}] to fit the experts, got {list(weight.shape)}")
@@ -113,19 +128,13 @@ def check_layer(
         raise ValueError("weight and bias must be frozen (requires_grad=False), got one that requires grad")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    _check_gates(x.shape[:-1].numel(), x.dtype, experts.gate_columns, gates, segments)
 
 
-def _check_gates(tokens: int, dtype: torch.dtype, count: int, gates: Tensor, segments: Tensor | None) -> None:
-    if gates.dim() != 2 or gates.shape[1] != count:
-        raise ValueError(f"gates must be [S, {count}] or [T, {count}], got {list(gates.shape)}")
-    if gates.dtype != torch.float32 and not (gates.dtype == dtype == torch.float64):
-        raise ValueError(
-            f"gates must be float32 (or float64 with float64 x), got {gates.dtype} with {dtype} x"
-        )
+def check_segments(tokens: int, rows: int, segments: Tensor | None) -> None:
+    """Raise ValueError where tokens cannot be told which of the S rows of gates (or queries) they use."""
     if segments is None:
-        if tokens and (not gates.shape[0] or tokens % gates.shape[0]):
-            raise ValueError(f"gates must have S rows with S dividing T = {tokens}, got S = {gates.shape[0]}")
+        if tokens and (not rows or tokens % rows):
+            raise ValueError(f"gates must have S rows with S dividing T = {tokens}, got S = {rows}")
     elif segments.shape != (tokens,) or segments.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"segments must be int32 or int64 [{tokens}], got {segments.dtype} {list(segments.shape)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from cram_kernels.centroid_gates.api import centroid_gates
-from cram_kernels.dispatch import Op
-from cram_kernels.expert_lora.api import expert_lora
+from cram_kernels.centroid_gates.api import centroid_gates, check_router
+from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.expert_lora.api import autocast_dtype, check_base, check_segments, expert_lora
 from cram_kernels.packing import PackedExperts
 
 
@@ -29,6 +31,8 @@ def routed_expert_lora(
 ) -> Tensor:
     """Apply `expert_lora` with the gates of `centroid_gates`, for one layer.
 
+    Gates are float32 (float64 with float64 x). Gradients flow to x, query, centroids and the trained suffix.
+
     Args:
         x: Input [..., D_in].
         weight: Frozen base weight [D_out, D_in].
@@ -41,8 +45,9 @@ def routed_expert_lora(
         segments: int [T], the query of each token; None if S divides T evenly.
         dropout: As in `expert_lora`.
         seed: As in `expert_lora`.
-        impl: As in `expert_lora`. "reference" and "cpu" compose the two operations, "cpu" with the
-            rank-packed layer.
+        impl: As in `expert_lora`. "reference" and "cpu" compose the two operations; "triton" computes the
+            gates inside the launch that reads x. Layers that share a query are better served by one
+            `centroid_gates` for all of them.
 
     Returns:
         y [..., D_out] in x.dtype.
@@ -55,12 +60,46 @@ def routed_expert_lora(
     """
     if centroids.dim() != 2:
         raise ValueError(f"centroids must be [E, D_q], got {list(centroids.shape)}")
-    layer = OP.select(impl, x.device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    check_base(x, weight, bias, experts, dropout)
+    check_router(query, centroids.unsqueeze(0), sigma, members)
+    if centroids.shape[0] != experts.gate_columns:
+        raise ValueError(f"centroids must be [{experts.gate_columns}, D_q], got {list(centroids.shape)}")
+    check_segments(x.shape[:-1].numel(), query.shape[0], segments)
+    op = OP.select(impl, x.device, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return op(
+            x, weight, bias, experts, query, centroids, sigma, members, segments, dropout=dropout, seed=seed
+        )
+
+
+def _composed(
+    impl: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: PackedExperts,
+    query: Tensor,
+    centroids: Tensor,
+    sigma: float,
+    members: Tensor | None,
+    segments: Tensor | None,
+    **dropout: Any,
+) -> Tensor:
     gates = centroid_gates(query, centroids.unsqueeze(0), sigma, members)[0]
-    return layer(x, weight, bias, experts, gates, segments, dropout=dropout, seed=seed)
+    return expert_lora(x, weight, bias, experts, gates, segments, impl=impl, **dropout)
+
+
+def _triton(*arguments: Any, **dropout: Any) -> Tensor:
+    from cram_kernels.expert_lora import routed_triton
+
+    return routed_triton.routed_expert_lora(*arguments, **dropout)
 
 
 OP = Op(
     "routed_expert_lora",
-    {"reference": partial(expert_lora, impl="reference"), "cpu": partial(expert_lora, impl="cpu")},
+    {"reference": partial(_composed, "reference"), "cpu": partial(_composed, "cpu"), "triton": _triton},
+    {"triton": triton_missing},
 )

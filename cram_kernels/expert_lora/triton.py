@@ -17,7 +17,7 @@ first has ended (sm_90), Z staying in the planes of its split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ PLANES_TOKENS = 64
 SKIP_RANK = 128
 MAX_STACK = 3
 NO_DROPOUT = Dropout(0, 0, 0)
+
+
+LayerBackward = Callable[..., list[Tensor]]
 
 
 def expert_lora(
@@ -132,12 +135,12 @@ def _forward(
         tile = tiles.expand_tile(arch, x.dtype, x.shape[0])
         for p, y in enumerate(outputs):
             of_p = gate._replace(owner=(owners[p],))
-            factors = (_operand(bt[p], x),)
+            factors = (operand(bt[p], x),)
             expand(z[:, p : p + 1], factors, y, of_p, NO_DROPOUT, tile, dependent=early and p == 0).run()
         return [*outputs, z[0] if keep else x.new_empty(0)]
 
 
-def _backward(
+def layer_backward(
     dys: list[Tensor],
     x: Tensor | None,
     z: Tensor,
@@ -185,7 +188,7 @@ def _backward(
                 )
         if need_x:
             tile = tiles.expand_tile(architecture(dx.device), dx.dtype, dx.shape[0])
-            expand(v.unsqueeze(0), tuple(_operand(each, dx) for each in a), dx, gate, drop, tile).run()
+            expand(v.unsqueeze(0), tuple(operand(each, dx) for each in a), dx, gate, drop, tile).run()
         return [dx, dgates, *factors]
 
 
@@ -205,7 +208,7 @@ def _project(
     pitch = out.shape[-1] if out is not None else pitch_of([f.shape[0] for f in factors])
     tile = tiles.shrink_tile(architecture(x.device), x.dtype, tokens, pitch, width)
     z = x.new_empty(1, len(factors), tokens, pitch) if out is None else out.view(1, 1, tokens, pitch)
-    operands = tuple(_operand(factor, x) for factor in factors)
+    operands = tuple(operand(factor, x) for factor in factors)
     options = {"skip": skip and pitch > SKIP_RANK, "dependents": dependents}
     if tile.split_k == 1:
         shrink(x, operands, z, gate, drop, tile, **options).run()
@@ -218,9 +221,9 @@ def _project(
     return z
 
 
-def _operand(factor: Tensor, x: Tensor) -> Tensor:
+def operand(factor: Tensor, x: Tensor) -> Tensor:
     """Return the factor as the kernels should read it: cast in a launch of its own where that is cheaper."""
-    return factor.to(x.dtype) if x.shape[0] >= CAST_TOKENS else factor
+    return (factor.to(x.dtype) if x.shape[0] >= CAST_TOKENS else factor).contiguous()
 
 
 def _base_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -286,29 +289,34 @@ class _ExpertLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grads[:-1]), *[None] * 10)
+        return (*_gradients(ctx, grads[:-1], layer_backward), *[None] * 10)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], backward: LayerBackward) -> list[Tensor | None]:
     """Return the gradients of x, gates and the three pairs of trained factors."""
     x, z, gates, segments, *lists = ctx.saved_tensors
     count = len(grads)
     weights, a, bt, owners = (lists[i * count : (i + 1) * count] for i in range(4))
     rows = z.shape[1] if z.numel() else next(g.shape[0] for g in grads if g is not None)
     dys = [
-        weight.new_zeros(rows, weight.shape[0])
-        if dy is None
-        else dy
-        if dy.stride(1) == 1
-        else dy.contiguous()
+        weight.new_zeros(rows, weight.shape[0]) if dy is None else dy
         for dy, weight in zip(grads, weights, strict=True)
     ]
     needs = (ctx.needs[0], ctx.needs[1], any(ctx.needs[2::2]), any(ctx.needs[3::2]))
-    run: Any = torch.ops.cram.expert_lora_backward if torch.compiler.is_compiling() else _backward
-    with torch.autocast(z.device.type, enabled=False):
-        found = run(dys, x, z, gates, weights, a, bt, owners, segments, ctx.trained, *ctx.scalars, *needs)
+    found: list[Tensor | None] = [
+        *layer_gradients(
+            backward, dys, x, z, gates, weights, a, bt, owners, segments, ctx.trained, *ctx.scalars, *needs
+        )
+    ]
     found += [None] * (8 - len(found))
     return [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
+
+
+def layer_gradients(backward: LayerBackward, dys: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """Run `layer_backward`, or the operation that is registered for it, on gradients of any layout."""
+    rows = [dy if dy.stride(1) == 1 else dy.contiguous() for dy in dys]
+    with torch.autocast(rows[0].device.type, enabled=False):
+        return backward(rows, *arguments)
 
 
 _LIBRARY = torch.library.Library("cram", "FRAGMENT")
@@ -325,7 +333,7 @@ _LIBRARY.define(
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_lora", _forward, _device)
-    _LIBRARY.impl("expert_lora_backward", _backward, _device)
+    _LIBRARY.impl("expert_lora_backward", layer_backward, _device)
 
 
 def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
@@ -350,7 +358,7 @@ def _backward_fake(
 
 def _op_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     lists = [[None] * len(ctx.trained)] * 5
-    return (*_gradients(ctx, grads[:-1]), *lists, *[None] * 5)
+    return (*_gradients(ctx, grads[:-1], torch.ops.cram.expert_lora_backward), *lists, *[None] * 5)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:

@@ -180,9 +180,9 @@ def test_locked_group_overrides_the_text() -> None:
 def test_one_kernel_call_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any, **options: Any) -> Tensor:
         calls.append(arguments)
-        return centroid_gates(*arguments)
+        return centroid_gates(*arguments, **options)
 
     monkeypatch.setattr("cram.routing.centroid_gates", counted)
     make_router([0, 1, 0], trained=True).route(mixed_query(6))

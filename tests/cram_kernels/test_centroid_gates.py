@@ -17,12 +17,34 @@ from torch.utils.checkpoint import checkpoint
 
 from cram_kernels import centroid_gates, expert_lora
 from cram_kernels.testing import layer_inputs
+from tests.cram_kernels.devices import needs_cuda, needs_interpreter
+
+CPU = torch.device("cpu")
+# Implementation, device, and the widest precision that it computes in.
+every_impl = pytest.mark.parametrize(
+    ("impl", "device", "dtype"),
+    [
+        pytest.param("reference", CPU, torch.float64, id="reference"),
+        pytest.param("triton", CPU, torch.float32, marks=needs_interpreter, id="triton-cpu"),
+        pytest.param("triton", torch.device("cuda"), torch.float32, marks=needs_cuda, id="triton-cuda"),
+    ],
+)
 
 
-def draw(layers: int, samples: int, experts: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw(
+    layers: int,
+    samples: int,
+    experts: int,
+    width: int,
+    seed: int = 0,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(samples, width, generator=generator, dtype=torch.float64)
-    return query, torch.randn(layers, experts, width, generator=generator, dtype=torch.float64)
+    centroids = torch.randn(layers, experts, width, generator=generator, dtype=torch.float64)
+    return query.to(device, dtype), centroids.to(device, dtype)
 
 
 def formula(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None = None) -> Tensor:
@@ -39,18 +61,23 @@ def formula(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | No
     shape=st.tuples(*(st.integers(low, 6) for low in (0, 0, 1, 1))),
     sigma=st.floats(0.5, 4),
     masked=st.booleans(),
+    frozen=st.integers(0, 6),
     seed=st.integers(0, 9),
 )
 def test_formula_and_gradients(
-    shape: tuple[int, int, int, int], sigma: float, masked: bool, seed: int
+    shape: tuple[int, int, int, int], sigma: float, masked: bool, frozen: int, seed: int
 ) -> None:
     query, centroids = (leaf.requires_grad_() for leaf in draw(*shape, seed=seed))
     members = torch.rand(shape[1], shape[2]) > 0.4 if masked else None
-    gates, expected = (f(query, centroids, sigma, members) for f in (centroid_gates, formula))
+    frozen = min(frozen, shape[2])
+    gates = centroid_gates(query, centroids, sigma, members, trained=shape[2] - frozen, impl="reference")
+    expected = formula(query, centroids, sigma, members)
     torch.testing.assert_close(gates, expected)
     functional = torch.randn(gates.shape, dtype=torch.float64)
     found = torch.autograd.grad(gates, (query, centroids), functional)
     wanted = torch.autograd.grad(expected.clone(), (query, centroids), functional)
+    assert not found[1][:, :frozen].any()
+    wanted[1][:, :frozen] = 0
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
@@ -58,48 +85,79 @@ def test_gradcheck() -> None:
     query, centroids = draw(2, 3, 4, 5)
     members = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool()
     leaves = (query.requires_grad_(), centroids.requires_grad_())
-    assert torch.autograd.gradcheck(lambda q, c: centroid_gates(q, c, 1.5, members), leaves)
+    assert torch.autograd.gradcheck(lambda q, c: centroid_gates(q, c, 1.5, members, impl="reference"), leaves)
 
 
-def test_members_select_exactly() -> None:
+@every_impl
+def test_members_select_exactly(impl: str, device: torch.device, dtype: torch.dtype) -> None:
     """Others get exactly 0 and no gradient, NaN of an expert outside included; an empty row is all zeros."""
-    query, centroids = (t.float() for t in draw(3, 4, 5, 8))
-    members = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
+    query, centroids = draw(3, 4, 5, 8, device=device, dtype=torch.float32)
+    members = torch.tensor(
+        [[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 1]], device=device
+    ).bool()
     expected = formula(query, centroids, 2.0, members)
     centroids[:, 2] = torch.nan
-    centroids.requires_grad_()
-    gates = centroid_gates(query, centroids, 2.0, members)
+    gates = centroid_gates(query.requires_grad_(), centroids.requires_grad_(), 2.0, members, impl=impl)
     torch.testing.assert_close(gates, expected)
     assert (gates[:, ~members] == 0).all() and (gates[:, 2, 1] == 1).all()
-    grad = torch.randn(gates.shape).masked_fill(~members, torch.nan)
-    (found,) = torch.autograd.grad(gates, centroids, grad)
-    assert found[:, [0, 1, 3, 4]].isfinite().all()
+    grad = torch.randn(gates.shape, device=device).masked_fill(~members, torch.nan)
+    dquery, dcentroids = torch.autograd.grad(gates, (query, centroids), grad)
+    assert dquery.isfinite().all() and dcentroids[:, [0, 1, 3, 4]].isfinite().all()
+    assert not dquery[1].any() and not dquery[2].any()
 
 
-def test_a_corrupt_member_stays_its_own() -> None:
-    """NaN in a centroid that one sample uses leaves the samples that do not use it alone."""
-    query, centroids = draw(2, 3, 4, 8)
-    members = torch.ones(3, 4, dtype=torch.bool)
-    members[1:, 3] = False
-    expected = formula(query, centroids, 2.0, members)
-    centroids[:, 3] = torch.nan
-    torch.testing.assert_close(centroid_gates(query, centroids, 2.0, members)[:, 1:], expected[:, 1:])
+@every_impl
+@pytest.mark.parametrize("corrupt", ["centroid", "query"])
+def test_what_is_corrupt_stays_its_own(
+    impl: str, device: torch.device, dtype: torch.dtype, corrupt: str
+) -> None:
+    """NaN in a centroid or a query reaches the samples that use it and their experts, no others."""
+    query, centroids = draw(2, 3, 5, 8, device=device, dtype=dtype)
+    members = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]], device=device).bool()
+    grad = torch.randn(2, 3, 5, dtype=dtype, device=device)
+
+    def run() -> tuple[Tensor, ...]:
+        leaves = query.clone().requires_grad_(), centroids.clone().requires_grad_()
+        gates = centroid_gates(*leaves, 2.0, members, impl=impl)
+        dquery, dcentroids = torch.autograd.grad(gates, leaves, grad)
+        return gates[:, 1:].detach(), dquery[1:], dcentroids[:, [1, 2, 4]]
+
+    expected = run()
+    if corrupt == "centroid":
+        centroids[:, 3] = torch.nan
+    else:
+        query[0] = torch.nan
+    torch.testing.assert_close(run(), expected)
 
 
-def test_empty_pool() -> None:
-    query, centroids = draw(2, 3, 4, 5)
-    assert centroid_gates(query, centroids[:, :0], 2.0).shape == (2, 3, 0)
-    assert centroid_gates(query[:0], centroids, 2.0).shape == (2, 0, 4)
+@every_impl
+@pytest.mark.parametrize("shape", [(2, 3, 0, 5), (2, 0, 4, 5), (0, 3, 4, 5)])
+def test_nothing_to_route(
+    impl: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    """No expert, no sample, no layer: gates without elements, gradients of zeros."""
+    query, centroids = (leaf.requires_grad_() for leaf in draw(*shape, device=device, dtype=dtype))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
+    assert gates.shape == (shape[0], shape[1], shape[2])
+    for grad, leaf in zip(
+        torch.autograd.grad(gates.sum(), (query, centroids)), (query, centroids), strict=True
+    ):
+        assert torch.equal(grad, torch.zeros_like(leaf))
 
 
+@every_impl
 @pytest.mark.parametrize("norm", [1.0, 60.0])
-def test_precision_at_large_norms(norm: float) -> None:
+def test_precision_at_large_norms(impl: str, device: torch.device, dtype: torch.dtype, norm: float) -> None:
     """float32 gates err at most twice as much as direct differences; the expanded form far more."""
     generator = torch.Generator().manual_seed(1)
-    base = torch.randn(768, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    base = normal(768)
     base *= norm / base.norm()
-    query = base + torch.randn(8, 768, generator=generator) * 0.1
-    centroids = base + torch.randn(4, 6, 768, generator=generator) * 0.1
+    query = base + normal(8, 768) * 0.1
+    centroids = base + normal(4, 6, 768) * 0.1
     exact = formula(query.double(), centroids.double(), 2.0)
 
     def error(gates: Tensor) -> float:
@@ -107,44 +165,52 @@ def test_precision_at_large_norms(norm: float) -> None:
 
     eps = torch.finfo(torch.float32).eps
     limit = 2 * error(formula(query, centroids, 2.0)) + eps
-    assert error(centroid_gates(query, centroids, 2.0)) <= limit
-    far = torch.cat([centroids, torch.randn(4, 2, 768, generator=generator) * norm], 1)
-    members = torch.tensor([True] * 6 + [False] * 2).expand(8, -1)
-    assert error(centroid_gates(query, far, 2.0, members)[..., :6]) <= limit
+    assert error(centroid_gates(query, centroids, 2.0, impl=impl)) <= limit
+    far = torch.cat([centroids, normal(4, 2, 768) * norm], 1)
+    members = torch.tensor([True] * 6 + [False] * 2, device=device).expand(8, -1)
+    assert error(centroid_gates(query, far, 2.0, members, impl=impl)[..., :6]) <= limit
     if norm == 60:
         squares = query.square().sum(-1)[None, :, None] + centroids.square().sum(-1)[:, None]
         expanded = (-(squares - 2 * query @ centroids.mT) / 8).softmax(-1)
-        assert error(expanded) > 20 * error(centroid_gates(query, centroids, 2.0))
+        assert error(expanded) > 20 * error(centroid_gates(query, centroids, 2.0, impl=impl))
 
 
-def test_saturated_softmax() -> None:
-    query, centroids = (30 * t.float() for t in draw(2, 4, 5, 64))
+@every_impl
+def test_saturated_softmax(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    query, centroids = (30 * t for t in draw(2, 4, 5, 64, device=device, dtype=torch.float32))
     centroids[:, 0] = query[0]
     centroids.requires_grad_()
-    gates = centroid_gates(query, centroids, 2.0)
-    assert (gates[:, 0] == torch.eye(5)[0]).all()
-    (grad,) = torch.autograd.grad(gates, centroids, torch.randn(gates.shape))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
+    assert (gates[:, 0] == torch.eye(5, device=device)[0]).all()
+    (grad,) = torch.autograd.grad(gates, centroids, torch.randn(gates.shape, device=device))
     assert gates.isfinite().all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs_and_autocast(dtype: torch.dtype) -> None:
-    query, centroids = (t.to(dtype) for t in draw(2, 3, 4, 16))
+@every_impl
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_and_autocast(
+    impl: str, device: torch.device, dtype: torch.dtype, half: torch.dtype
+) -> None:
+    query, centroids = draw(2, 3, 4, 16, device=device, dtype=half)
     expected = formula(query.double(), centroids.double(), 2.0).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        gates = centroid_gates(query, centroids, 2.0)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        gates = centroid_gates(query, centroids, 2.0, impl=impl)
     assert gates.dtype == torch.float32
     torch.testing.assert_close(gates, expected)
 
 
 # The compiler itself instantiates autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_whole() -> None:
-    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
-    compiled = torch.compile(lambda q, c: centroid_gates(q, c, 2.0), fullgraph=True, backend="aot_eager")
+@every_impl
+def test_compiles_whole(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))
+
+    def eager(q: Tensor, c: Tensor) -> Tensor:
+        return centroid_gates(q, c, 2.0, impl=impl)
+
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     grads = [
-        torch.autograd.grad(f(query, centroids).square().sum(), (query, centroids))
-        for f in (compiled, lambda q, c: centroid_gates(q, c, 2.0))
+        torch.autograd.grad(f(query, centroids).square().sum(), (query, centroids)) for f in (compiled, eager)
     ]
     torch.testing.assert_close(*grads)
 
@@ -157,20 +223,26 @@ def unreentrant(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return checkpoint(layer, *arguments, use_reentrant=False)
 
 
+@every_impl
 @pytest.mark.parametrize("wrap", [reentrant, unreentrant])
-def test_one_gates_tensor_feeds_many_checkpoints(wrap: Callable[..., Tensor]) -> None:
+def test_one_gates_tensor_feeds_many_checkpoints(
+    wrap: Callable[..., Tensor], impl: str, device: torch.device, dtype: torch.dtype
+) -> None:
     """Each reentrant checkpoint runs its own backward pass through the shared gates."""
-    inputs = layer_inputs(in_features=20, out_features=20, dtype=torch.float64)
+    inputs = layer_inputs(in_features=20, out_features=20, dtype=dtype)
     experts = inputs.experts()
-    query, rows = draw(3, 4, 4, 8)
+    query, rows = draw(3, 4, 4, 8, device=device, dtype=dtype)
     trained = rows[:, -1].clone().requires_grad_()
 
     def model(call: Callable[..., Tensor]) -> list[Tensor]:
-        gates = centroid_gates(query, torch.cat([rows[:, :-1], trained[:, None]], 1), 2.0)
+        centroids = torch.cat([rows[:, :-1], trained[:, None]], 1)
+        gates = centroid_gates(query, centroids, 2.0, trained=1, impl=impl).cpu()
         x = hidden = inputs.x.clone().requires_grad_()
         for index in range(3):
             hidden = call(
-                lambda h, i: expert_lora(h, inputs.weight, inputs.bias, experts, gates[i]).tanh(),
+                lambda h, i: expert_lora(
+                    h, inputs.weight, inputs.bias, experts, gates[i], impl="reference"
+                ).tanh(),
                 hidden,
                 index,
             )
@@ -182,36 +254,42 @@ def test_one_gates_tensor_feeds_many_checkpoints(wrap: Callable[..., Tensor]) ->
     torch.testing.assert_close(model(wrap), model(lambda layer, *arguments: layer(*arguments)))
 
 
-def test_two_backward_passes_add_up() -> None:
-    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
-    gates = centroid_gates(query, centroids, 2.0)
+@every_impl
+def test_two_backward_passes_add_up(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
     gates[0].square().sum().backward()
     gates[1].square().sum().backward()
     expected = torch.autograd.grad(formula(query, centroids, 2.0).square().sum(), (query, centroids))
     torch.testing.assert_close((query.grad, centroids.grad), expected)
 
 
+@every_impl
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_change_between_forward_and_backward_raises(which: int) -> None:
-    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
-    gates = centroid_gates(query, centroids, 2.0)
+def test_change_between_forward_and_backward_raises(
+    which: int, impl: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
     with torch.no_grad():
         (query, centroids, gates)[which].add_(1)
     with pytest.raises(RuntimeError, match="must not change in place"):
         gates.sum().backward()
 
 
-def test_second_derivative_raises() -> None:
-    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
-    gates = centroid_gates(query, centroids, 2.0)
+@every_impl
+def test_second_derivative_raises(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
     (grad,) = torch.autograd.grad(gates.square().sum(), centroids, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_graph_is_freed_without_the_collector() -> None:
-    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8))
-    gates = centroid_gates(query, centroids, 2.0)
+@every_impl
+def test_graph_is_freed_without_the_collector(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))
+    gates = centroid_gates(query, centroids, 2.0, impl=impl)
     alive = weakref.ref(gates.grad_fn)
     gc.disable()
     try:
@@ -242,3 +320,9 @@ def test_refusals(arguments: tuple[Any, ...], message: str) -> None:
         centroid_gates(*arguments)
     with pytest.raises(NotImplementedError, match="centroid_gates has no 'cpu'"):
         centroid_gates(Q, C, 2.0, impl="cpu")
+
+
+@pytest.mark.parametrize("trained", [-1, 5])
+def test_refuses_a_suffix_that_is_not_there(trained: int) -> None:
+    with pytest.raises(ValueError, match=f"trained must be between 0 and E=4, got {trained}"):
+        centroid_gates(Q, C, 2.0, trained=trained)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cram_kernels import centroid_gates, expert_lora, orthogonality_penalty, orthonormal_basis, pack_experts
 from tests.conftest import golden_case, golden_cases, golden_dir
+from tests.cram_kernels.devices import needs_cuda, needs_interpreter
 
 NOT_NEEDED = {
     "cram_gates__topk2": "keeps the two best experts of each sample and layer: CRAM has no top-k, and the "
@@ -103,10 +104,19 @@ def test_layer(case_id: str, impl: str) -> None:
             close(leaf.grad, tensors[f"grad.{name}"])
 
 
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [
+        ("reference", "cpu"),
+        pytest.param("triton", "cpu", marks=needs_interpreter),
+        pytest.param("triton", "cuda", marks=needs_cuda),
+    ],
+)
 @pytest.mark.parametrize("case_id", GATES)
-def test_gates(case_id: str) -> None:
+def test_gates(case_id: str, impl: str, device: str) -> None:
     """Per-sample gates and those of the batch mean as one query; the fallback slot is the router's task."""
-    entry, tensors = golden_case(case_id)
+    entry, loaded = golden_case(case_id)
+    tensors = {name: tensor.to(device) for name, tensor in loaded.items()}
     config = entry["config"]
     slack = entry["suggested_tolerance"]["pi_abs"] / 2e-5
     centroids = tensors["param.centroids"].clone().requires_grad_()
@@ -115,15 +125,15 @@ def test_gates(case_id: str) -> None:
     rows = [
         c.detach() if config["train_hard"] and i in older else c for i, c in enumerate(centroids.unbind(1))
     ]
-    members = torch.zeros(SLOTS, dtype=torch.bool)
+    members = torch.zeros(SLOTS, dtype=torch.bool, device=device)
     members[config["pool_slots"]] = True
     if config["include_buf"]:
         rows.append(tensors["param.buf_centroid"])
-        members = torch.cat([members, torch.tensor([True])])
+        members = torch.cat([members, torch.ones_like(members[:1])])
 
     def gates_of(queries: Tensor) -> Tensor:
         chosen = members.expand(len(queries), -1)
-        return centroid_gates(queries, torch.stack(rows, 1), config["sigma"], chosen)[..., :SLOTS]
+        return centroid_gates(queries, torch.stack(rows, 1), config["sigma"], chosen, impl=impl)[..., :SLOTS]
 
     gates = gates_of(query)
     close(gates, tensors["out.pi_batch"], slack)

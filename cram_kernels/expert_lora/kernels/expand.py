@@ -9,7 +9,7 @@ zeros, so NaN in an expert that a block does not use stays out of it; rank block
 out. Z may lie in several float32 planes (a split SHRINK), which are added in order.
 
 DEPENDENT: the kernel in front is the SHRINK that writes Z, and this one starts before it has ended;
-everything but Z was written by kernels before that one.
+everything but Z was written by kernels before that one. LATE_GATES: it writes the gates too.
 
 Bytes: 2 T D_out + R D_out + T R elements.  FLOPs: 2 T R D_out.
 """
@@ -58,6 +58,7 @@ def _expand(
     DROPOUT: tl.constexpr,
     MAPPED: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    LATE_GATES: tl.constexpr,
 ):
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -66,6 +67,8 @@ def _expand(
     y_tile = y + rows.to(tl.int64)[:, None] * width + d[None, :]
     before = tl.load(y_tile, mask=wanted, other=0.0)
     gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
+    if LATE_GATES:
+        gdc_wait()
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for p in tl.static_range(STACK):
         for first in range(0, ranks[p], BLOCK_R):
@@ -101,6 +104,7 @@ def expand(
     tile: ExpandTile,
     *,
     dependent: bool = False,
+    late_gates: bool = False,
 ) -> Launch:
     """Describe Y += sum_p (Z_p o w_p) F_p.
 
@@ -112,6 +116,7 @@ def expand(
         dropout: Mask on what is added; zeros for none.
         tile: Block sizes.
         dependent: Start before the SHRINK in front has ended.
+        late_gates: That SHRINK writes the gates too.
     """
     tokens, width = y.shape
     ranks = tuple(factor.shape[0] for factor in factors)
@@ -142,6 +147,7 @@ def expand(
             "DROPOUT": dropout.dropped > 0,
             "MAPPED": gating.segments is not None,
             "DEPENDENT": dependent,
+            "LATE_GATES": dependent and late_gates,
         },
         warps=tile.warps,
         stages=tile.stages,

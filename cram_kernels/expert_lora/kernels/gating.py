@@ -46,6 +46,7 @@ class Dropout(NamedTuple):
 def gating(gates: Tensor, owners: Sequence[Tensor], segments: Tensor | None, scale: float) -> Gating:
     """Return the kernels' view of gates [S, E]."""
     samples, experts = gates.shape
+    segments = None if segments is None else segments.contiguous()
     return Gating(gates.contiguous(), tuple(owners), segments, samples, experts, scale)
 
 

@@ -33,6 +33,56 @@ from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, nbytes
 
 
+@triton.jit
+def shrink_block(
+    x,
+    factor,
+    z,
+    dropout,
+    tokens,
+    width,
+    x_stride,
+    pitch,
+    plane,
+    rank,
+    rows,
+    columns,
+    SPLIT_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Write one block of one plane of Z: the sum over the K range of the program's split."""
+    split = tl.program_id(2)
+    valid, inside = rows < tokens, columns < rank
+    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    factor_rows = factor + columns.to(tl.int64)[:, None] * width
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    span = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLIT_K) * BLOCK_K
+    for start in range(split * span, tl.minimum((split + 1) * span, width), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            x_tile = tl.load(x_rows + k[None, :], mask=valid[:, None], other=0.0)
+            factor_tile = tl.load(factor_rows + k[None, :], mask=inside[:, None], other=0.0)
+        else:
+            x_tile = tl.load(x_rows + k[None, :], mask=valid[:, None] & (k < width)[None, :], other=0.0)
+            factor_tile = tl.load(
+                factor_rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0
+            )
+        if DROPOUT:
+            x_tile = tl.where(kept(dropout, rows, k), x_tile, 0.0)
+        factor_tile = tl.trans(factor_tile.to(x_tile.dtype))
+        acc = tl.dot(x_tile, factor_tile, acc, input_precision="ieee")
+    z_rows = z + (plane.to(tl.int64) * tokens + rows)[:, None] * pitch
+    tl.store(
+        z_rows + columns[None, :],
+        acc.to(z.dtype.element_ty),
+        mask=valid[:, None] & (columns < pitch)[None, :],
+    )
+
+
 @triton.jit(do_not_specialize=["tokens", "per_gate", "dropout"])
 def _shrink(
     x,
@@ -63,40 +113,33 @@ def _shrink(
     projection = tl.program_id(0) // tiles
     columns = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    split = tl.program_id(2)
-    valid = rows < tokens
-    inside = columns < stacked(ranks, projection, STACK)
+    rank = stacked(ranks, projection, STACK)
     if SKIP:
+        valid, inside = rows < tokens, columns < rank
         owner = stacked(gating.owner, projection, STACK)
         gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
         w = row_gates(gating, owner, gate_rows, valid, columns, inside)
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
             return
-    factor = stacked(factors, projection, STACK)
-    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
-    factor_rows = factor + columns.to(tl.int64)[:, None] * width
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    span = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLIT_K) * BLOCK_K
-    for start in range(split * span, tl.minimum((split + 1) * span, width), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        if EVEN_K:
-            x_tile = tl.load(x_rows + k[None, :], mask=valid[:, None], other=0.0)
-            factor_tile = tl.load(factor_rows + k[None, :], mask=inside[:, None], other=0.0)
-        else:
-            x_tile = tl.load(x_rows + k[None, :], mask=valid[:, None] & (k < width)[None, :], other=0.0)
-            factor_tile = tl.load(
-                factor_rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0
-            )
-        if DROPOUT:
-            x_tile = tl.where(kept(dropout, rows, k), x_tile, 0.0)
-        factor_tile = tl.trans(factor_tile.to(x_tile.dtype))
-        acc = tl.dot(x_tile, factor_tile, acc, input_precision="ieee")
-    plane = (split * STACK + projection).to(tl.int64) * tokens
-    z_rows = z + (plane + rows)[:, None] * pitch
-    tl.store(
-        z_rows + columns[None, :],
-        acc.to(z.dtype.element_ty),
-        mask=valid[:, None] & (columns < pitch)[None, :],
+    shrink_block(
+        x,
+        stacked(factors, projection, STACK),
+        z,
+        dropout,
+        tokens,
+        width,
+        x_stride,
+        pitch,
+        tl.program_id(2) * STACK + projection,
+        rank,
+        rows,
+        columns,
+        SPLIT_K,
+        BLOCK_T,
+        BLOCK_R,
+        BLOCK_K,
+        EVEN_K,
+        DROPOUT,
     )
 
 

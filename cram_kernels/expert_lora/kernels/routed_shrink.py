@@ -1,0 +1,179 @@
+"""ROUTED SHRINK: Z = drop(X) A^T and the segments' gates in one launch.
+
+SHRINK does not need the gates (its readers gate on load), so the distances to the centroids and their softmax
+are programs of the same launch, beside those of SHRINK and at the same time: routing adds no launch and no
+pass. The programs that route follow those that shrink along the first axis; each takes BLOCK_S segments and
+writes their rows of gates [S, E]. Whatever reads Z reads the gates after this launch.
+
+Bytes: SHRINK's, and S D_q + E D_q + S E floats.  FLOPs on tensor cores: SHRINK's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from cram_kernels.centroid_gates.kernels import sample_gates, tile_of
+from cram_kernels.expert_lora.kernels.gating import Dropout, block_of
+from cram_kernels.expert_lora.kernels.shrink import shrink_block
+from cram_kernels.expert_lora.tiles import ShrinkTile
+from cram_kernels.launch import Launch, nbytes
+
+
+class Routing(NamedTuple):
+    """Kernel argument: query [S, D_q], centroids [E, D_q], members [S, E] (uint8) or None, rows adjacent."""
+
+    query: Any
+    centroids: Any
+    members: Any
+    scale: Any
+    width: Any
+    query_stride: Any
+    expert_stride: Any
+    member_stride: Any
+
+
+def routing(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None) -> Routing:
+    """Return the kernel's view of one layer's router; everything float32."""
+    strides = query.stride(0), centroids.stride(0), 0 if members is None else members.stride(0)
+    return Routing(query, centroids, members, -0.5 / sigma**2, query.shape[1], *strides)
+
+
+@triton.jit(do_not_specialize=["tokens", "dropout", "segments", "experts"])
+def _routed_shrink(
+    x,
+    factor,
+    z,
+    gates,
+    routing,
+    dropout,
+    tokens,
+    segments,
+    experts,
+    width,
+    x_stride,
+    rank,
+    pitch,
+    SPLIT_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    if DEPENDENTS:
+        gdc_launch_dependents()
+    tiles = tl.cdiv(pitch, BLOCK_R)
+    if tl.program_id(0) < tiles:
+        rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+        columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        shrink_block(
+            x,
+            factor,
+            z,
+            dropout,
+            tokens,
+            width,
+            x_stride,
+            pitch,
+            tl.program_id(2),
+            rank,
+            rows,
+            columns,
+            SPLIT_K,
+            BLOCK_T,
+            BLOCK_R,
+            BLOCK_K,
+            EVEN_K,
+            DROPOUT,
+        )
+    else:
+        layer = (tl.program_id(0) - tiles) * tl.num_programs(1) + tl.program_id(1)
+        first = (layer * tl.num_programs(2) + tl.program_id(2)) * BLOCK_S
+        sample_gates(
+            routing.query,
+            routing.centroids,
+            routing.members,
+            gates,
+            routing.scale,
+            first + tl.arange(0, BLOCK_S),
+            segments,
+            experts,
+            routing.width,
+            routing.query_stride,
+            routing.expert_stride,
+            routing.member_stride,
+            BLOCK_S,
+            BLOCK_E,
+            BLOCK_Q,
+        )
+
+
+def routed_shrink(
+    x: Tensor,
+    factor: Tensor,
+    z: Tensor,
+    gates: Tensor,
+    route: Routing,
+    dropout: Dropout,
+    tile: ShrinkTile,
+    *,
+    dependents: bool = False,
+) -> Launch:
+    """Describe Z = drop(X) A^T and gates = softmax of the distances.
+
+    Args:
+        x, z, dropout, tile, dependents: As in `shrink`, for one projection.
+        factor: A [R, D_in], contiguous; x's dtype or float32.
+        gates: float32 [S, E], contiguous; written.
+        route: The router.
+    """
+    tokens, width = x.shape
+    split_k, _, _, pitch = z.shape
+    block_r = block_of(pitch, most=tile.block_r)
+    block_s, block_e, block_q, _ = tile_of(gates.shape[1])
+    blocks = triton.cdiv(tokens, tile.block_t)
+    routers = triton.cdiv(triton.cdiv(gates.shape[0], block_s), blocks * split_k)
+    return Launch(
+        kernel=_routed_shrink,
+        grid=(triton.cdiv(pitch, block_r) + routers, blocks, split_k),
+        arguments={
+            "x": x,
+            "factor": factor,
+            "z": z,
+            "gates": gates,
+            "routing": route,
+            "dropout": dropout,
+            "tokens": tokens,
+            "segments": gates.shape[0],
+            "experts": gates.shape[1],
+            "width": width,
+            "x_stride": x.stride(0),
+            "rank": factor.shape[0],
+            "pitch": pitch,
+        },
+        constants={
+            "SPLIT_K": split_k,
+            "BLOCK_T": tile.block_t,
+            "BLOCK_R": block_r,
+            "BLOCK_K": tile.block_k,
+            "EVEN_K": width % tile.block_k == 0,
+            "DROPOUT": dropout.dropped > 0,
+            "DEPENDENTS": dependents,
+            "BLOCK_S": block_s,
+            "BLOCK_E": block_e,
+            "BLOCK_Q": block_q,
+        },
+        warps=tile.warps,
+        stages=tile.stages,
+        moved_bytes=nbytes(x, factor, z, route.query, route.centroids, route.members, gates),
+        flops=2 * tokens * factor.shape[0] * width,
+    )
