@@ -92,9 +92,10 @@ EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
     (90, True): [
         # D_out / 64 programs: 64 of them at 4096, each with one small tile of Bt.
         (64, 16, 64, 64, 4, 2),
-        (1024, 64, 128, 128, 4, 2),
-        # One K block covers R <= 128; 8 warps keep the accumulator at 64 registers a thread.
-        (None, 128, 128, 128, 8, 2),
+        (1024, 64, 64, 128, 4, 2),
+        # 8 warps keep the accumulator at 64 registers a thread; steps of 64 packed rows leave room for their
+        # gates.
+        (None, 128, 64, 128, 8, 2),
     ],
     (90, False): [(64, 16, 32, 64, 4, 2), (None, 32, 32, 64, 4, 2)],
     (80, True): [(64, 16, 64, 64, 4, 2), (1024, 64, 64, 128, 4, 2), (None, 128, 64, 128, 8, 2)],
@@ -104,10 +105,11 @@ EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
 # Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, most SPLIT_T, warps, stages).
 GramRow = tuple[int | None, int, int, int, int, int, int]
 GRAM: dict[tuple[int, bool], list[GramRow]] = {
-    # D / 128 programs a gradient; the split over tokens makes two waves of them.
-    (90, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 4, 3)],
+    # D / 128 programs a gradient; the split over tokens makes two waves of them. 8 warps hold the tile of x
+    # or dy, its dropout mask and the gates without spilling.
+    (90, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 8, 3)],
     (90, False): [(None, 32, 32, 64, 8, 4, 2)],
-    (80, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 4, 3)],
+    (80, True): [(512, 64, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 8, 3)],
     (80, False): [(None, 32, 32, 64, 8, 4, 2)],
 }
 

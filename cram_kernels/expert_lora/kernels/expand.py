@@ -65,7 +65,6 @@ def _expand(
     valid = rows < tokens
     wanted = valid[:, None] & ((d < width)[None, :] | EVEN_D)
     y_tile = y + rows.to(tl.int64)[:, None] * width + d[None, :]
-    before = tl.load(y_tile, mask=wanted, other=0.0)
     gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
     if LATE_GATES:
         gdc_wait()
@@ -73,8 +72,10 @@ def _expand(
     for p in tl.static_range(STACK):
         for first in range(0, ranks[p], BLOCK_R):
             columns = first + tl.arange(0, BLOCK_R)
-            inside = columns < ranks[p]
-            w = row_gates(gating, gating.owner[p], gate_rows, valid, columns, inside)
+            inside, stored = columns < ranks[p], columns < pitch
+            w = row_gates(
+                gating, gating.owner[p], gate_rows[:, None], valid[:, None], columns[None, :], inside[None, :]
+            )
             live = tl.max((w != 0.0).to(tl.int32), 0) > 0
             factor_rows = factors[p] + columns.to(tl.int64)[:, None] * width
             factor = tl.load(
@@ -86,12 +87,14 @@ def _expand(
             for plane in tl.static_range(PLANES):
                 z_rows = z + plane * tl.cast(plane_stride, tl.int64) + p * tl.cast(stack_stride, tl.int64)
                 z_rows += rows.to(tl.int64)[:, None] * pitch
-                sum_z += tl.load(z_rows + columns[None, :], mask=valid[:, None] & live[None, :], other=0.0)
+                # What lies beyond the rank, and what SHRINK skipped, is never used: its gate is 0.
+                sum_z += tl.load(z_rows + columns[None, :], mask=valid[:, None] & stored[None, :], other=0.0)
             # The plane sums are Z in float32; like a stored Z they round to y's dtype before the gate.
             u = gated(sum_z.to(y.dtype.element_ty), w).to(y.dtype.element_ty)
             acc = tl.dot(u, factor.to(y.dtype.element_ty), acc, input_precision="ieee")
     if DROPOUT:
         acc = tl.where(kept(dropout, rows, d), acc, 0.0)
+    before = tl.load(y_tile, mask=wanted, other=0.0)
     tl.store(y_tile, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=wanted)
 
 

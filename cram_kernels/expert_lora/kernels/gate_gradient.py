@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cram_kernels.expert_lora.kernels.gating import Gating, block_of, tokens_per_gate
+from cram_kernels.expert_lora.kernels.gating import Gating, tokens_per_gate
 from cram_kernels.launch import Launch, nbytes
 
-# Both kernels stream a few megabytes: tiles of about 4096 elements keep every value of a block in registers.
-DOT_TOKENS, DOT_ROWS, SUM_TOKENS, SUM_EXPERTS, WARPS = 32, 128, 256, 16, 4
+# Both kernels stream a few megabytes: tiles of 4096 elements keep every value of a block in registers.
+ELEMENTS, SUM_EXPERTS, WARPS = 4096, 16, 4
 
 
 @triton.jit
@@ -41,21 +41,19 @@ def _token_dots(
     BLOCK_R: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = tl.program_id(1)
+    columns = tl.arange(0, BLOCK_R)
     valid = rows < tokens
-    offsets = rows.to(tl.int64)[:, None] * pitch
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        columns = first + tl.arange(0, BLOCK_R)
-        mine = tl.load(gating.owner[0] + columns, mask=columns < rank, other=-1) == expert
-        mask = valid[:, None] & mine[None, :]
-        z_tile = tl.load(z + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += z_tile * tl.load(v + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    dots = tl.sum(acc, 1) * gating.scale
-    place = rows.to(tl.int64) * gating.experts + expert
-    if LAST:
-        dots = _finite_if_unused(dots, tl.load(gating.gates + place, mask=valid, other=0.0))
-    tl.store(out + place, dots, mask=valid)
+    offsets = rows.to(tl.int64)[:, None] * pitch + columns[None, :]
+    stored = valid[:, None] & (columns < pitch)[None, :]
+    products = tl.load(z + offsets, mask=stored, other=0.0).to(tl.float32)
+    products *= tl.load(v + offsets, mask=stored, other=0.0).to(tl.float32)
+    owners = tl.load(gating.owner[0] + columns, mask=columns < rank, other=-1)
+    for expert in range(gating.experts):
+        dots = tl.sum(tl.where((owners == expert)[None, :], products, 0.0), 1) * gating.scale
+        place = rows.to(tl.int64) * gating.experts + expert
+        if LAST:
+            dots = _finite_if_unused(dots, tl.load(gating.gates + place, mask=valid, other=0.0))
+        tl.store(out + place, dots, mask=valid)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_gate"])
@@ -99,11 +97,12 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
     tokens, experts, rank = z.shape[0], gating.experts, gating.owner[0].shape[0]
     own = gating.segments is None and tokens_per_gate(tokens, gating.gates) == 1
     dots = out if own else out.new_empty(tokens, experts)
-    block_r = block_of(rank, most=DOT_ROWS)
+    block_r = triton.next_power_of_2(z.shape[1])
+    block_t = max(ELEMENTS // block_r, 1)
     launches = [
         Launch(
             kernel=_token_dots,
-            grid=(triton.cdiv(tokens, DOT_TOKENS), experts),
+            grid=(triton.cdiv(tokens, block_t) if experts else 0,),
             arguments={
                 "z": z,
                 "v": v,
@@ -113,7 +112,7 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
                 "rank": rank,
                 "pitch": z.shape[1],
             },
-            constants={"LAST": own, "BLOCK_T": DOT_TOKENS, "BLOCK_R": block_r},
+            constants={"LAST": own, "BLOCK_T": block_t, "BLOCK_R": block_r},
             warps=WARPS,
             stages=1,
             moved_bytes=nbytes(z, v, dots),
@@ -133,7 +132,7 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
                 },
                 constants={
                     "MAPPED": gating.segments is not None,
-                    "BLOCK_T": SUM_TOKENS,
+                    "BLOCK_T": ELEMENTS // SUM_EXPERTS,
                     "BLOCK_E": SUM_EXPERTS,
                 },
                 warps=WARPS,

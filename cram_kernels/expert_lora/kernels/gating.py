@@ -46,6 +46,9 @@ class Dropout(NamedTuple):
 def gating(gates: Tensor, owners: Sequence[Tensor], segments: Tensor | None, scale: float) -> Gating:
     """Return the kernels' view of gates [S, E]."""
     samples, experts = gates.shape
+    # Their offsets are 32 bits wide: a tile of wider ones takes the registers of the products.
+    if gates.numel() >= 1 << 31:
+        raise ValueError(f"gates must have fewer than 2^31 elements, got {samples} x {experts}")
     segments = None if segments is None else segments.contiguous()
     return Gating(gates.contiguous(), tuple(owners), segments, samples, experts, scale)
 
@@ -85,24 +88,24 @@ def stacked(items, index, STACK: tl.constexpr):
 
 @triton.jit
 def gate_row(gating, rows, valid, tokens_per_gate, MAPPED: tl.constexpr):
-    """Return the row of gates [S, E] that each token uses, as int64; -1 for one that does not exist."""
+    """Return the row of gates [S, E] that each token uses; -1 for one that does not exist."""
     if MAPPED:
-        row = tl.load(gating.segments + rows, mask=valid, other=0).to(tl.int64)
-        return tl.where((row >= 0) & (row < gating.samples), row, -1)
-    return (rows // tokens_per_gate).to(tl.int64)
+        row = tl.load(gating.segments + rows, mask=valid, other=0)
+        return tl.where((row >= 0) & (row < gating.samples), row, -1).to(tl.int32)
+    return rows // tokens_per_gate
 
 
 @triton.jit
 def row_gates(gating, owner, gate_row, valid, columns, inside):
-    """Return w [T, C]: scale times the gate of each token for the expert of each packed row; 0 outside.
+    """Return w: scale times the gate of each token for the expert of each packed row; 0 outside.
 
-    A token whose row of gates does not exist gets NaN, which shows in its output.
+    The tokens (`gate_row`, `valid`) and the packed rows (`columns`, `inside`) come as [T, 1] and [1, C], or
+    the other way round. A token whose row of gates does not exist gets NaN, which shows in its output.
     """
-    experts = tl.load(owner + columns, mask=inside, other=0).to(tl.int64)
-    offsets = gate_row[:, None] * gating.experts + experts[None, :]
-    wanted = valid[:, None] & inside[None, :]
-    w = tl.load(gating.gates + offsets, mask=wanted & (gate_row >= 0)[:, None], other=0.0) * gating.scale
-    return tl.where(wanted & (gate_row < 0)[:, None], float("nan"), w)
+    experts = tl.load(owner + columns, mask=inside, other=0).to(tl.int32)
+    offsets = gate_row * gating.experts + experts
+    w = tl.load(gating.gates + offsets, mask=valid & inside & (gate_row >= 0), other=0.0) * gating.scale
+    return tl.where(valid & inside & (gate_row < 0), float("nan"), w)
 
 
 @triton.jit

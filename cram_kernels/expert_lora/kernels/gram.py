@@ -79,21 +79,21 @@ def _gram(
     for start in range(split * slab, tl.minimum((split + 1) * slab, tokens), BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         valid = rows < tokens
-        offsets = rows.to(tl.int64)[:, None]
+        offsets = rows.to(tl.int64)
         gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
-        w = row_gates(gating, gating.owner[0], gate_rows, valid, columns, inside)
-        loaded = tl.load(
-            left + offsets * pitch + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+        w = row_gates(
+            gating, gating.owner[0], gate_rows[None, :], valid[None, :], columns[:, None], inside[:, None]
         )
-        tile = tl.load(
-            right + offsets * stride + d[None, :], mask=valid[:, None] & (d < width)[None, :], other=0.0
-        )
-        busy = tl.max((w != 0.0).to(tl.int32), 1) > 0
+        left_tile = left + offsets[None, :] * pitch + columns[:, None]
+        loaded = tl.load(left_tile, mask=valid[None, :] & inside[:, None], other=0.0)
+        right_tile = right + offsets[:, None] * stride + d[None, :]
+        tile = tl.load(right_tile, mask=valid[:, None] & (d < width)[None, :], other=0.0)
+        busy = tl.max((w != 0.0).to(tl.int32), 0) > 0
         tile = tl.where(busy[:, None], tile, 0.0)
         if DROPOUT:
             tile = tl.where((problem == 1) | kept(dropout, rows, d), tile, 0.0)
         u = gated(loaded, w).to(tile.dtype)
-        acc = tl.dot(tl.trans(u), tile, acc, input_precision="ieee")
+        acc = tl.dot(u, tile, acc, input_precision="ieee")
     total = widths[0] * count
     if PROBLEMS > 1:
         total += widths[1] * count
@@ -102,13 +102,18 @@ def _gram(
 
 
 @triton.jit
-def _reduce_planes(planes, out, count, PLANES: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_planes(
+    planes, outs, first_count, count, OUTS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr
+):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     acc = tl.load(planes + offsets, mask=inside, other=0.0)
     for plane in tl.static_range(1, PLANES):
-        acc += tl.load(planes + plane * count.to(tl.int64) + offsets, mask=inside, other=0.0)
-    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=inside)
+        acc += tl.load(planes + plane * tl.cast(count, tl.int64) + offsets, mask=inside, other=0.0)
+    acc = acc.to(outs[0].dtype.element_ty)
+    tl.store(outs[0] + offsets, acc, mask=offsets < first_count)
+    if OUTS > 1:
+        tl.store(outs[1] + (offsets - first_count), acc, mask=inside & (offsets >= first_count))
 
 
 def gram(
@@ -172,19 +177,20 @@ def gram(
     )
 
 
-def reduce_planes(planes: Tensor, out: Tensor) -> Launch:
-    """Describe out = sum of the planes in order, cast to out's dtype.
+def reduce_planes(planes: Tensor, *outs: Tensor) -> Launch:
+    """Describe the sum of the planes in order, cut into one result or two and cast to their dtype.
 
     Args:
         planes: float32 [PLANES, ...], contiguous.
-        out: Contiguous, as many elements as one plane.
+        outs: Contiguous, of one dtype, together as many elements as one plane.
     """
+    count = sum(out.numel() for out in outs)
     return Launch(
         kernel=_reduce_planes,
-        grid=(triton.cdiv(out.numel(), REDUCE_BLOCK),),
-        arguments={"planes": planes, "out": out, "count": out.numel()},
-        constants={"PLANES": planes.shape[0], "BLOCK": REDUCE_BLOCK},
+        grid=(triton.cdiv(count, REDUCE_BLOCK),),
+        arguments={"planes": planes, "outs": outs, "first_count": outs[0].numel(), "count": count},
+        constants={"OUTS": len(outs), "PLANES": planes.shape[0], "BLOCK": REDUCE_BLOCK},
         warps=REDUCE_WARPS,
         stages=1,
-        moved_bytes=nbytes(planes, out),
+        moved_bytes=nbytes(planes, *outs),
     )

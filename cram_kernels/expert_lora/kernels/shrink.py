@@ -118,7 +118,7 @@ def _shrink(
         valid, inside = rows < tokens, columns < rank
         owner = stacked(gating.owner, projection, STACK)
         gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
-        w = row_gates(gating, owner, gate_rows, valid, columns, inside)
+        w = row_gates(gating, owner, gate_rows[:, None], valid[:, None], columns[None, :], inside[None, :])
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
             return
     shrink_block(
