@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -19,12 +19,20 @@ lint: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+bench: .venv/.installed-hf
+	@$(BIN)/python -m benchmarks --quick
+
+# Tests, sanitizer, benchmark and tile tuning on a CUDA machine, in ten minutes. Installs nothing: takes .venv if it is
+# there, else the python that has the CUDA build of torch.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu
+
 clean:
-	@rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf .venv runs build dist *.egg-info cram_kernels/*.so cram_kernels/native.json .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned: it decides between the CPU and the CUDA build, and every other requirement on it is then met.
-.venv/.installed-%: pyproject.toml
+.venv/.installed-%: pyproject.toml $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python must be >= 3.11, got {sys.version.split()[0]}")'
 	@echo "installing cram[$*] into .venv (once)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv

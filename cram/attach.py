@@ -119,7 +119,7 @@ class Cram(RoutedForward):
         Raises:
             ValueError: If no expert is in training.
         """
-        self._penalty = Penalty(self.modules, self.router, self.config)
+        self._penalty = Penalty(self.modules, self.router, self.config, self._bases)
 
     def penalty(self) -> Tensor:
         """lambda times the orthogonality penalty of the last training forward, a scalar; 0 without older

@@ -1,4 +1,4 @@
-"""The command `cram`: train, eval, demo, info.
+"""The command `cram`: train, eval, demo, bench, info.
 
 Faults that a user can mend (a wrong path, an unknown name, damaged data) end with one line and exit code 2;
 nothing has been written then that a second attempt would trip over.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,19 @@ def info(arguments: argparse.Namespace) -> None:
     print("\n".join(installation() if arguments.path is None else describe_path(Path(arguments.path))))
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """`cram bench`: a source checkout's benchmarks. They import this package, so they run as a process."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise ValueError(f"cram bench must run from a source checkout with its benchmarks, got {root}")
+    options = ["--quick"] if arguments.quick else []
+    options += ["--device", arguments.device] if arguments.device else []
+    options += ["--out", str(Path(arguments.out).resolve())] if arguments.out else []
+    code = subprocess.run([sys.executable, "-m", "benchmarks", *options], cwd=root, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
 def print_table(report: Any) -> None:
     """Print the methods' metrics, mean over seeds."""
     from cram.scoring.schema import METRIC_NAMES, by_seed
@@ -206,6 +220,18 @@ COMMANDS: dict[str, Command] = {
             ("--quick", {"action": "store_true", "help": "a few steps on a few samples"}),
             ("--dtype", _DTYPE),
             ("--device", _DEVICE),
+        ),
+    ),
+    "bench": Command(
+        "time the expert layer against its baselines (source checkout only)",
+        bench,
+        (
+            ("--quick", {"action": "store_true", "help": "fewer cases, under two minutes"}),
+            ("--device", _DEVICE),
+            (
+                "--out",
+                {"default": None, "metavar": "D", "help": "folder (default: by machine)"},
+            ),
         ),
     ),
     "info": Command(

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cram.penalty import visual_mean
 from cram.siblings import Siblings
-from cram_kernels import PackedExperts, expert_lora, pack_experts
+from cram_kernels import PackedExperts, expert_lora, pack_experts, visual_mean
 
 
 class LayerState:

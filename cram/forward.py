@@ -27,7 +27,7 @@ from cram.config import CramConfig
 from cram.encoders import ClipEncoder
 from cram.experts import ExpertLinear, LayerState
 from cram.families import Family, Matched, family_of, match_linears
-from cram.orthogonality import Penalty
+from cram.orthogonality import HistoryBases, Penalty
 from cram.penalty import visual_token_mask
 from cram.routing import Query, Route, Router
 from cram.siblings import join_siblings
@@ -74,6 +74,7 @@ class RoutedForward:
         self._state = LayerState()
         self._override: _Override | None = None
         self._penalty: Penalty | None = None
+        self._bases = HistoryBases()
         self._routes: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self._route: Route | None = None
         self._reader = PromptReader(model, self.family, encoder, processor)

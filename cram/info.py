@@ -13,7 +13,7 @@ from cram import __version__
 from cram.bundle_format import MANIFEST, read_description
 from cram.families import FAMILIES, family_of, match_linears
 from cram.runs import RUN, newest_bundle, read_run
-from cram_kernels import available_impls
+from cram_kernels import available_impls, native_libraries
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow")
 
@@ -30,6 +30,7 @@ def installation() -> list[str]:
     )
     lines.append(f"families: {', '.join(sorted(FAMILIES))}")
     lines.append(f"methods: {', '.join(METHODS)}")
+    lines += [f"native library for {n}: {reason or 'loaded'}" for n, reason in native_libraries().items()]
     lines.append("implementations:")
     for op, impls in available_impls().items():
         lines.append(f"  {op}: {', '.join(name for name, reason in impls.items() if reason is None)}")

@@ -1,7 +1,8 @@
 """The orthogonality penalty of the expert in training, over all modules of an attached model.
 
-Inputs are the layers' visual-token means and the current route; the bases depend only on older experts and
-are computed once per task.
+Inputs are the layers' visual-token means and the current route. The bases depend only on older experts, which
+never change: each is extended by one expert at a time, so a task costs only its new expert, and a model that
+was loaded from a bundle arrives at the same bits as one that learnt all along.
 """
 
 from __future__ import annotations
@@ -14,9 +15,39 @@ from torch import Tensor
 
 from cram.config import CramConfig
 from cram.experts import ExpertLinear
-from cram.penalty import ModuleShape, PenaltyTerm, history_columns, penalty_terms
+from cram.penalty import Basis, ModuleShape, PenaltyTerm, history_columns, penalty_terms
 from cram.routing import Router
 from cram_kernels import orthogonality_penalty, orthonormal_basis
+
+
+class HistoryBases:
+    """Orthonormal bases of what the experts of one attached model span, kept from task to task.
+
+    Derived data: saved nowhere, made again from the experts where it is missing.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self._held: dict[tuple[str, Basis, int], tuple[list[int], Tensor]] = {}
+
+    def get(self, term: PenaltyTerm, module: ExpertLinear, experts: list[int]) -> Tensor:
+        """The basis [D, k] of some frozen experts of the term's module, extended by those not yet in it.
+
+        Args:
+            term: Module and space.
+            module: That module.
+            experts: One group's frozen experts in order; not empty.
+        """
+        key = (term.module, term.basis, experts[0])
+        covered, basis = self._held.get(key, ([], None))
+        if covered != experts[: len(covered)]:
+            covered, basis = [], None
+        for index in experts[len(covered) :]:
+            columns = history_columns(term.basis, module.factors([index]))
+            basis = orthonormal_basis(columns, None if basis is None else basis.to(columns.device))
+        assert basis is not None
+        self._held[key] = (list(experts), basis)
+        return basis.to(module.weight.device)
 
 
 class Penalty:
@@ -26,8 +57,20 @@ class Penalty:
         needed: Whether the expert's group has older experts; otherwise the value is 0 and no input is pooled.
     """
 
-    def __init__(self, modules: Mapping[str, ExpertLinear], router: Router, config: CramConfig) -> None:
-        """Computes the bases.
+    def __init__(
+        self,
+        modules: Mapping[str, ExpertLinear],
+        router: Router,
+        config: CramConfig,
+        bases: HistoryBases,
+    ) -> None:
+        """Brings the bases up to date.
+
+        Args:
+            modules: All adapted linears.
+            router: Groups and the current route.
+            config: The configuration.
+            bases: Those of earlier tasks, which are extended.
 
         Raises:
             ValueError: If no expert is in training.
@@ -40,27 +83,33 @@ class Penalty:
         older = router.experts_of(router.expert_groups[-1])[:-1]
         shapes = {path: ModuleShape(m.layer, m.in_features, m.out_features) for path, m in modules.items()}
         self._terms = penalty_terms(shapes, config) if older else []
-        self._bases = [self._basis(term, older) for term in self._terms]
+        self._bases = [bases.get(term, modules[term.module], older) for term in self._terms]
+        self._layers = torch.tensor([modules[term.module].layer for term in self._terms])
         self.needed = bool(older) and config.penalty_weight > 0
-
-    def _basis(self, term: PenaltyTerm, older: list[int]) -> Tensor:
-        return orthonormal_basis(history_columns(term.basis, self._modules[term.module].factors(older)))
 
     def value(self) -> Tensor:
         """The weighted penalty of the last training forward, a scalar; 0 if it is not needed."""
         if not self.needed:
             return torch.zeros((), device=self._router.frozen_centroids.device)
         gamma = self._router.gamma()
-        hidden, trained_a, trained_b, gammas = [], [], [], []
+        hidden, trained_a, trained_b = [], [], []
         for term in self._terms:
             module, source = self._modules[term.module], self._modules[term.input_module].hidden
             assert module.experts is not None and source is not None
             assert module.experts.trained_a is not None and module.experts.trained_b is not None
-            hidden.append(F.dropout(source, self._config.dropout))
+            hidden.append(source)
             trained_a.append(module.experts.trained_a)
             trained_b.append(module.experts.trained_b)
-            gammas.append(gamma[module.layer])
+        gammas = gamma[self._layers.to(gamma.device)].unbind(0)
         value = orthogonality_penalty(
-            hidden, trained_a, trained_b, self._bases, gammas, scale=self._config.scale
+            self._dropped(hidden), trained_a, trained_b, self._bases, gammas, scale=self._config.scale
         )
         return self._config.penalty_weight * value
+
+    def _dropped(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Dropout on every term's means, drawn for all of them at once."""
+        if not self._config.dropout:
+            return hidden
+        flat = F.dropout(torch.cat([each.flatten() for each in hidden]), self._config.dropout)
+        pieces = flat.split([each.numel() for each in hidden])
+        return [piece.view(each.shape) for piece, each in zip(pieces, hidden, strict=True)]

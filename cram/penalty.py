@@ -1,4 +1,4 @@
-"""Inputs of the orthogonality penalty: visual-token means, and which module meets which input and basis.
+"""Inputs of the orthogonality penalty: visual-token positions, and which module meets which input and basis.
 
 The penalty itself is ``cram_kernels.orthogonality_penalty``. The paper's reading penalises every module on
 its own input in its output space. The released code keeps one input per layer, so it penalises the layer's
@@ -87,21 +87,3 @@ def visual_token_mask(input_ids: Tensor, image_token_id: int, attention_mask: Te
     """Visual-token positions [B, T] (bool) of expanded input ids [B, T], without padding."""
     mask = input_ids == image_token_id
     return mask if attention_mask is None else mask & attention_mask.bool()
-
-
-def visual_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [B, T, D] over the positions of mask [B, T] (bool); zero for a sample that has none.
-
-    Masked-out positions are selected away, not multiplied by zero, so NaN in padding does not leak. Half
-    precision is accumulated and returned in float32.
-
-    Raises:
-        ValueError: if the shapes do not match or the mask is not bool.
-    """
-    if x.dim() != 3 or mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            f"x and mask must be [B, T, D] and bool [B, T], "
-            f"got {list(x.shape)} and {mask.dtype} {list(mask.shape)}"
-        )
-    total = x.masked_fill(~mask[:, :, None], 0.0).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return total / mask.sum(1, keepdim=True).clamp(min=1)

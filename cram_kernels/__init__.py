@@ -27,6 +27,7 @@ __all__ = [
     "pack_experts",
     "routed_expert_lora",
     "stacked_expert_lora",
+    "visual_mean",
 ]
 
 

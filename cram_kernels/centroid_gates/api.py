@@ -104,8 +104,10 @@ class _CentroidGates(torch.autograd.Function):
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    """Return the tensors' in-place counters; none under the compiler, which cannot read them."""
-    return () if torch.compiler.is_compiling() else tuple(tensor._version for tensor in tensors)
+    """Return the tensors' in-place counters; none under the compiler, and none of inference tensors."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def _differentiable(

@@ -30,6 +30,7 @@ from cram_kernels.expert_lora.triton import (
     NO_DROPOUT,
     PLANES_TOKENS,
     LayerBackward,
+    kept_z,
     layer_backward,
     layer_gradients,
     operand,
@@ -107,7 +108,7 @@ def _forward(
         y = F.linear(x, weight, bias)
         gates = query.new_zeros(query.shape[0], centroids.shape[0])
         if not x.shape[0] or not a.shape[0]:
-            return y, x.new_empty(0), gates
+            return y, kept_z(x, [a], keep), gates
         arch, pitch = architecture(x.device), pitch_of([a.shape[0]])
         tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
         folded = tile.split_k > 1 and (keep or x.shape[0] > PLANES_TOKENS)
@@ -193,7 +194,7 @@ _LIBRARY = torch.library.Library("cram", "FRAGMENT")
 _LIBRARY.define(
     "routed_expert_lora(Tensor x, Tensor query, Tensor centroids, Tensor? trained_a, Tensor? trained_b, "
     "Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor? members, Tensor? segments, "
-    "float sigma, float scale, float dropout, int seed, bool keep) -> (Tensor, Tensor, Tensor)"
+    "float sigma, float scale, float dropout, SymInt seed, bool keep) -> (Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("routed_expert_lora", _forward, _device)
@@ -201,8 +202,7 @@ for _device in ("CPU", "CUDA"):
 
 def _forward_fake(x: Tensor, query: Tensor, centroids: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     weight, a, keep = arguments[2], arguments[4], arguments[-1]
-    kept = keep and a.shape[0]
-    z = x.new_empty(1, x.shape[0], pitch_of([a.shape[0]])) if kept else x.new_empty(0)
+    z = kept_z(x, [a], keep)
     return x.new_empty(x.shape[0], weight.shape[0]), z, query.new_empty(query.shape[0], centroids.shape[0])
 
 

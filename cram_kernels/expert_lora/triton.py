@@ -43,7 +43,7 @@ PLANES_TOKENS = 64
 # Rank tiles without a live gate can be left out only where R takes more than one.
 SKIP_RANK = 128
 MAX_STACK = 3
-NO_DROPOUT = Dropout(0, 0, 0)
+NO_DROPOUT = dropout_words(0.0, 0)
 
 
 LayerBackward = Callable[..., list[Tensor]]
@@ -128,9 +128,11 @@ def _forward(
         bases = zip(weights, biases, strict=True)
         outputs = [F.linear(x, weight, bias if bias.numel() else None) for weight, bias in bases]
         if not x.shape[0] or not any(factor.shape[0] for factor in a):
-            return [*outputs, x.new_empty(0)]
+            return [*outputs, kept_z(x, a, keep)]
         arch, gate = architecture(x.device), gating(gates, owners, segments, scale)
-        early = not keep and x.shape[0] <= PLANES_TOKENS and arch >= 90 and not interpreted()
+        # A first layer without rows would not wait for SHRINK, and nothing behind it would.
+        early = not keep and a[0].shape[0] > 0 and x.shape[0] <= PLANES_TOKENS
+        early = early and arch >= 90 and not interpreted()
         z = _project(x, a, gate, dropout_words(dropout, seed), skip=not keep, fold=keep, dependents=early)
         tile = tiles.expand_tile(arch, x.dtype, x.shape[0])
         for p, y in enumerate(outputs):
@@ -138,6 +140,13 @@ def _forward(
             factors = (operand(bt[p], x),)
             expand(z[:, p : p + 1], factors, y, of_p, NO_DROPOUT, tile, dependent=early and p == 0).run()
         return [*outputs, z[0] if keep else x.new_empty(0)]
+
+
+def kept_z(x: Tensor, a: Sequence[Tensor], keep: bool) -> Tensor:
+    """Return memory for the Z [STACK, T, pitch] that backward reads; empty if nothing is kept or R is 0."""
+    if not keep or not any(factor.shape[0] for factor in a):
+        return x.new_empty(0)
+    return x.new_empty(len(a), x.shape[0], pitch_of([factor.shape[0] for factor in a]))
 
 
 def layer_backward(
@@ -164,9 +173,10 @@ def layer_backward(
     with on_device_of(first):
         gate, drop = gating(gates, owners, segments, scale), dropout_words(dropout, seed)
         dx = _base_gradient(dys, weights) if need_x else first.new_empty(0)
-        dgates = torch.zeros_like(gates) if need_gates else gates.new_empty(0)
+        new = torch.Tensor.new_empty if z.numel() else torch.Tensor.new_zeros
+        dgates = new(gates, gates.shape if need_gates else (0,))
         factors = [
-            a_p.new_zeros(r if need else 0, side.shape[1])
+            new(a_p, (r if need else 0, side.shape[1]))
             for a_p, bt_p, r in zip(a, bt, trained, strict=True)
             for side, need in ((a_p, need_a), (bt_p, need_b))
         ]
@@ -183,9 +193,7 @@ def layer_backward(
             if trained[p]:
                 of_p = gate._replace(owner=(owners[p],))
                 sides = ((v[p], x) if need_a else None, (z[p], dy) if need_b else None)
-                factors[2 * p : 2 * p + 2] = _factor_gradients(
-                    sides, of_p, drop, trained[p], factors[2 * p : 2 * p + 2]
-                )
+                _factor_gradients(sides, of_p, drop, trained[p], factors[2 * p : 2 * p + 2])
         if need_x:
             tile = tiles.expand_tile(architecture(dx.device), dx.dtype, dx.shape[0])
             expand(v.unsqueeze(0), tuple(operand(each, dx) for each in a), dx, gate, drop, tile).run()
@@ -208,7 +216,8 @@ def _project(
     pitch = out.shape[-1] if out is not None else pitch_of([f.shape[0] for f in factors])
     tile = tiles.shrink_tile(architecture(x.device), x.dtype, tokens, pitch, width)
     z = x.new_empty(1, len(factors), tokens, pitch) if out is None else out.view(1, 1, tokens, pitch)
-    operands = tuple(operand(factor, x) for factor in factors)
+    same = all(factor.dtype == factors[0].dtype for factor in factors)
+    operands = tuple(operand(factor if same else factor.to(x.dtype), x) for factor in factors)
     options = {"skip": skip and pitch > SKIP_RANK, "dependents": dependents}
     if tile.split_k == 1:
         shrink(x, operands, z, gate, drop, tile, **options).run()
@@ -247,24 +256,19 @@ def _factor_gradients(
     gate: Gating,
     drop: Dropout,
     count: int,
-    like: Sequence[Tensor],
-) -> list[Tensor]:
-    """Return dA and dBt of one projection's last `count` rows; a side of None stays as it is in `like`."""
-    chosen = [(side, grad) for side, grad in zip(sides, like, strict=True) if side is not None]
+    grads: Sequence[Tensor],
+) -> None:
+    """Fill dA and dBt of one projection's last `count` rows; leave out what has a side of None."""
+    chosen = [(side, grad) for side, grad in zip(sides, grads, strict=True) if side is not None]
     if not chosen:
-        return list(like)
+        return
     lefts, rights = zip(*(side for side, _ in chosen), strict=True)
     rows, width = rights[0].shape[0], sum(right.shape[1] for right in rights)
     tile = tiles.gram_tile(architecture(rights[0].device), rights[0].dtype, rows, width)
     planes = rights[0].new_empty(tile.split_t, count * width, dtype=torch.float32)
     first = gate.owner[0].shape[0] - count
     gram(lefts, rights, planes, gate, drop if sides[0] is not None else NO_DROPOUT, first, tile).run()
-    flat = like[0].new_empty(count * width)
-    reduce_planes(planes, flat).run()
-    parts = iter(flat.split([count * right.shape[1] for right in rights]))
-    return [
-        grad if side is None else next(parts).view(count, -1) for side, grad in zip(sides, like, strict=True)
-    ]
+    reduce_planes(planes, *(grad for _, grad in chosen)).run()
 
 
 class _ExpertLora(torch.autograd.Function):
@@ -323,12 +327,12 @@ _LIBRARY = torch.library.Library("cram", "FRAGMENT")
 _LIBRARY.define(
     "expert_lora(Tensor x, Tensor gates, Tensor? trained_a0, Tensor? trained_b0, Tensor? trained_a1, "
     "Tensor? trained_b1, Tensor? trained_a2, Tensor? trained_b2, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] a, Tensor[] bt, Tensor[] owners, Tensor? segments, float scale, float dropout, int seed, "
+    "Tensor[] a, Tensor[] bt, Tensor[] owners, Tensor? segments, float scale, float dropout, SymInt seed, "
     "bool keep) -> Tensor[]"
 )
 _LIBRARY.define(
     "expert_lora_backward(Tensor[] dys, Tensor? x, Tensor z, Tensor gates, Tensor[] weights, Tensor[] a, "
-    "Tensor[] bt, Tensor[] owners, Tensor? segments, int[] trained, float scale, float dropout, int seed, "
+    "Tensor[] bt, Tensor[] owners, Tensor? segments, int[] trained, float scale, float dropout, SymInt seed, "
     "bool need_x, bool need_gates, bool need_a, bool need_b) -> Tensor[]"
 )
 for _device in ("CPU", "CUDA"):
@@ -338,9 +342,8 @@ for _device in ("CPU", "CUDA"):
 
 def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
     weights, _, a = arguments[7:10]
-    kept = arguments[-1] and any(factor.shape[0] for factor in a)
-    z = x.new_empty(len(a), x.shape[0], pitch_of([f.shape[0] for f in a])) if kept else x.new_empty(0)
-    return [*(x.new_empty(x.shape[0], weight.shape[0]) for weight in weights), z]
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return [*outputs, kept_z(x, a, arguments[-1])]
 
 
 def _backward_fake(

@@ -1,4 +1,4 @@
-"""Public orthogonality_penalty and orthonormal_basis."""
+"""Public orthogonality_penalty: checks, the modules that count, the choice of implementation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from cram_kernels.dispatch import Op
-from cram_kernels.orthogonality import cpu, reference
+from cram_kernels.orthogonality import cpu, native, reference
 
 OP = Op(
     "orthogonality_penalty",
-    {"reference": reference.orthogonality_penalty, "cpu": cpu.orthogonality_penalty},
+    {
+        "reference": reference.orthogonality_penalty,
+        "cpu": cpu.orthogonality_penalty,
+        "native": native.orthogonality_penalty,
+    },
+    {"native": native.missing},
 )
 
 
@@ -24,6 +29,7 @@ def orthogonality_penalty(
     gamma: Sequence[Tensor],
     *,
     scale: float,
+    mask: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Penalise what the trained experts write into the span of the old ones, over all modules.
@@ -34,14 +40,18 @@ def orthogonality_penalty(
     computed in float32 (float64 if a hidden state or trained factor is float64), whatever the autocast state.
 
     Args:
-        hidden: Mean visual input of each module [B, D_in_m].
+        hidden: Mean visual input of each module [B, D_in_m]; with `mask` its input tokens [B, T, D_in_m],
+            whose mean the operation takes (a sample without visual tokens counts 0).
         trained_a: Down projections [r_m, D_in_m].
         trained_b: Transposed up projections [r_m, D_out_m], as in `PackedExperts.trained_b`.
         bases: Orthonormal bases [D_out_m, k_m] of the old experts' outputs; k_m = 0 marks a module without
-            history, which does not count in the mean.
+            history, which does not count in the mean. Read in place where the columns lie one after another
+            (as `orthonormal_basis` returns them), else "native" copies them in each call.
         gamma: Weight of each sample [B] in each module.
         scale: LoRA scale.
-        impl: "auto" ("cpu" for CPU tensors, else "reference"), "reference", "cpu", "triton" or "native".
+        mask: Visual-token positions [B, T] (bool), the same for all modules, or None if `hidden` are means.
+        impl: "auto" ("native" where it is installed, unless a float64 comes in; else "cpu"), "reference",
+            "cpu", "triton" or "native".
 
     Returns:
         Scalar; a plain zero if no module has history.
@@ -55,58 +65,47 @@ def orthogonality_penalty(
     lists = (hidden, trained_a, trained_b, bases, gamma)
     if len({len(each) for each in lists}) != 1:
         raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
+    _check_mask(hidden, mask)
     for module in zip(*lists, strict=True):
-        _check_module(*module)
+        _check_module(*module, masked=mask is not None)
     device = hidden[0].device if hidden else torch.device("cpu")
-    compute = OP.select(impl, device)
-    chosen = [m for m, basis in enumerate(bases) if basis.shape[1]]
     dtype = torch.float32
-    for tensor in (*hidden, *trained_a, *trained_b):
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    for each in {tensor.dtype for tensor in (*hidden, *trained_a, *trained_b)}:
+        dtype = torch.promote_types(dtype, each)
+    compute = OP.select(impl, device, dtype)
+    chosen = [m for m, basis in enumerate(bases) if basis.shape[1]]
     if not chosen:
         return torch.zeros((), dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):
-        return compute(*([each[m] for m in chosen] for each in lists), scale, dtype)
+        return compute(*([each[m] for m in chosen] for each in lists), mask, scale, dtype)
 
 
-def orthonormal_basis(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the span of `columns`, without their dependent directions.
-
-    Columns are brought to length 1 first, so a small expert counts as much as a large one; singular
-    directions below max(D, k) * eps times the largest are dropped, eps of the result's dtype.
-
-    Args:
-        columns: [D, k], any floating dtype; k = 0 is legal.
-
-    Returns:
-        Q [D, m] with Q^T Q = I and m <= min(D, k), in `columns`' dtype (float32 for half precision),
-        detached.
-
-    Raises:
-        ValueError: `columns` is not a matrix.
-    """
-    if columns.dim() != 2:
-        raise ValueError(f"columns must be [D, k], got {list(columns.shape)}")
-    dtype = torch.promote_types(columns.dtype, torch.float32)
-    wide = columns.detach().double()
-    norms = wide.norm(dim=0)
-    wide = wide[:, norms > 0] / norms[norms > 0]
-    if not wide.numel():
-        return columns.new_zeros(columns.shape[0], 0, dtype=dtype)
-    directions, values, _ = torch.linalg.svd(wide, full_matrices=False)
-    floor = max(columns.shape) * torch.finfo(dtype).eps * values[0]
-    return directions[:, values > floor].to(dtype).contiguous()
+def _check_mask(hidden: Sequence[Tensor], mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool [B, T], got {mask.dtype} {list(mask.shape)}")
+    for tokens in hidden:
+        if tokens.shape[:2] != mask.shape:
+            raise ValueError(
+                f"hidden must be [B, T, D_in] with B and T of the mask {list(mask.shape)}, "
+                f"got {list(tokens.shape)}"
+            )
 
 
-def _check_module(hidden: Tensor, a: Tensor, bt: Tensor, basis: Tensor, gamma: Tensor) -> None:
-    if any(tensor.dim() != 2 for tensor in (hidden, a, bt, basis)) or gamma.dim() != 1:
+def _check_module(hidden: Tensor, a: Tensor, bt: Tensor, basis: Tensor, gamma: Tensor, masked: bool) -> None:
+    shapes = hidden.shape, a.shape, bt.shape, basis.shape, gamma.shape
+    if tuple(map(len, shapes)) != (2 + masked, 2, 2, 2, 1):
         raise ValueError(
-            "hidden, trained_a, trained_b, bases and gamma must be [B, D_in], [r, D_in], [r, D_out], "
-            f"[D_out, k] and [B], got {[list(t.shape) for t in (hidden, a, bt, basis, gamma)]}"
+            "hidden, trained_a, trained_b, bases and gamma must be "
+            f"{'[B, T, D_in]' if masked else '[B, D_in]'}, [r, D_in], [r, D_out], [D_out, k] and [B], "
+            f"got {[list(shape) for shape in shapes]}"
         )
-    expected = ((gamma.shape[0], a.shape[1]), (bt.shape[0], hidden.shape[1]), (a.shape[0], basis.shape[0]))
-    if (hidden.shape, a.shape, bt.shape) != expected:
+    (batch, *_, d_in), of_a, of_bt, (d_out, _), (samples,) = shapes
+    found = ((batch, d_in), of_a, of_bt)
+    expected = ((samples, of_a[1]), (of_bt[0], d_in), (of_a[0], d_out))
+    if found != expected:
         raise ValueError(
             "hidden, trained_a and trained_b must fit gamma, each other and the basis: "
-            f"{[list(e) for e in expected]}, got {[list(t.shape) for t in (hidden, a, bt)]}"
+            f"{[list(e) for e in expected]}, got {[list(f) for f in found]}"
         )

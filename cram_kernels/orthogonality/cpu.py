@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cram_kernels.orthogonality.pooling import visual_mean
+
 
 def orthogonality_penalty(
     hidden: Sequence[Tensor],
@@ -21,10 +23,13 @@ def orthogonality_penalty(
     trained_b: Sequence[Tensor],
     bases: Sequence[Tensor],
     gamma: Sequence[Tensor],
+    mask: Tensor | None,
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the penalty batch by batch; arguments as in `cram_kernels.orthogonality_penalty`, checked."""
+    if mask is not None:
+        hidden = [visual_mean(tokens, mask) for tokens in hidden]
     batches: dict[tuple[int, int, int], list[int]] = {}
     for m, (h, bt) in enumerate(zip(hidden, trained_b, strict=True)):
         batches.setdefault((h.shape[0], h.shape[1], bt.shape[1]), []).append(m)

@@ -3,15 +3,29 @@ differentiated."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cram import experts
+from cram import experts, orthogonality
 from cram.attach import Cram
-from tests.cram.factories import IMAGE_ID, PROJECTION, QUESTIONS, expert_weights, image, prompt, routed_llava
+from cram.bundle import load, save
+from cram.penalty import history_columns
+from tests.cram.factories import (
+    IMAGE_ID,
+    PROJECTION,
+    QUESTIONS,
+    clip_encoder,
+    clip_model,
+    expert_weights,
+    image,
+    llava,
+    prompt,
+    routed_llava,
+)
 
 
 def training_batch(processor: Any) -> Any:
@@ -126,6 +140,71 @@ def test_inputs_are_pooled_once_for_q_k_and_v_and_only_while_needed(
     cram.freeze()
     model(**batch)
     assert len(pooled) == (0 if config else 2 * 2)
+
+
+def bases_of(cram: Cram) -> list[Tensor]:
+    assert cram._penalty is not None
+    return cram._penalty._bases
+
+
+@pytest.mark.parametrize("config", [{}, {"released_code": True}])
+def test_a_task_works_on_its_new_expert_alone(
+    config: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, cram = routed_llava(trained=True, **config)
+    cram.prepare_penalty()
+    before = bases_of(cram)
+    cram.freeze()
+    cram.add_expert("third", expert_weights(cram, 7), 0, torch.zeros(PROJECTION))
+    seen: list[tuple[int, int]] = []
+    plain = orthogonality.orthonormal_basis
+
+    def recorded(columns: Tensor, basis: Tensor | None = None) -> Tensor:
+        seen.append((columns.shape[1], 0 if basis is None else basis.shape[1]))
+        return plain(columns, basis)
+
+    monkeypatch.setattr(orthogonality, "orthonormal_basis", recorded)
+    cram.prepare_penalty()
+    paths = [path for path in cram.modules if not config or path.endswith("q_proj")]
+    ranks = [cram.modules[path].experts.ranks[2] for path in paths]
+    assert seen == list(zip(ranks, [basis.shape[1] for basis in before], strict=True))
+    for old, basis, path in zip(before, bases_of(cram), paths, strict=True):
+        assert torch.equal(basis[:, : old.shape[1]], old)
+        factors = cram.modules[path].factors([0, 2])
+        columns = history_columns("input" if config else "output", factors)
+        whole = plain(columns)
+        assert basis.shape == whole.shape
+        torch.testing.assert_close(basis @ basis.mT, whole @ whole.mT)
+    seen.clear()
+    cram.prepare_penalty()
+    assert not seen
+
+
+def test_bases_of_another_group_and_of_a_loaded_model_are_made_from_their_experts(tmp_path: Path) -> None:
+    model, processor, cram = routed_llava(trained=True)
+    cram.prepare_penalty()
+    cram.freeze()
+    cram.add_expert("aside", expert_weights(cram, 5), 1, torch.zeros(PROJECTION))
+    cram.prepare_penalty()
+    aside = [plain for module in cram.modules.values() for plain in history(module.factors([1]))]
+    assert all(torch.equal(*pair) for pair in zip(bases_of(cram), aside, strict=True))
+    cram.freeze()
+    cram.add_expert("third", expert_weights(cram, 7), 0, torch.zeros(PROJECTION))
+    cram.prepare_penalty()
+    save(model, tmp_path / "bundle")
+    clip = clip_model()
+    other = llava(clip=clip)
+    loaded = load(other, tmp_path / "bundle", clip_encoder(other, clip), processor)
+    loaded.add_expert("fourth", expert_weights(loaded, 8), 0, torch.zeros(PROJECTION))
+    cram.freeze()
+    cram.add_expert("fourth", expert_weights(cram, 8), 0, torch.zeros(PROJECTION))
+    for each in (cram, loaded):
+        each.prepare_penalty()
+    assert all(torch.equal(*pair) for pair in zip(bases_of(cram), bases_of(loaded), strict=True))
+
+
+def history(factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [orthogonality.orthonormal_basis(history_columns("output", factors))]
 
 
 def test_order_of_calls_is_checked() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cram.config import CramConfig
@@ -16,11 +14,10 @@ from cram.penalty import (
     PenaltyTerm,
     history_columns,
     penalty_terms,
-    visual_mean,
     visual_token_mask,
 )
 from cram.routing import Query, Router
-from cram_kernels import orthogonality_penalty, orthonormal_basis
+from cram_kernels import available_impls, orthogonality_penalty, orthonormal_basis, visual_mean
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 NAMES = "attn_square one_module_rect layer_without_history no_visual_tokens mixed_square_rect no_history"
@@ -55,9 +52,14 @@ def test_golden_table_is_complete() -> None:
     assert_complete("cram_orth_penalty", NAMES.split(), LEFT_OUT)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "native", "native, tokens"])
 @pytest.mark.parametrize("released", [True, False], ids=["official", "faithful"])
 @pytest.mark.parametrize("name", golden_names("cram_orth_penalty", LEFT_OUT))
-def test_golden_penalty(name: str, released: bool) -> None:
+def test_golden_penalty(name: str, released: bool, impl: str) -> None:
+    """Under "native, tokens" the operation takes the means itself."""
+    impl, *tokens = impl.split(", ")
+    if (missing := available_impls()["orthogonality_penalty"][impl]) is not None:
+        pytest.skip(missing)
     case, data = load("cram_orth_penalty", name)
     config = CramConfig(released_code=released)
     router = golden_router(case, data, config)
@@ -75,13 +77,15 @@ def test_golden_penalty(name: str, released: bool) -> None:
     hidden, new_a, new_bt, bases, gammas = [], [], [], [], []
     for term in penalty_terms(shapes, config):
         (a, bt), older = experts[term.module]
-        hidden.append(visual_mean(inputs[term.input_module], mask))
+        hidden.append(inputs[term.input_module] if tokens else visual_mean(inputs[term.input_module], mask))
         new_a.append(a)
         new_bt.append(bt)
         columns = history_columns(term.basis, older) if older else torch.zeros(bt.shape[1], 0)
         bases.append(orthonormal_basis(columns))
         gammas.append(gamma[shapes[term.module].layer])
-    loss = orthogonality_penalty(hidden, new_a, new_bt, bases, gammas, scale=config.scale)
+    loss = orthogonality_penalty(
+        hidden, new_a, new_bt, bases, gammas, scale=config.scale, mask=mask if tokens else None, impl=impl
+    )
     if case["expected"]["loss_official"] is None:
         assert loss == 0.0 and not gamma.any()
         return
@@ -162,34 +166,7 @@ def test_golden_visual_table_is_complete() -> None:
     assert_complete("cram_visual_mask", ["a", "nomask"])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99), st.booleans())
-def test_visual_mean_selects(batch: int, length: int, seed: int, half: bool) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, length, 3, generator=rng).to(torch.bfloat16 if half else torch.float32)
-    mask = torch.rand(batch, length, generator=rng) < 0.5
-    x[~mask] = float("nan")
-    mean = visual_mean(x, mask)
-    for row in range(batch):
-        rows = x[row][mask[row]].float()
-        torch.testing.assert_close(mean[row], rows.mean(0) if len(rows) else torch.zeros(3))
-    assert mean.dtype == torch.float32
-
-
 def test_padding_that_holds_the_image_token_is_not_visual() -> None:
     ids = torch.tensor([[9, 9, 1]])
     assert visual_token_mask(ids, 9).tolist() == [[True, True, False]]
     assert visual_token_mask(ids, 9, torch.tensor([[0, 1, 1]])).tolist() == [[False, True, False]]
-
-
-@pytest.mark.parametrize(
-    ("x", "mask"),
-    [
-        (torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
-        (torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool)),
-        (torch.zeros(2, 3, 4), torch.ones(2, 3)),
-    ],
-)
-def test_visual_mean_refuses_misfits(x: Tensor, mask: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"must be \[B, T, D\] and bool \[B, T\]"):
-        visual_mean(x, mask)

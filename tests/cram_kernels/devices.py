@@ -13,6 +13,8 @@ _NO_CPU = triton_missing(torch.device("cpu"), FP32)
 
 # On a module or test that needs the interpreter, or a CUDA device.
 needs_interpreter = pytest.mark.skipif(_NO_CPU is not None, reason=_NO_CPU or "")
+# numpy, which computes under the interpreter, warns where Inf or NaN meet, in unwritten memory as well.
+quiet_numpy = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 

@@ -326,3 +326,17 @@ def test_refusals(arguments: tuple[Any, ...], message: str) -> None:
 def test_refuses_a_suffix_that_is_not_there(trained: int) -> None:
     with pytest.raises(ValueError, match=f"trained must be between 0 and E=4, got {trained}"):
         centroid_gates(Q, C, 2.0, trained=trained)
+
+
+@pytest.mark.parametrize("query_of_inference", [False, True])
+def test_inference_mode(query_of_inference: bool) -> None:
+    """Gates can be made in inference mode, and trained against a query that was encoded in it."""
+    centroids = torch.randn(2, 3, 8).requires_grad_(query_of_inference)
+    with torch.inference_mode():
+        query = torch.randn(4, 8)
+        expected = centroid_gates(query, centroids, 2.0)
+    if query_of_inference:
+        gates = centroid_gates(query, centroids, 2.0)
+        torch.testing.assert_close(gates, expected.clone())
+        gates[..., 0].sum().backward()
+        assert centroids.grad.abs().sum() > 0

@@ -86,13 +86,27 @@ class Layer:
         return found
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [
+        ("reference", "cpu"),
+        ("cpu", "cpu"),
+        pytest.param("triton", "cpu", marks=needs_interpreter),
+        pytest.param("triton", "cuda", marks=needs_cuda),
+    ],
+)
 @pytest.mark.parametrize("case_id", LAYER)
-def test_layer(case_id: str, impl: str) -> None:
+def test_layer(case_id: str, impl: str, device: str) -> None:
     entry, tensors = golden_case(case_id)
-    layer = Layer(entry["config"], tensors)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    with torch.device(device):
+        layer = Layer(entry["config"], tensors)
     weight = tensors["param.weight"].t() if entry["config"]["fan_in_fan_out"] else tensors["param.weight"]
     x = tensors["in.x"].clone().requires_grad_()
+    if impl == "triton" and x.dtype == torch.float64:
+        with pytest.raises(NotImplementedError, match="got torch.float64"):
+            expert_lora(x, weight, tensors.get("param.bias"), layer.experts, layer.gates, impl=impl)
+        return
     y = expert_lora(x, weight, tensors.get("param.bias"), layer.experts, layer.gates, impl=impl)
     close(y, tensors["out.y"])
     (tensors["in.functional"] * y).sum().backward()

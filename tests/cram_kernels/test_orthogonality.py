@@ -1,4 +1,4 @@
-"""orthogonality_penalty against a float64 oracle, and the rank-revealing basis."""
+"""orthogonality_penalty against a float64 oracle, and the means it is taken of; float64 implementations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cram_kernels import orthogonality_penalty, orthonormal_basis
+from cram_kernels import orthogonality_penalty, orthonormal_basis, visual_mean
 
 IMPLS = ("reference", "cpu")
 MIXED = ((12, 16, 4, 9), (12, 16, 9, 5), (16, 16, 1, 3), (12, 16, 0, 9), (16, 12, 6, 0), (16, 16, 5, 1))
@@ -161,38 +161,28 @@ def test_refusals(changed: dict[str, Any], message: str) -> None:
         orthogonality_penalty(*(lists | changed).values(), scale=2.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99), st.booleans())
+def test_visual_mean_selects(batch: int, length: int, seed: int, half: bool) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, 3, generator=rng).to(torch.bfloat16 if half else torch.float32)
+    mask = torch.rand(batch, length, generator=rng) < 0.5
+    x[~mask] = float("nan")
+    mean = visual_mean(x, mask)
+    for row in range(batch):
+        rows = x[row][mask[row]].float()
+        torch.testing.assert_close(mean[row], rows.mean(0) if len(rows) else torch.zeros(3))
+    assert mean.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
-    ("rows", "rank", "columns"), [(24, 5, 5), (24, 5, 12), (8, 8, 20), (8, 1, 1), (8, 0, 3)]
+    ("x", "mask"),
+    [
+        (torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
+        (torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool)),
+        (torch.zeros(2, 3, 4), torch.ones(2, 3)),
+    ],
 )
-def test_basis_reveals_rank(rows: int, rank: int, columns: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(2)
-    span = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
-    mix = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
-    mix[:, :rank] += 4 * torch.eye(rank, dtype=torch.float64)
-    matrix = (span @ mix).to(dtype)
-    q = orthonormal_basis(matrix)
-    assert q.shape == (rows, rank) and q.dtype == dtype
-    torch.testing.assert_close(q.t() @ q, torch.eye(rank, dtype=dtype))
-    torch.testing.assert_close(q @ (q.t() @ matrix), matrix)
-
-
-def test_basis_ignores_column_scale() -> None:
-    """A small old expert is protected like a large one; a column of zeros adds nothing."""
-    columns = torch.randn(32, 4) * torch.tensor([1e4, 1e-6, 0, 1])
-    q = orthonormal_basis(columns)
-    assert q.shape == (32, 3)
-    lost = (columns - q @ (q.t() @ columns)).norm(dim=0)
-    assert (lost <= 1e-6 * columns.norm(dim=0)).all()
-
-
-def test_basis_borders() -> None:
-    assert orthonormal_basis(torch.zeros(8, 0)).shape == (8, 0)
-    assert orthonormal_basis(torch.zeros(0, 3)).shape == (0, 0)
-    repeated = torch.randn(16, 3).bfloat16().repeat(1, 2)
-    assert orthonormal_basis(repeated).shape == (16, 3)
-    assert orthonormal_basis(repeated).dtype == torch.float32
-    assert orthonormal_basis(torch.randn(1024, 9).bfloat16()).shape == (1024, 9)
-    assert not orthonormal_basis(torch.randn(4, 2, requires_grad=True)).requires_grad
-    with pytest.raises(ValueError, match=r"columns must be \[D, k\], got \[3\]"):
-        orthonormal_basis(torch.zeros(3))
+def test_visual_mean_refuses_misfits(x: Tensor, mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be \[B, T, D\] and bool \[B, T\]"):
+        visual_mean(x, mask)

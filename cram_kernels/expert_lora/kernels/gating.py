@@ -36,10 +36,16 @@ class Gating(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Kernel argument: the two mixed seed words and the lanes (of 2^16) that are dropped; zeros for none."""
+    """Kernel argument: the two seed words and how many of the 2^16 lanes are dropped; zeros for none.
 
-    row_seed: Any
-    pair_seed: Any
+    A word comes as two 16-bit halves, each doubled plus one: Triton compiles a kernel anew for an integer
+    that is a multiple of 16, which an odd one never is, so new seeds compile nothing.
+    """
+
+    row_high: Any
+    row_low: Any
+    pair_high: Any
+    pair_low: Any
     dropped: Any
 
 
@@ -60,7 +66,10 @@ def tokens_per_gate(tokens: int, gates: Tensor) -> int:
 
 def dropout_words(p: float, seed: int) -> Dropout:
     """Return the kernels' view of a dropout with probability p."""
-    return Dropout(*seed_words(seed), dropped_lanes(p)) if p else Dropout(0, 0, 0)
+    if not p:
+        return Dropout(0, 0, 0, 0, 0)
+    row, pair = ((2 * (word >> 16 & 0xFFFF) + 1, 2 * (word & 0xFFFF) + 1) for word in seed_words(seed))
+    return Dropout(*row, *pair, dropped_lanes(p))
 
 
 def block_of(size: int, least: int = 16, most: int = 128) -> int:
@@ -125,10 +134,16 @@ def _finish(h):
 
 
 @triton.jit
+def _word(high, low):
+    """Return the seed word of two halves as `Dropout` holds them."""
+    return (tl.cast(high, tl.uint32) >> 1 << 16) | (tl.cast(low, tl.uint32) >> 1)
+
+
+@triton.jit
 def kept(dropout, rows, columns):
     """Return the mask of `dropout_mask` for rows and columns: [T, D], about 12 integer operations each."""
-    row_hash = _finish(rows.to(tl.uint32) + tl.cast(dropout.row_seed, tl.uint32))
-    pair_hash = _finish((columns // 2).to(tl.uint32) + tl.cast(dropout.pair_seed, tl.uint32))
+    row_hash = _finish(rows.to(tl.uint32) + _word(dropout.row_high, dropout.row_low))
+    pair_hash = _finish((columns // 2).to(tl.uint32) + _word(dropout.pair_high, dropout.pair_low))
     mixed = _finish(row_hash[:, None] + pair_hash[None, :])
     lane = (mixed >> ((columns % 2) * 16).to(tl.uint32)[None, :]) & 0xFFFF
     return (lane ^ 0x8000) >= tl.cast(dropout.dropped, tl.uint32)

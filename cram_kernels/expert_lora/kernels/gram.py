@@ -73,7 +73,9 @@ def _gram(
     columns = first + trained
     left = _problem(lefts, problem, PROBLEMS)
     right = _problem(rights, problem, PROBLEMS)
-    stride = _problem(strides, problem, PROBLEMS)
+    # Each comes 32 or 64 bits wide, as its value needs.
+    wide = (tl.cast(strides[0], tl.int64), tl.cast(strides[PROBLEMS - 1], tl.int64))
+    stride = _problem(wide, problem, PROBLEMS)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     slab = tl.cdiv(tl.cdiv(tokens, BLOCK_T), SPLIT_T) * BLOCK_T
     for start in range(split * slab, tl.minimum((split + 1) * slab, tokens), BLOCK_T):

@@ -1,0 +1,130 @@
+"""Whole models for the end-to-end benchmark: the shipped base, and random LLaVAs of real shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import QUERY_WIDTH
+
+IMAGE_TOKEN, TEXT_TOKENS, ANSWER_TOKENS = 5, 128, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model with one training batch and one prompt batch.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        encoder, processor: What `cram.attach` takes.
+        batch, labels: Model inputs of a training step, labels [B, T].
+        prompt: Model inputs of generation.
+        routed: Whether the encoder can route; else gates are fixed.
+    """
+
+    model: Any
+    encoder: Any
+    processor: Any
+    batch: Mapping[str, Tensor]
+    labels: Tensor
+    prompt: Mapping[str, Tensor]
+    routed: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a random LLaVA: the language model's, and the vision tower's (its image gives the tokens)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    vision: tuple[int, int, int]  # hidden, layers, image size at 14 pixels a patch
+    vocabulary: int = 32064
+
+
+SIZES = {
+    "toy": Size(64, 2, 2, 96, (32, 2, 28), 512),
+    "1b": Size(2048, 24, 16, 5504, (1024, 24, 336)),
+    "7b": Size(4096, 32, 32, 11008, (1024, 24, 336)),
+}
+
+
+def demo(device: torch.device, dtype: torch.dtype, samples: int) -> Work:
+    """The shipped base with samples of the built-in stream's first task."""
+    from cram.batches import collate, encode_sample, pad_id, training_batch
+    from cram.loading import Sources
+    from cram.streams import load_stream
+
+    name = str(dtype).removeprefix("torch.")
+    model, processor, encoder = Sources("builtin", dtype=name).load(device.type)
+    task = load_stream("builtin", limit=samples).tasks[0]
+    padding = pad_id(processor.tokenizer)
+    batch, labels = training_batch([encode_sample(processor, s) for s in task.train[:samples]], padding)
+    prompt = collate([encode_sample(processor, s) for s in task.test[:samples]], padding, left=True)
+    move = _mover(device, dtype)
+    return Work(model, encoder, processor, move(batch), labels.to(device), move(prompt), routed=True)
+
+
+def random_llava(size: Size, device: torch.device, dtype: torch.dtype, samples: int) -> Work:
+    """A LLaVA with random weights; prompts of one image and `TEXT_TOKENS`."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    width, depth, pixels = size.vision
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(width // 64, 1),
+            "image_size": pixels,
+            "patch_size": 14,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": size.hidden,
+            "intermediate_size": size.mlp,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "vocab_size": size.vocabulary,
+            "max_position_embeddings": 4096,
+        },
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.pad_token_id = 0
+    image_tokens = (pixels // 14) ** 2
+    text = torch.randint(10, size.vocabulary, (samples, TEXT_TOKENS))
+    ids = torch.cat([torch.full((samples, image_tokens), IMAGE_TOKEN), text], 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(samples, 3, pixels, pixels),
+    }
+    labels = torch.full_like(ids, -100)
+    labels[:, -ANSWER_TOKENS:] = ids[:, -ANSWER_TOKENS:]
+    inputs = _mover(device, dtype)(inputs)
+    encoder = SimpleNamespace(image_dim=QUERY_WIDTH, reuses_vision_tower=False)
+    return Work(model, encoder, None, inputs, labels.to(device), inputs, routed=False)
+
+
+def _mover(device: torch.device, dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    def move(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in inputs.items()}
+
+    return move

@@ -1,0 +1,95 @@
+"""Every operation of the package once, forward and backward, on small odd shapes, against float64.
+
+Made to run under compute-sanitizer, which sees one wrong access in a launch of any size:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks sanitize
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks import ours
+from benchmarks.candidates import taking_part
+from benchmarks.cases import GATE_OPS, LAYER_OPS, PART_OPS, STACKED_OPS, STREAMS, Case
+from benchmarks.problem import SCALE, make
+from benchmarks.suite import failures, passed
+from cram_kernels import expert_lora, orthogonality_penalty, pack_experts
+from cram_kernels.dispatch import IMPLS
+
+# One token, one beside a block, more than any block of the decode path, and several blocks.
+TOKENS = (1, 17, 65, 300)
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield name and check of every implementation that runs on the device."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    # On a GPU these run PyTorch's own kernels, which take long to check.
+    foreign = ("cram cpu", "cram cpu one-op", "cram cpu stacked") if device.type == "cuda" else ()
+    for op in (*LAYER_OPS, *STACKED_OPS, *GATE_OPS, *PART_OPS):
+        for tokens in TOKENS if op not in GATE_OPS else (3,):
+            segments = tokens if op in ("decode", *GATE_OPS) else 1
+            projection = "" if op in GATE_OPS else "q+k+v" if op in STACKED_OPS else "k"
+            case = Case(op, "toy", projection, "toy", tokens, segments, dtype)
+            for name, candidate in taking_part(op).items():
+                if candidate.ours and name not in foreign and candidate.missing(case, device) is None:
+                    yield f"{case.name} {name}", partial(_gated, candidate, case, device)
+    for impl in IMPLS:
+        if ours.missing("expert_lora", impl, device, torch.float32) is None:
+            yield f"dropout and segment map, {impl}", partial(_dropped, device, impl)
+        if ours.missing("orthogonality_penalty", impl, device, torch.float32) is None:
+            yield f"penalty, {impl}", partial(_penalised, device, impl)
+
+
+def _gated(candidate: object, case: Case, device: torch.device) -> float:
+    return passed(candidate, make(case, device))  # type: ignore[arg-type]
+
+
+def _dropped(device: torch.device, impl: str) -> None:
+    """Dropout, a token map and three ranks; forward and backward."""
+    p = make(Case("train", "toy", "k", "toy", 33, 1, "float32"), device)
+    experts = pack_experts(p.a, p.b, SCALE, trained=1)
+    gates = p.gates.repeat(2, 1).requires_grad_()
+    segments = (torch.arange(33, device=device) * 7 % 2).int()
+    x = p.x.clone().requires_grad_()
+    y = expert_lora(x, p.weight, p.bias, experts, gates, segments, dropout=0.1, seed=3, impl=impl)
+    y.backward(p.dy)
+
+
+def _penalised(device: torch.device, impl: str) -> None:
+    """Two modules of different widths, one without history."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    widths, ranks = ((48, 64), (32, 40)), (5, 3)
+    hidden = [draw(3, d_in) for d_in, _ in widths]
+    a = [draw(r, d_in).requires_grad_() for r, (d_in, _) in zip(ranks, widths, strict=True)]
+    b = [draw(r, d_out).requires_grad_() for r, (_, d_out) in zip(ranks, widths, strict=True)]
+    bases = [torch.linalg.qr(draw(64, 7))[0], draw(40, 0)]
+    gamma = [draw(3).sigmoid() for _ in widths]
+    orthogonality_penalty(hidden, a, b, bases, gamma, scale=SCALE, impl=impl).backward()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all checks; returns 1 if one failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks sanitize", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count, failed = 0, []
+    for name, check in checks(device):
+        count += 1
+        try:
+            check()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except failures() as error:
+            failed.append(name)
+            print(f"FAILED {name}: {error}", flush=True)
+    print(f"{count - len(failed)} of {count} checks passed on {device} (experts' ranks {STREAMS['toy']})")
+    return int(bool(failed))

@@ -1,0 +1,135 @@
+"""Time per call of several candidates, interleaved in one process.
+
+On a CPU a sample is a number of calls between two readings of the clock. On CUDA it is a number of replays of
+one graph that holds a call on every set of buffers, between two events; a candidate that reads device values
+on the host is called eagerly instead, which its row says. Calls walk through all sets of buffers, so none is
+in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+# A sample lasts at least so long, far above what the clock resolves.
+SAMPLE_SECONDS = 2e-3
+WARM_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long one case may take.
+
+    Attributes:
+        seconds: For each candidate, once the least number of samples is there.
+        least, most: Samples of each candidate.
+        sets: Sets of buffers at most.
+    """
+
+    seconds: float
+    least: int
+    most: int
+    sets: int = 32
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A candidate ready to be timed.
+
+    Attributes:
+        run: Makes some calls.
+        calls: How many.
+        mode: "graph" or "eager".
+    """
+
+    run: Step
+    calls: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, 10th and 90th percentile over the samples."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+    samples: int
+
+
+def sampler(steps: Sequence[Step], device: torch.device, captured: bool) -> Sampler:
+    """Warm up every step (one a set of buffers) and return what makes calls on them in turn."""
+    if device.type == "cuda" and captured:
+        return Sampler(_graph(steps), len(steps), "graph")
+    for step in itertools.islice(itertools.cycle(steps), max(WARM_CALLS, len(steps))):
+        step()
+    around = itertools.cycle(steps)
+    return Sampler(lambda: next(around)(), 1, "eager")
+
+
+def _graph(steps: Sequence[Step]) -> Step:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps:
+            for _ in range(WARM_CALLS):
+                step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def seconds(run: Step, repeats: int, device: torch.device) -> float:
+    """Return how long `repeats` runs take, one after another."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    for _ in range(repeats):
+        run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def interleaved(samplers: dict[str, Sampler], device: torch.device, limits: Limits) -> dict[str, Timing]:
+    """Time the candidates in rounds, one sample each a round, in an order that rotates."""
+    repeats = {
+        name: max(1, round(SAMPLE_SECONDS / max(seconds(s.run, 1, device), 1e-7)))
+        for name, s in samplers.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    order, deadline = list(samplers), time.perf_counter() + limits.seconds * len(samplers)
+    for turn in range(limits.most):
+        if turn >= limits.least and time.perf_counter() > deadline:
+            break
+        for name in order:
+            found = seconds(samplers[name].run, repeats[name], device)
+            samples[name].append(found / (repeats[name] * samplers[name].calls) * 1e6)
+        order.append(order.pop(0))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Timing(
+        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
+    )

@@ -1,0 +1,15 @@
+// The operations of the native libraries: their schemas, all in one place.
+//
+// A kernel stands in a file of its own and registers itself there (STABLE_TORCH_LIBRARY_IMPL): *.cpp in the CPU
+// library, which also holds these schemas, *.cu in the CUDA library. Fakes and autograd are registered from Python.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cram, m) {
+  // The penalty of all modules and, already in the forward, its gradients: flat float32, module after module, empty
+  // where not wanted. `hidden` are means [B, D_in] or, with a mask [B, T], tokens [B, T, D_in].
+  m.def(
+      "orthogonality_penalty(Tensor[] hidden, Tensor[] a, Tensor[] bt, Tensor[] bases, Tensor gamma, Tensor? mask, "
+      "float scale, bool want_hidden, bool want_a, bool want_bt, bool want_gamma) "
+      "-> (Tensor loss, Tensor dhidden, Tensor da, Tensor dbt, Tensor dgamma)");
+}

@@ -1,0 +1,112 @@
+"""Whole models and scaling curves at toy size, and the variants of a model against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import e2e, models, scaling
+from benchmarks.cases import Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def work() -> models.Work:
+    return models.random_llava(models.SIZES["toy"], CPU, torch.float32, samples=2)
+
+
+def test_all_variants_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "toy", "--stream", "toy", "--samples", "2", "--tokens", "2", "--seconds", "0"]
+    assert e2e.main([*options, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "e2e-toy.json").read_text())
+    assert list(found["rows"]) == ["bare", "released", "peft", "peft-9", "cram"]
+    assert all(row["step_us"] > 0 and row["prompt_us"] > 0 for row in found["rows"].values())
+    assert (tmp_path / "e2e-toy.md").read_text() == capsys.readouterr().out
+
+
+def test_cram_and_the_released_loop_are_the_same_function(work: models.Work) -> None:
+    factors = e2e.draw_factors(work, (4, 1, 3))
+    logits = {}
+    for name in ("bare", "released", "cram"):
+        variant = e2e.BUILDERS[name](work, factors)
+        with variant.around(), torch.no_grad():
+            logits[name] = variant.model(**work.prompt).logits
+    # float32 through two layers.
+    torch.testing.assert_close(logits["cram"], logits["released"], rtol=1e-4, atol=1e-5)
+    assert (logits["cram"] - logits["bare"]).abs().max() > 1e-3
+
+
+def test_variants_share_the_weights_and_train_their_own(work: models.Work) -> None:
+    before = {name: tensor.clone() for name, tensor in work.model.state_dict().items()}
+    weights = {p.data_ptr() for p in work.model.parameters()}
+    trained = {"bare": 0, "released": 8 * 2, "peft": 8 * 2, "peft-9": 8 * 2, "cram": 8 * 2 + 1}
+    for name, variant in e2e.built(work, "toy").items():
+        variant.model.train()
+        assert weights <= {p.data_ptr() for p in variant.model.parameters()}, name
+        assert len(variant.parameters) == trained[name], name
+        old = [p.detach().clone() for p in variant.parameters]
+        losses = [float(e2e.train_step(variant, work)()) for _ in range(2)]
+        assert all(torch.isfinite(torch.tensor(losses)))
+        moved = [not torch.equal(a, b) for a, b in zip(old, variant.parameters, strict=True)]
+        # Fixed gates leave the centroid without a gradient.
+        assert all(moved[: 8 * 2]), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in work.model.state_dict().items())
+
+
+def test_bare_goes_back_to_the_embeddings(work: models.Work) -> None:
+    variant = e2e.bare(work, {})
+    seen: list[torch.Tensor] = []
+    variant.model.get_input_embeddings().register_forward_hook(lambda m, a, output: seen.append(output))
+    e2e.train_step(variant, work)()
+    assert seen[0].grad is not None and seen[0].grad.abs().sum() > 0
+
+
+def test_generation_is_as_long_as_asked(work: models.Work) -> None:
+    variant = e2e.bare(work, {})
+    length = work.prompt["input_ids"].shape[1]
+    assert e2e.generate(variant, work, 3)().shape == (2, length + 3)
+
+
+def test_scaling_curves(tmp_path: Path) -> None:
+    assert scaling.main(["--toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert [len(curve["cells"]) for curve in found["curves"]] == [2, 2, 2, 2]
+    failed = [
+        r for c in found["curves"] for cell in c["cells"] for r in cell["rows"].values() if "failed" in r
+    ]
+    assert not failed
+    text = (tmp_path / "scaling.md").read_text()
+    assert "## Tokens" in text and "(modelled: rank 7" in text
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_vary_one_number() -> None:
+    for device in ("cpu", "cuda"):
+        for curve in scaling.curves(torch.device(device), "full"):
+            assert len(set(curve.cases)) == len(curve.values) == len(set(curve.values)) > 4
+    experts = scaling.curves(CPU, "full")[0]
+    assert [len(case.ranks) for case in experts.cases] == list(experts.values)
+    assert experts.values[-1] == 1000 and {case.tokens for case in experts.cases} == {8}
+
+
+def test_growth_is_in_multiples_of_the_first() -> None:
+    def cell(experts: int, us: float) -> dict[str, object]:
+        case = Case("decode", "square-64", "q", f"{experts}x8", 8, 8, "bfloat16")
+        return {
+            "value": experts,
+            "case": vars(case),
+            "rows": {"base": {"median_us": 100.0}, "cram cpu": {"median_us": 100.0 + us}},
+        }
+
+    found = scaling.growth([cell(1, 10.0), cell(10, 25.0)], "cram cpu")
+    assert [(value, round(us, 6), moved) for value, us, moved in found] == [(1, 1.0, 1.0), (10, 2.5, 10.0)]
+    assert scaling.growth([cell(1, -1.0), cell(10, 25.0)], "cram cpu") == []
+
+
+def test_model_bytes() -> None:
+    # 32 layers of four 4096 x 4096 linears at rank 7, and a centroid of 768 a layer, in float32.
+    assert scaling.model_bytes("LLaVA-1.5-7B", 100) == 100 * 32 * 4 * (4 * 7 * 8192 + 768)

@@ -1,0 +1,371 @@
+"""Ahead-of-time compilation of launches: what Triton's JIT would build for them on a GPU, without a GPU.
+
+    python -m tests.cram_kernels.aot --arch 90                one line a kernel: registers, shared memory, ...
+    python -m tests.cram_kernels.aot --arch 80 90 100 --all   every shape; exit status 1 where a check fails
+
+`Launch.run` itself drives the JIT, under a driver that names a target and has no device: signature, constants
+and options are those of a launch on a GPU. Tensors are on the "meta" device; a pointer is aligned as its
+storage offset is, because allocations start on 512 bytes. Triton reads TRITON_INTERPRET where a kernel is
+defined, so pytest, which has it on, runs this module in a process of its own (`compiled`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cram_kernels.launch import Launch
+
+ROOT = Path(__file__).resolve().parents[2]
+# Bytes of shared memory that one program may ask for; registers of a multiprocessor and of a thread.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS, REGISTERS_A_THREAD = 65536, 255
+# The assembler itself keeps a few loop-invariant addresses in local memory where this lets one more program
+# fit on a multiprocessor (8 and 16 bytes a thread were seen, at 48 to 96 registers).
+PARKED_BYTES, PARKING_REGISTERS = 32, 128
+
+_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([\w.:]+)")
+_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?\.(?:v(\d)\.)?[bsuf](\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) ")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches that run one behind another, and what their kernels must be.
+
+    Args:
+        label: Operation and shape, for a reader.
+        launches: In the order in which they run.
+        narrow: Names of the kernels that cannot load all that is large by 16 bytes.
+        wgmma: Names of the kernels whose tiles are large enough for sm_90's asynchronous products.
+    """
+
+    label: str
+    launches: tuple[Launch, ...]
+    narrow: tuple[str, ...] = ()
+    wgmma: tuple[str, ...] = ()
+
+
+@dataclass
+class Compiled:
+    """One kernel as compiled for one architecture: plain data, which survives JSON."""
+
+    label: str
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+    products: bool
+    aligned: bool
+    wgmma: bool
+    dependent: bool
+    front: bool
+    error: str = ""
+    # Runtime argument -> type, with ":16" where the JIT knows divisibility by 16.
+    signature: dict[str, Any] = field(default_factory=dict)
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    local: bool = False
+    waits: bool = False
+    signals: bool = False
+    mma: list[str] = field(default_factory=list)
+    # Bytes of a load -> loads in the program's text.
+    loads: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def half(self) -> bool:
+        """Whether a half-precision tensor is among the arguments."""
+        return any(kind.startswith(("*bf16", "*fp16")) for kind in _leaves(self.signature))
+
+    @property
+    def programs(self) -> int:
+        """Programs that fit on one multiprocessor by registers, shared memory and threads."""
+        by_registers = REGISTERS // (max(self.registers, 1) * 32 * self.warps)
+        return min(by_registers, SHARED_BYTES[self.arch] // max(self.shared, 1), 64 // self.warps, 32)
+
+
+def violations(kernel: Compiled) -> list[str]:
+    """Return what is wrong with a compiled kernel; empty if nothing is."""
+    if kernel.error:
+        return [f"must compile, got {kernel.error}"]
+    limit, mma = SHARED_BYTES[kernel.arch], kernel.mma
+    tensor_cores = kernel.products and kernel.half
+    rules = [
+        (kernel.shared <= limit, f"shared memory must be <= {limit} bytes, got {kernel.shared}"),
+        (
+            kernel.stack <= (PARKED_BYTES if kernel.registers <= PARKING_REGISTERS else 0),
+            f"registers must not spill, got {kernel.registers} and a stack of {kernel.stack} bytes",
+        ),
+        (not kernel.local, "local memory must not be used"),
+        (kernel.registers <= REGISTERS_A_THREAD, f"registers must be <= 255, got {kernel.registers}"),
+        (not any("tf32" in name for name in mma), f"products must not be tf32, got {mma}"),
+        (not any(".f16.f16.f16" in name for name in mma), f"sums must be float32, got {mma}"),
+        (bool(mma) or not tensor_cores, "half-precision products must use tensor cores, got none"),
+        (
+            not (tensor_cores and kernel.wgmma and kernel.arch == 90) or any("wgmma" in name for name in mma),
+            f"large tiles must use wgmma, got {mma}",
+        ),
+        (
+            not kernel.aligned or "16" in kernel.loads and "2" not in kernel.loads,
+            f"loads must be 16 bytes wide, got (bytes: loads) {kernel.loads}",
+        ),
+        (kernel.arch >= 90 or not kernel.dependent, "a dependent launch must be on sm_90 or newer"),
+        (
+            kernel.waits == kernel.dependent,
+            f"a kernel must wait iff its launch is dependent ({kernel.dependent}), got {kernel.waits}",
+        ),
+        (
+            kernel.signals == kernel.front,
+            f"a kernel must release iff a dependent launch follows ({kernel.front}), got {kernel.signals}",
+        ),
+    ]
+    return [what for holds, what in rules if not holds]
+
+
+def read_ptx(ptx: str) -> dict[str, Any]:
+    """Return what the checks need of a kernel's PTX, by the names of `Compiled`'s fields."""
+    loads = Counter(int(vector or 1) * int(bits) // 8 for vector, bits in _LOAD.findall(ptx))
+    loads.update(int(width, 0) for width in _COPY.findall(ptx))
+    return {
+        "mma": sorted({".".join(parts) for parts in _PRODUCT.findall(ptx)}),
+        "loads": {str(width): loads[width] for width in sorted(loads)},
+        "local": bool(re.search(r"\.local\b", ptx)),
+        "waits": "griddepcontrol.wait" in ptx,
+        "signals": "griddepcontrol.launch_dependents" in ptx,
+    }
+
+
+class _Target:
+    """A driver without a device: all that the JIT asks of one before it launches."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._arch, self._target = arch, GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # The JIT keeps what it compiled by device.
+        return self._arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Pointer:
+    """A tensor as the JIT sees one: a type and an address."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._address = tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Warm:
+    """Stands in for a kernel in `Launch.run`: compiles and keeps the result instead of launching."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel, self.result = kernel, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def build(**arguments: Any) -> None:
+            given = {name: _pointers(value) for name, value in arguments.items()}
+            self.result = self._kernel.run(grid=grid, warmup=True, **given)
+
+        return build
+
+
+def _pointers(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _Pointer(value)
+    if isinstance(value, tuple):
+        items = [_pointers(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def _leaves(kinds: Any) -> Iterator[str]:
+    if isinstance(kinds, str):
+        yield kinds
+    else:
+        for item in kinds.values() if isinstance(kinds, dict) else kinds:
+            yield from _leaves(item)
+
+
+def compile_cases(cases: Iterable[Case], arch: int) -> list[Compiled]:
+    """Compile every launch of the cases for sm_<arch>, each distinct kernel once.
+
+    A kernel that several cases share must be what any of them asks for.
+    """
+    from triton.runtime.driver import driver
+
+    driver.set_active(_Target(arch))
+    seen: dict[Any, Compiled] = {}
+    for case in cases:
+        followers = [launch.dependent for launch in case.launches[1:]] + [False]
+        for launch, front in zip(case.launches, followers, strict=True):
+            if all(launch.grid):
+                key, record = _compile(case, launch, arch, front)
+                known = seen.setdefault(key, record)
+                for flag in ("products", "aligned", "wgmma", "front"):
+                    setattr(known, flag, getattr(known, flag) or getattr(record, flag))
+    return list(seen.values())
+
+
+def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, Compiled]:
+    from triton.errors import TritonError
+
+    name = launch.kernel.fn.__name__
+    record = Compiled(
+        label=case.label,
+        kernel=name,
+        arch=arch,
+        warps=launch.warps,
+        stages=launch.stages,
+        constants=dict(launch.constants),
+        products=launch.flops > 0,
+        aligned=name not in case.narrow,
+        wgmma=name in case.wgmma,
+        dependent=launch.dependent,
+        front=front,
+    )
+    warm = _Warm(launch.kernel)
+    try:
+        # A failing assembler prints the whole program to standard output.
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataclasses.replace(launch, kernel=warm).run()
+    except (TritonError, RuntimeError) as error:
+        record.error = _reason(error)
+        return (case.label, name, str(record.constants)), record
+    kernel: Any = warm.result
+    record.signature = _signature(kernel.src)
+    record.shared, record.dependent = kernel.metadata.shared, kernel.metadata.launch_pdl
+    record.registers, record.stack = _resources(kernel)
+    for found, value in read_ptx(kernel.asm["ptx"]).items():
+        setattr(record, found, value)
+    return kernel.hash, record
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause; an assembler's reason stands at its start, a compiler's at its end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) < 400 else f'{text[:200]} ... {text[-200:]}'}"
+
+
+def _signature(source: Any) -> dict[str, Any]:
+    def mark(kind: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(kind, tuple):
+            return [mark(item, (*path, place)) for place, item in enumerate(kind)]
+        return kind + ":16" * (["tt.divisibility", 16] in source.attrs.get(path, []))
+
+    kinds = enumerate(source.signature.items())
+    return {name: mark(kind, (place,)) for place, (name, kind) in kinds if kind != "constexpr"}
+
+
+def _resources(kernel: Any) -> tuple[int, int]:
+    """Return registers and bytes of stack, where spilled registers lie, of a thread of a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+    done = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    registers, stack = map(int, _USAGE.findall(done.stdout)[0])
+    return registers, stack
+
+
+def compiled(cases: str, arch: int, *, full: bool = False) -> list[Compiled]:
+    """Compile in a process of its own, without the interpreter and with an empty cache.
+
+    Args:
+        cases: "module:function"; the function takes (arch, full) and returns cases.
+        arch: 80, 90 or 100.
+        full: Every shape, instead of the fewest that meet every row of the tables.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "tests.cram_kernels.aot",
+            "--json",
+            "--cases",
+            cases,
+            "--arch",
+            f"{arch}",
+        ]
+        command += ["--all"] * full
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [Compiled(**record) for record in json.loads(done.stdout)]
+
+
+def table(kernels: list[Compiled]) -> str:
+    """Return one line a kernel, most registers first, and below it what is wrong with it."""
+    head = "kernel sm warps stages registers stack shared programs products loads(bytes:count) constants case"
+    rows, notes = [head.split()], [[]]
+    for one in sorted(kernels, key=lambda k: (k.kernel, k.arch, -k.registers)):
+        numbers = (one.arch, one.warps, one.stages, one.registers, one.stack, one.shared, one.programs)
+        mma = ",".join(sorted({name.split(".")[0] for name in one.mma})) or "-"
+        loads = ",".join(f"{width}:{count}" for width, count in one.loads.items())
+        constants = ",".join(f"{name}={value}" for name, value in one.constants.items())
+        rows.append([one.kernel, *map(str, numbers), mma, loads, constants, one.label])
+        notes.append(violations(one))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row, wrong in zip(rows, notes, strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines += [f"  ! {what}" for what in wrong]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile and print; return 1 if the table shows anything wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default="tests.cram_kernels.aot_cases:shipped", help="module:function")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=sorted(SHARED_BYTES))
+    parser.add_argument("--all", action="store_true", help="every shape")
+    parser.add_argument("--json", action="store_true", help="records instead of the table")
+    given = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET must be 0 or unset")
+    module, function = given.cases.split(":")
+    source = getattr(importlib.import_module(module), function)
+    kernels = [one for arch in given.arch for one in compile_cases(source(arch, given.all), arch)]
+    if given.json:
+        print(json.dumps([dataclasses.asdict(one) for one in kernels], default=str))
+        return 0
+    print(table(kernels))
+    return int(any(map(violations, kernels)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

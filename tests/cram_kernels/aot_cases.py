@@ -1,0 +1,171 @@
+"""What ships: every launch that the operations make, over sizes of real models, on "meta" tensors.
+
+The expert layer is recorded: it runs forward and backward with `Launch.run` replaced by a recorder and
+`architecture` by the one asked for, so tiles, order and flags are those of a GPU and nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cram_kernels.centroid_gates.kernels import launches as gates_launches
+from cram_kernels.expert_lora import routed_triton, tiles
+from cram_kernels.expert_lora import triton as expert_lora
+from cram_kernels.launch import Launch
+from cram_kernels.packing import PackedExperts, pack_experts
+from tests.cram_kernels.aot import Case
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (x, experts): every precision, and float32 masters on a half-precision base.
+DTYPES = ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32))
+WIDTHS = (2048, 3584, 4096, 11008, 14336, 18944)
+TOKENS = (1, 16, 64, 512, 2048, 8192)
+RANKS = (16, 64, 100, 128, 256)
+EXPERTS = 4
+# GRAM reads Z from the first trained row on, which may be any; the others single gates and an expert's rows.
+NARROW = ("_gram", "_token_dots", "_segment_sums")
+# (L, S, E, D_q, trained) for each tile of the gates.
+GATES = (
+    (1, 3, 2, 768, 1),
+    (32, 16, 8, 768, 1),
+    (32, 16, 10, 768, 4),
+    (28, 8, 24, 768, 1),
+    (64, 64, 64, 1024, 1),
+    (32, 4, 128, 512, 128),
+    (32, 4, 200, 768, 8),
+    (32, 4, 300, 768, 1),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the expert layer, forward and perhaps backward."""
+
+    tokens: int
+    train: bool
+    dtype: torch.dtype = BF16
+    expert_dtype: torch.dtype = BF16
+    width: int = 4096
+    rank: int = 128
+    dropout: float = 0.0
+    mapped: bool = False
+    stack: int = 1
+    routed: bool = False
+
+    @property
+    def label(self) -> str:
+        """Precision and shape, for a reader."""
+        extra = f"{' train' * self.train}{' dropout' * bool(self.dropout)}{' mapped' * self.mapped}"
+        extra += " routed" * self.routed
+        names = f"{str(self.dtype)[6:]}/{str(self.expert_dtype)[6:]}"
+        return f"{names} T={self.tokens} D={self.width} R={self.rank} x{self.stack}{extra}"
+
+
+def shipped(arch: int, full: bool) -> Iterator[Case]:
+    """Yield the cases of an architecture: the fewest that meet every row of the tables, or all sizes."""
+    for call in product_of_sizes() if full else chosen(arch):
+        large = ("_shrink", "_routed_shrink", "_expand") if call.tokens >= 2048 else ()
+        yield Case(call.label, tuple(recorded(call, arch)), narrow=NARROW, wgmma=large)
+    sizes = GATES if full or arch == 90 else GATES[1:2]
+    for size, masked in product(sizes, (False, True) if full else (True,)):
+        for launch in gates_launches(*size, masked=masked):
+            yield Case(f"gates {size}{' members' * masked}", (launch,), narrow=NARROW)
+
+
+def product_of_sizes() -> Iterator[Call]:
+    """Yield every precision and size with and without training, and each option at every T."""
+    for tokens, train, (dtype, expert), width, rank in product(
+        table_tokens(), (False, True), DTYPES, WIDTHS, RANKS
+    ):
+        yield Call(tokens, train, dtype, expert, width, rank)
+    options: tuple[dict[str, Any], ...] = (
+        {"dropout": 0.05},
+        {"mapped": True},
+        {"routed": True},
+        {"stack": 2},
+        {"stack": 3, "dropout": 0.05, "mapped": True},
+    )
+    for tokens, train, rank, option in product(table_tokens(), (False, True), (100, 256), options):
+        yield Call(tokens, train, rank=rank, **option)
+
+
+def chosen(arch: int) -> Iterator[Call]:
+    """Yield few calls that meet every row of the tables, and each option once."""
+    for tokens in table_tokens():
+        yield Call(tokens, train=True)
+    yield Call(16, train=False)
+    yield Call(16, train=False, routed=True)
+    yield Call(64, train=True, dtype=FP32, expert_dtype=FP32)
+    yield Call(2048, train=True, dtype=FP32, expert_dtype=FP32)
+    if arch == 90:
+        yield Call(2048, train=True, routed=True)
+        yield Call(16, train=False, expert_dtype=FP32)
+        yield Call(16, train=False, dtype=FP32, expert_dtype=FP32)
+        yield Call(2048, train=True, dtype=FP16, expert_dtype=FP16)
+        yield Call(1, train=False, width=18944, rank=100)
+        yield Call(16, train=False, rank=256, stack=3, mapped=True)
+        yield Call(2048, train=True, width=3584, rank=100, dropout=0.05, mapped=True)
+        yield Call(8192, train=True, rank=256, stack=3)
+        yield Call(8192, train=True, rank=256, dropout=0.05, mapped=True)
+        yield Call(512, train=True, rank=256, dropout=0.05, mapped=True)
+
+
+def table_tokens() -> list[int]:
+    """Return the sizes asked for, and one in each bucket of the tables of tiles."""
+    tables = (tiles.SHRINK, tiles.EXPAND, tiles.GRAM)
+    limits = {row[0] for table in tables for rows in table.values() for row in rows if row[0] is not None}
+    return sorted({*TOKENS, *limits, 2 * max(limits)})
+
+
+def recorded(call: Call, arch: int) -> list[Launch]:
+    """Return the launches of one call in order."""
+    x = empty(call.tokens, call.width, dtype=call.dtype).requires_grad_(call.train)
+    weight = empty(call.width, call.width, dtype=call.dtype)
+    layers = [(weight, None, packed(call)) for _ in range(call.stack)]
+    gates = empty(min(call.tokens, 8), EXPERTS).requires_grad_(call.train)
+    segments = empty(call.tokens, dtype=torch.int64) if call.mapped else None
+    with recording(arch) as launches, torch.set_grad_enabled(call.train):
+        if call.routed:
+            query, centroids = empty(len(gates), 768), empty(EXPERTS, 768)
+            route = (query.requires_grad_(call.train), centroids, 1.0, None)
+            outputs = [routed_triton.routed_expert_lora(x, *layers[0], *route, segments, call.dropout, 1234)]
+        else:
+            outputs = expert_lora.stacked_expert_lora(x, layers, gates, segments, call.dropout, 1234)
+        if call.train:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    return launches
+
+
+def packed(call: Call) -> PackedExperts:
+    """Return experts of uneven ranks that add up to the call's; the last is trained where it trains."""
+    ranks = [call.rank - 3 * (call.rank // 4), *[call.rank // 4] * 3]
+    a = [empty(rank, call.width, dtype=call.expert_dtype) for rank in ranks]
+    b = [empty(call.width, rank, dtype=call.expert_dtype) for rank in ranks]
+    return pack_experts(a, b, scale=2.0, trained=int(call.train))
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Return a tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, as if every device were of one architecture."""
+    launches: list[Launch] = []
+    with (
+        mock.patch.object(Launch, "run", lambda launch: launches.append(launch)),
+        mock.patch.object(expert_lora, "architecture", lambda device: arch),
+        mock.patch.object(routed_triton, "architecture", lambda device: arch),
+        # The "meta" device has no autocast to turn off.
+        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+    ):
+        yield launches

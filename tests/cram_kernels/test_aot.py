@@ -1,0 +1,128 @@
+"""Every shipped Triton kernel compiles for each architecture and uses it well; the checks can fail."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.cram_kernels.aot import Compiled, compiled, read_ptx, table, violations
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (Linux)")
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = {
+    "_shrink",
+    "_routed_shrink",
+    "_expand",
+    "_gram",
+    "_reduce_planes",
+    "_token_dots",
+    "_segment_sums",
+    "_gates",
+    "_centroid_gradient",
+    "_query_gradient",
+}
+
+
+def check(arch: int, *, full: bool) -> None:
+    kernels = compiled("tests.cram_kernels.aot_cases:shipped", arch, full=full)
+    assert {kernel.kernel for kernel in kernels} == KERNELS
+    # Decode runs SHRINK in front of a dependent EXPAND where the hardware can.
+    pairs = [
+        {kernel.kernel for kernel in kernels if getattr(kernel, side)} for side in ("front", "dependent")
+    ]
+    assert pairs == ([{"_shrink", "_routed_shrink"}, {"_expand"}] if arch >= 90 else [set(), set()])
+    wrong = [kernel for kernel in kernels if violations(kernel)]
+    assert not wrong, "\n" + table(wrong)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_shipped_kernels_compile(arch: int) -> None:
+    check(arch, full=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_sizes_compile(arch: int) -> None:
+    check(arch, full=True)
+
+
+@pytest.fixture(scope="module")
+def sound() -> dict[str, Compiled]:
+    """Sound toys for sm_90 by label; of the pair, the dependent one."""
+    kernels = compiled("tests.cram_kernels.aot_toys:sound", 90)
+    assert not any(map(violations, kernels)), table(kernels)
+    return {kernel.label: kernel for kernel in kernels}
+
+
+def test_signature_is_the_one_of_the_jit(sound: dict[str, Compiled]) -> None:
+    assert sound["half"].signature == {
+        "x": "*bf16:16",
+        "w": "*bf16:16",
+        "y": "*bf16:16",
+        "tokens": "i32",  # 512, but do_not_specialize
+        "width": "i32:16",
+        "stride": "i32:16",
+        "offsets": ["i32:16", "i32"],  # (0, 7)
+    }
+    assert sound["odd"].signature == {
+        "x": "*bf16",  # one element into its storage
+        "w": "*bf16:16",
+        "y": "*bf16:16",
+        "tokens": "i32",  # 1, but do_not_specialize
+        "width": "i32:16",
+        "stride": "i32",  # 100
+        "offsets": ["constexpr", "i32:16"],  # (1, 16)
+    }
+    assert sound["half"].half and not sound["scalar"].half
+
+
+def test_equal_kernels_compile_once_and_empty_launches_not_at_all(sound: dict[str, Compiled]) -> None:
+    assert sound.keys() == {"half", "scalar", "odd", "pair"}
+
+
+def test_dependent_launch_compiles_as_one(sound: dict[str, Compiled]) -> None:
+    assert sound["pair"].dependent and sound["pair"].waits and not sound["pair"].signals
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_checks_can_fail(arch: int) -> None:
+    kernels = compiled("tests.cram_kernels.aot_toys:unsound", arch)
+    caught = [k for k in kernels if any(k.label.split(",")[0] in what for what in violations(k))]
+    # One of the two launches of the pair is sound.
+    silent = [kernel.label for kernel in kernels if kernel not in caught]
+    assert silent == ["must release iff"] * (arch == 90), table(kernels)
+    assert len(caught) == {80: 2, 90: 13}[arch]
+
+
+PTX = """
+	.local .align 8 .b8 	__local_depot0[16];
+	// begin inline asm
+	@%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+	@%p1 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+	ld.global.v2.b64 { %rd3, %rd4 }, [ %rd5 + 0 ];
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10, %r6;
+	cp.async.ca.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x4, %r6;
+	griddepcontrol.launch_dependents; // dummy %r7
+"""
+
+
+def test_ptx_is_read() -> None:
+    assert read_ptx(PTX) == {
+        "mma": [],
+        "loads": {"2": 1, "4": 1, "16": 3},
+        "local": True,
+        "waits": False,
+        "signals": True,
+    }
+
+
+def test_local_memory_and_registers_are_violations() -> None:
+    kernel = Compiled(
+        "", "", 90, 4, 1, {}, False, False, False, False, False, local=True, registers=255, stack=8
+    )
+    assert violations(kernel) == [
+        "registers must not spill, got 255 and a stack of 8 bytes",
+        "local memory must not be used",
+    ]
