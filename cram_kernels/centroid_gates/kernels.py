@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 
 # Most experts -> (BLOCK_S, BLOCK_D, warps). A program meets all experts of a layer, hence BLOCK_E is the
 # bound itself, and holds BLOCK_S x BLOCK_E x BLOCK_D partial sums: 32 a thread (16 in the last row), so
@@ -253,7 +253,7 @@ def tile_of(experts: int) -> tuple[int, int, int, int]:
     """Return BLOCK_S, BLOCK_E, BLOCK_D and warps for so many experts."""
     bound = next((bound for bound in TILES if experts <= bound), None)
     block_s, block_d, warps = BEYOND if bound is None else TILES[bound]
-    return block_s, bound or triton.next_power_of_2(experts), block_d, warps
+    return block_s, bound or power_of_two(experts), block_d, warps
 
 
 def _sizes(query: Tensor, centroids: Tensor) -> dict[str, int]:
@@ -284,7 +284,7 @@ def forward_launch(
     block_s, block_e, block_d, warps = tile_of(experts)
     return Launch(
         kernel=_gates,
-        grid=(triton.cdiv(segments, block_s), layers if experts else 0),
+        grid=(cdiv(segments, block_s), layers if experts else 0),
         arguments={
             "query": query,
             "centroids": centroids,
@@ -313,11 +313,11 @@ def centroid_gradient_launch(
         out: float32 [L, E, D_q], contiguous; written, rows of the other experts with zeros.
     """
     layers, experts, width = out.shape
-    block_n = min(triton.next_power_of_2(max(trained, 1)), GRADIENT_ROWS)
+    block_n = min(power_of_two(max(trained, 1)), GRADIENT_ROWS)
     needed = layers * trained * width * out.element_size()
     return Launch(
         kernel=_centroid_gradient,
-        grid=(triton.cdiv(width, GRADIENT_BLOCK_D), triton.cdiv(experts, block_n), layers),
+        grid=(cdiv(width, GRADIENT_BLOCK_D), cdiv(experts, block_n), layers),
         arguments={
             "grad": grad,
             "gates": gates,
@@ -353,7 +353,7 @@ def query_gradient_launch(
     segments, width = out.shape
     return Launch(
         kernel=_query_gradient,
-        grid=(triton.cdiv(segments, block_s), triton.cdiv(width, block_d)),
+        grid=(cdiv(segments, block_s), cdiv(width, block_d)),
         arguments={
             "grad": grad,
             "gates": gates,

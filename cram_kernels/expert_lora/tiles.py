@@ -13,6 +13,7 @@ the machine; EXPAND moves (1 + R / (2 BLOCK_T) + R / (2 BLOCK_D)) times its two 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -118,6 +119,7 @@ GRAM: dict[tuple[int, bool], list[GramRow]] = {
 Row = TypeVar("Row", ShrinkRow, ExpandRow, GramRow)
 
 
+@lru_cache(4096)
 def shrink_tile(arch: int, dtype: torch.dtype, tokens: int, rank: int, width: int) -> ShrinkTile:
     """Return the tile of X [tokens, width] A^T [width, rank]."""
     limit, block_t, block_r, block_k, split_k, warps, stages = _row(SHRINK, arch, dtype, tokens)
@@ -127,12 +129,14 @@ def shrink_tile(arch: int, dtype: torch.dtype, tokens: int, rank: int, width: in
     return ShrinkTile(block_t, block_r, block_k, min(most, wanted), warps, stages)
 
 
+@lru_cache(4096)
 def expand_tile(arch: int, dtype: torch.dtype, tokens: int) -> ExpandTile:
     """Return the tile of Y [tokens, D] += U F."""
     _, *row = _row(EXPAND, arch, dtype, tokens)
     return ExpandTile(*row)
 
 
+@lru_cache(4096)
 def gram_tile(arch: int, dtype: torch.dtype, tokens: int, width: int) -> GramTile:
     """Return the tile of the gradients of total `width` (D_in + D_out, or one of them)."""
     _, block_t, block_r, block_d, split_t, warps, stages = _row(GRAM, arch, dtype, tokens)

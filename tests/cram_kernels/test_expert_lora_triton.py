@@ -54,7 +54,7 @@ def test_shapes(name: str, device: str, dtype: torch.dtype) -> None:
     assert_within_rounding(actual, inputs)
 
 
-@on_devices()
+@on_devices(cpu=(FP32,))
 @pytest.mark.parametrize("trained", [0, 1, 3, 4])
 @pytest.mark.parametrize("gating", GATINGS)
 def test_trained_suffix_and_gating(gating: str, trained: int, device: str, dtype: torch.dtype) -> None:
@@ -159,7 +159,7 @@ def test_skipped_rank_tiles(tokens: int, width: int, needs: str, device: str, dt
     assert_budget({"y": y.detach(), **grads}, inputs)
 
 
-@on_devices()
+@on_devices(cpu=(FP16,))
 @pytest.mark.parametrize("needs", ["x", "gates", "a", "b", "a b", "x a", "gates b", "none"])
 def test_each_gradient_alone(needs: str, device: str, dtype: torch.dtype) -> None:
     """What does not require grad gets none, and the others do not change."""
@@ -253,7 +253,7 @@ def test_autocast_follows_linear(device: str, dtype: torch.dtype) -> None:
 
 
 @on_devices()
-@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+@pytest.mark.parametrize("seed", [2**40 + 3, -1])
 @pytest.mark.parametrize(("tokens", "gating"), [(17, "token"), (72, "segment")])
 def test_dropout_draws_the_mask(tokens: int, gating: str, seed: int, device: str, dtype: torch.dtype) -> None:
     """Forward, dX and dA draw `dropout_mask`, in every tile."""

@@ -263,6 +263,17 @@ def test_saved_bytes(dropout: float, master: bool, device: str, dtype: torch.dty
     assert z_bytes <= found <= z_bytes + gates.numel() * 4 + sum(ranks) * 8
 
 
+@on_devices(cpu=(FP32,), cuda=(BF16,))
+@pytest.mark.parametrize("train_a", [False, True])
+def test_x_is_kept_for_da_alone(train_a: bool, device: str, dtype: torch.dtype) -> None:
+    inputs = layer_inputs().to(dtype, device=device)
+    experts, kept = inputs.experts(), []
+    experts.trained_a.requires_grad_(train_a)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+        expert_lora(inputs.x, inputs.weight, inputs.bias, experts, inputs.gates, impl="triton")
+    assert (inputs.x.data_ptr() in {tensor.data_ptr() for tensor in kept}) == train_a
+
+
 @on_devices()
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_inputs_are_left_alone(mode: str, device: str, dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@ projection a launch (each has its own Y). Backward: F_p = A_p and Y = dX, all pr
 in one launch, and the dropout mask on the sum.
 
 A program owns BLOCK_T x BLOCK_D of Y. Rows of F whose gates are 0 for all of the block's tokens are read as
-zeros, so NaN in an expert that a block does not use stays out of it; rank blocks without a live gate are left
-out. Z may lie in several float32 planes (a split SHRINK), which are added in order.
+zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows). Z
+may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read and
+dropped by selection.
 
 DEPENDENT: the kernel in front is the SHRINK that writes Z, and this one starts before it has ended;
 everything but Z was written by kernels before that one. LATE_GATES: it writes the gates too.
@@ -32,7 +33,7 @@ from cram_kernels.expert_lora.kernels.gating import (
     tokens_per_gate,
 )
 from cram_kernels.expert_lora.tiles import ExpandTile
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes
 
 
 @triton.jit(do_not_specialize=["tokens", "per_gate", "dropout"])
@@ -125,7 +126,7 @@ def expand(
     ranks = tuple(factor.shape[0] for factor in factors)
     return Launch(
         kernel=_expand,
-        grid=(triton.cdiv(width, tile.block_d), triton.cdiv(tokens, tile.block_t)),
+        grid=(cdiv(width, tile.block_d), cdiv(tokens, tile.block_t)),
         arguments={
             "z": z,
             "factors": factors,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cram_kernels.expert_lora.kernels.gating import Gating, tokens_per_gate
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 
 # Both kernels stream a few megabytes: tiles of 4096 elements keep every value of a block in registers.
 ELEMENTS, SUM_EXPERTS, WARPS = 4096, 16, 4
@@ -97,12 +97,12 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
     tokens, experts, rank = z.shape[0], gating.experts, gating.owner[0].shape[0]
     own = gating.segments is None and tokens_per_gate(tokens, gating.gates) == 1
     dots = out if own else out.new_empty(tokens, experts)
-    block_r = triton.next_power_of_2(z.shape[1])
+    block_r = power_of_two(z.shape[1])
     block_t = max(ELEMENTS // block_r, 1)
     launches = [
         Launch(
             kernel=_token_dots,
-            grid=(triton.cdiv(tokens, block_t) if experts else 0,),
+            grid=(cdiv(tokens, block_t) if experts else 0,),
             arguments={
                 "z": z,
                 "v": v,
@@ -122,7 +122,7 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
         launches.append(
             Launch(
                 kernel=_segment_sums,
-                grid=(out.shape[0], triton.cdiv(experts, SUM_EXPERTS)),
+                grid=(out.shape[0], cdiv(experts, SUM_EXPERTS)),
                 arguments={
                     "dots": dots,
                     "out": out,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cram_kernels.expert_lora.dropout import dropped_lanes, seed_words
+from cram_kernels.launch import power_of_two
 
 
 class Gating(NamedTuple):
@@ -74,7 +75,7 @@ def dropout_words(p: float, seed: int) -> Dropout:
 
 def block_of(size: int, least: int = 16, most: int = 128) -> int:
     """Return the power of two in [least, most] that covers `size`, or `most`."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(power_of_two(size), least), most)
 
 
 def pitch_of(ranks: Sequence[int]) -> int:

@@ -3,8 +3,8 @@
     dA = (V o w)^T drop(X)        dBt = (Z o w)^T dY
 
 A program owns BLOCK_R x BLOCK_D of one gradient over one slab of tokens and writes a float32 plane;
-`reduce_planes` adds the planes in order. No atomics, and slabs depend on the size bucket only. Tokens whose
-trained gates are all exactly 0 are read as zeros, so NaN in their rows stays out.
+`reduce_planes` adds the planes in order: no atomics. Tokens whose trained gates are all exactly 0 are read as
+zeros, so NaN in their rows stays out.
 
 Bytes: T (D_in + D_out) + 2 T r elements, planes apart.  FLOPs: 2 T r (D_in + D_out).
 """
@@ -26,7 +26,7 @@ from cram_kernels.expert_lora.kernels.gating import (
     tokens_per_gate,
 )
 from cram_kernels.expert_lora.tiles import GramTile
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes
 
 REDUCE_BLOCK, REDUCE_WARPS = 1024, 4
 
@@ -145,8 +145,8 @@ def gram(
     return Launch(
         kernel=_gram,
         grid=(
-            sum(triton.cdiv(w, tile.block_d) for w in widths),
-            triton.cdiv(count, block_r),
+            sum(cdiv(w, tile.block_d) for w in widths),
+            cdiv(count, block_r),
             planes.shape[0],
         ),
         arguments={
@@ -189,7 +189,7 @@ def reduce_planes(planes: Tensor, *outs: Tensor) -> Launch:
     count = sum(out.numel() for out in outs)
     return Launch(
         kernel=_reduce_planes,
-        grid=(triton.cdiv(count, REDUCE_BLOCK),),
+        grid=(cdiv(count, REDUCE_BLOCK),),
         arguments={"planes": planes, "outs": outs, "first_count": outs[0].numel(), "count": count},
         constants={"OUTS": len(outs), "PLANES": planes.shape[0], "BLOCK": REDUCE_BLOCK},
         warps=REDUCE_WARPS,

@@ -21,7 +21,7 @@ from cram_kernels.centroid_gates.kernels import sample_gates, tile_of
 from cram_kernels.expert_lora.kernels.gating import Dropout, block_of
 from cram_kernels.expert_lora.kernels.shrink import shrink_block
 from cram_kernels.expert_lora.tiles import ShrinkTile
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes
 
 
 class Routing(NamedTuple):
@@ -140,11 +140,11 @@ def routed_shrink(
     split_k, _, _, pitch = z.shape
     block_r = block_of(pitch, most=tile.block_r)
     block_s, block_e, block_q, _ = tile_of(gates.shape[1])
-    blocks = triton.cdiv(tokens, tile.block_t)
-    routers = triton.cdiv(triton.cdiv(gates.shape[0], block_s), blocks * split_k)
+    blocks = cdiv(tokens, tile.block_t)
+    routers = cdiv(cdiv(gates.shape[0], block_s), blocks * split_k)
     return Launch(
         kernel=_routed_shrink,
-        grid=(triton.cdiv(pitch, block_r) + routers, blocks, split_k),
+        grid=(cdiv(pitch, block_r) + routers, blocks, split_k),
         arguments={
             "x": x,
             "factor": factor,

@@ -30,7 +30,7 @@ from cram_kernels.expert_lora.kernels.gating import (
     tokens_per_gate,
 )
 from cram_kernels.expert_lora.tiles import ShrinkTile
-from cram_kernels.launch import Launch, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def shrink(
     block_r = block_of(pitch, most=tile.block_r)
     return Launch(
         kernel=_shrink,
-        grid=(len(factors) * triton.cdiv(pitch, block_r), triton.cdiv(tokens, tile.block_t), split_k),
+        grid=(len(factors) * cdiv(pitch, block_r), cdiv(tokens, tile.block_t), split_k),
         arguments={
             "x": x,
             "factors": factors,
