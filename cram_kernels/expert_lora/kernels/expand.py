@@ -5,8 +5,8 @@ projection a launch (each has its own Y). Backward: F_p = A_p and Y = dX, all pr
 in one launch, and the dropout mask on the sum.
 
 A program owns BLOCK_T x BLOCK_D of Y. Rows of F whose gates are 0 for all of the block's tokens are read as
-zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows). Z
-may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read and
+zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows).
+Z may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read and
 dropped by selection.
 
 DEPENDENT: the kernel in front is the SHRINK that writes Z, and this one starts before it has ended;
