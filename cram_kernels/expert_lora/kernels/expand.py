@@ -6,8 +6,8 @@ in one launch, and the dropout mask on the sum.
 
 A program owns BLOCK_T x BLOCK_D of Y. Rows of F whose gates are 0 for all of the block's tokens are read as
 zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows).
-Z may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read and
-dropped by selection.
+Z may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read
+and dropped by selection.
 
 DEPENDENT: the kernel in front is the SHRINK that writes Z, and this one starts before it has ended;
 everything but Z was written by kernels before that one. LATE_GATES: it writes the gates too.
