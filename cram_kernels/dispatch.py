@@ -38,14 +38,24 @@ class Op:
     name: str
     impls: Mapping[str, Callable[..., Any]]
     missing: Mapping[str, Missing] = field(default_factory=dict)
+    _chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def select(self, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
         """Return the function that serves `impl` for tensors on `device`, of `dtype` where that matters.
+
+        What can run does not change within a process, so a choice is made once.
 
         Raises:
             ValueError: `impl` is none of the known names.
             NotImplementedError: `impl` is known, but this op does not have it or it cannot run here.
         """
+        key = (impl, device, dtype)
+        found = self._chosen.get(key)
+        if found is None:
+            found = self._chosen[key] = self._select(impl, device, dtype)
+        return found
+
+    def _select(self, impl: str, device: torch.device, dtype: torch.dtype | None) -> Callable[..., Any]:
         if impl == "auto":
             for name in AUTO.get(device.type, ("reference",)):
                 if self.why_missing(name, device, dtype) is None:

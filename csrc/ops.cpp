@@ -12,4 +12,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cram, m) {
       "orthogonality_penalty(Tensor[] hidden, Tensor[] a, Tensor[] bt, Tensor[] bases, Tensor gamma, Tensor? mask, "
       "float scale, bool want_hidden, bool want_a, bool want_bt, bool want_gamma) "
       "-> (Tensor loss, Tensor dhidden, Tensor da, Tensor dbt, Tensor dgamma)");
+  // The expert layer with its base linear, gates [S, E] with S dividing T. `forward` drops and also returns Z's columns
+  // from `first` on; `backward` returns what is not needed empty, `tail` being the first trained row.
+  m.def(
+      "packed_expert_lora(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor gates, "
+      "float scale) -> Tensor");
+  m.def(
+      "packed_expert_lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, "
+      "Tensor gates, float scale, int first, int dropped, SymInt row_word, SymInt pair_word) -> (Tensor y, Tensor z)");
+  m.def(
+      "packed_expert_lora_backward(Tensor dy, Tensor? x, Tensor z, Tensor weight, Tensor a, Tensor bt, Tensor owner, "
+      "Tensor gates, float scale, int tail, int dropped, SymInt row_word, SymInt pair_word, bool need_x, "
+      "bool need_gates, bool need_a, bool need_b) -> (Tensor dx, Tensor dgates, Tensor da, Tensor db)");
 }

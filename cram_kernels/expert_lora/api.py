@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cram_kernels.dispatch import Op, triton_missing
-from cram_kernels.expert_lora import cpu, reference
+from cram_kernels.expert_lora import cpu, native, reference
 from cram_kernels.packing import PackedExperts
 
 
@@ -20,8 +20,13 @@ def _triton(*arguments: Any) -> Tensor:
 
 OP = Op(
     "expert_lora",
-    {"reference": reference.expert_lora, "cpu": cpu.expert_lora, "triton": _triton},
-    {"triton": triton_missing},
+    {
+        "reference": reference.expert_lora,
+        "cpu": cpu.expert_lora,
+        "triton": _triton,
+        "native": native.expert_lora,
+    },
+    {"triton": triton_missing, "native": native.missing},
 )
 
 
@@ -55,9 +60,10 @@ def expert_lora(
         dropout: Probability in [0, 1) of dropping an element of x on the experts' path; one mask for all
             experts.
         seed: Seed of the dropout mask, see `dropout_mask`.
-        impl: "auto" ("cpu" for CPU tensors, "triton" for CUDA tensors where it can run, else "cpu"),
-            "reference", "cpu" (rank-packed eager operations, made for CPUs, right on any device), "triton"
-            (CUDA devices, or CPU tensors under Triton's interpreter; bfloat16, float16, float32) or "native".
+        impl: "auto" (the first that can run of "native", "cpu" for CPU tensors and "triton", "cpu" for CUDA
+            tensors), "reference", "cpu" (rank-packed eager operations, right on any device), "native" (CPU
+            tensors, one call each way; bfloat16, float32) or "triton" (CUDA devices, or CPU tensors under
+            Triton's interpreter; bfloat16, float16, float32).
 
     Returns:
         y [..., D_out] in x.dtype. Inside an autocast region x, weight and bias are cast to the region's dtype
@@ -85,7 +91,7 @@ def expert_lora(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that an autocast region asks for, or None outside of one and for float64."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
@@ -101,31 +107,34 @@ def check_layer(
 ) -> None:
     """Raise ValueError where one layer's arguments do not fit together; see `expert_lora`."""
     check_base(x, weight, bias, experts, dropout)
-    columns = experts.gate_columns
-    if gates.dim() != 2 or gates.shape[1] != columns:
-        raise ValueError(f"gates must be [S, {columns}] or [T, {columns}], got {list(gates.shape)}")
+    columns, shape = experts.gate_columns, gates.shape
+    if len(shape) != 2 or shape[1] != columns:
+        raise ValueError(f"gates must be [S, {columns}] or [T, {columns}], got {list(shape)}")
     if gates.dtype != torch.float32 and not (gates.dtype == x.dtype == torch.float64):
         raise ValueError(
             f"gates must be float32 (or float64 with float64 x), got {gates.dtype} with {x.dtype} x"
         )
-    check_segments(x.shape[:-1].numel(), gates.shape[0], segments)
+    if shape[0] != 1 or segments is not None:
+        check_segments(x.shape[:-1].numel(), shape[0], segments)
 
 
 def check_base(
     x: Tensor, weight: Tensor, bias: Tensor | None, experts: PackedExperts, dropout: float
 ) -> None:
     """Raise ValueError where the input, the base linear, the experts and dropout do not fit together."""
-    d_out, d_in = experts.bt.shape[1], experts.a.shape[1]
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    buffers: Any = experts._buffers
+    d_out, d_in = buffers["bt"].shape[1], buffers["a"].shape[1]
     if weight.shape != (d_out, d_in):
         raise ValueError(f"weight must be [{d_out}, {d_in}] to fit the experts, got {list(weight.shape)}")
     if not x.dim() or x.shape[-1] != d_in:
         raise ValueError(f"x must be [..., {d_in}], got {list(x.shape)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}")
-    if bias is not None and bias.shape != (d_out,):
-        raise ValueError(f"bias must be [{d_out}], got {list(bias.shape)}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias must be frozen (requires_grad=False), got one that requires grad")
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"bias must be [{d_out}], got {list(bias.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 

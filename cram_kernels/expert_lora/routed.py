@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cram_kernels.centroid_gates.api import centroid_gates, check_router
 from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.expert_lora import native
 from cram_kernels.expert_lora.api import autocast_dtype, check_base, check_segments, expert_lora
 from cram_kernels.packing import PackedExperts
 
@@ -45,8 +46,8 @@ def routed_expert_lora(
         segments: int [T], the query of each token; None if S divides T evenly.
         dropout: As in `expert_lora`.
         seed: As in `expert_lora`.
-        impl: As in `expert_lora`. "reference" and "cpu" compose the two operations; "triton" computes the
-            gates inside the launch that reads x. Layers that share a query are better served by one
+        impl: As in `expert_lora`. "reference", "cpu" and "native" compose the two operations; "triton"
+            computes the gates inside the launch that reads x. Layers that share a query are better served by one
             `centroid_gates` for all of them.
 
     Returns:
@@ -100,6 +101,6 @@ def _triton(*arguments: Any, **dropout: Any) -> Tensor:
 
 OP = Op(
     "routed_expert_lora",
-    {"reference": partial(_composed, "reference"), "cpu": partial(_composed, "cpu"), "triton": _triton},
-    {"triton": triton_missing},
+    {**{name: partial(_composed, name) for name in ("reference", "cpu", "native")}, "triton": _triton},
+    {"triton": triton_missing, "native": native.missing},
 )

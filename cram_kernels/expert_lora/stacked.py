@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cram_kernels.dispatch import Op, triton_missing
-from cram_kernels.expert_lora import cpu, reference
+from cram_kernels.expert_lora import cpu, native, reference
 from cram_kernels.expert_lora.api import autocast_dtype, check_layer
 from cram_kernels.packing import PackedExperts
 
@@ -86,6 +86,7 @@ OP = Op(
         "reference": partial(_one_by_one, reference.expert_lora),
         "cpu": partial(_one_by_one, cpu.expert_lora),
         "triton": _triton,
+        "native": partial(_one_by_one, native.expert_lora),
     },
-    {"triton": triton_missing},
+    {"triton": triton_missing, "native": native.missing},
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from cram_kernels import routed_expert_lora
 from cram_kernels.testing import assert_within_budget, layer_inputs, poisoned_allocations
 
-IMPLS = ("cpu", "triton")
+IMPLS = ("cpu", "triton", "native")
 SHAPES: dict[str, dict[str, Any]] = {
     "segments": {},
     "map": {"gating": "map"},
@@ -94,7 +94,7 @@ def test_refusals(impl: str) -> None:
             call(impl, **changed)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "native"])
 def test_autocast(impl: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = call(impl)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cram_kernels import expert_lora, pack_experts, stacked_expert_lora
 from cram_kernels.testing import assert_within_budget, layer_inputs
 
-IMPLS = ("reference", "cpu", "triton")
+IMPLS = ("reference", "cpu", "triton", "native")
 WIDTHS, RANKS = (28, 12, 20), ((4, 9, 1), (2, 3, 16), (5, 0, 6))
 
 

@@ -1,0 +1,192 @@
+"""expert_lora in one native call each way: the base linear by torch, everything else in one parallel region.
+
+    forward     Z = drop(X) A^T    U = Z o w    Y = X W0^T + b + U Bt
+    backward    V = dY Bt^T    dZ = V o w    dX = dY W0 + drop(dZ A)    dg_e = s * sum of Z o V
+                dA = dZ^T drop(X)    dBt = U^T dY    both for the trained suffix only
+
+w are the gates of each packed row, times the scale. No intermediate of activation size is made, nothing is
+cast beforehand, and Python reads no gate. Sums run in float32; bfloat16 operands are multiplied in pairs
+where the CPU can. Saved: Z (all columns for gate gradients, else the trained ones), the gates, and x if the
+trained suffix needs it. Bytes beyond the base linear: A and Bt once, X once more, Y read and written once
+more; 2 T R (D_in + D_out) FLOPs. Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cram_kernels.dispatch import constant_when_compiled
+from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
+from cram_kernels.native import library_missing
+from cram_kernels.packing import PackedExperts
+
+DTYPES = (torch.float32, torch.bfloat16)
+NAME = "cram::packed_expert_lora"
+
+
+def missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    """Return why the layer cannot serve such tensors, or None; then it is ready to be called."""
+    if device is not None and device.type != "cpu":
+        return f"tensors must be on a CPU device, got {device}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"dtype must be one of {DTYPES}, got {dtype}"
+    return _ready()
+
+
+@constant_when_compiled
+def _ready() -> str | None:
+    """Return why the library is missing, or None; then what the compiler must know is registered."""
+    reason = library_missing("cpu")
+    if reason is None:
+        _register()
+    return reason
+
+
+@cache
+def _register() -> None:
+    torch.library.register_fake(NAME, _fake)
+    torch.library.register_fake(f"{NAME}_forward", _fake_forward)
+    torch.library.register_fake(f"{NAME}_backward", _fake_backward)
+
+
+def expert_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: PackedExperts,
+    gates: Tensor,
+    segments: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """Compute the layer natively; arguments as in `cram_kernels.expert_lora`, already checked."""
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    buffers: Any = experts._buffers
+    a, bt, owner, scale = buffers["a"], buffers["bt"], buffers["expert_of_row"], experts.scale
+    trained_a, trained_b = experts.trained_a, experts.trained_b
+    words = (0, 0, 0)
+    if dropout:
+        words = (dropped_lanes(dropout), *seed_words(seed))
+        scale *= keep_scale(dropout)
+    if a.dtype not in DTYPES:
+        a, bt = a.to(x.dtype), bt.to(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
+        return _ExpertLora.apply(
+            x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, words
+        )
+    if segments is not None:
+        gates = gates.index_select(0, segments)
+    if dropout:
+        return torch.ops.cram.packed_expert_lora_forward.default(
+            x, weight, bias, a, bt, owner, gates, scale, a.shape[0], *words
+        )[0]
+    return torch.ops.cram.packed_expert_lora.default(x, weight, bias, a, bt, owner, gates, scale)
+
+
+class _ExpertLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        trained_a: Tensor | None,
+        trained_b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        bt: Tensor,
+        owner: Tensor,
+        segments: Tensor | None,
+        scale: float,
+        words: tuple[int, int, int],
+    ) -> Tensor:
+        _, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
+        tail = a.shape[0] - (trained_a.shape[0] if trained_a is not None else 0)
+        first = 0 if need_gates else tail if need_b else a.shape[0]
+        rows = gates if segments is None else gates.index_select(0, segments)
+        y, z = torch.ops.cram.packed_expert_lora_forward.default(
+            x, weight, bias, a, bt, owner, rows, scale, first, *words
+        )
+        ctx.save_for_backward(x if need_a else None, z, gates, segments, owner, weight, a, bt)
+        ctx.tail, ctx.scale, ctx.words = tail, scale, words
+        ctx.dtype = None if trained_a is None or trained_a.dtype == a.dtype else trained_a.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Both guards cost microseconds and are rarely needed.
+        backward = _backward_once if torch.is_grad_enabled() else _backward
+        if not torch.is_autocast_enabled(dy.device.type):
+            return backward(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, z, gates, segments, owner, weight, a, bt = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    rows = gates if segments is None else gates.index_select(0, segments)
+    found = torch.ops.cram.packed_expert_lora_backward.default(
+        dy, x, z, weight, a, bt, owner, rows, ctx.scale, ctx.tail, *ctx.words, *needs
+    )
+    dx, dgates, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    if dgates is not None and segments is not None:
+        dgates = torch.zeros_like(gates).index_add_(0, segments, dgates)
+    if ctx.dtype is not None:
+        da, db = (None if grad is None else grad.to(ctx.dtype) for grad in (da, db))
+    return dx, dgates, da, db, *[None] * 8
+
+
+_backward_once = once_differentiable(_backward)
+
+
+def _fake(x: Tensor, weight: Tensor, *factors: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    bt: Tensor,
+    owner: Tensor,
+    gates: Tensor,
+    scale: float,
+    first: int,
+    *words: int,
+) -> tuple[Tensor, Tensor]:
+    return _fake(x, weight), x.new_empty(x.shape[:-1].numel(), a.shape[0] - first)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    bt: Tensor,
+    owner: Tensor,
+    gates: Tensor,
+    scale: float,
+    tail: int,
+    dropped: int,
+    row_word: int,
+    pair_word: int,
+    need_x: bool,
+    need_gates: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trained = a.shape[0] - tail
+    return (
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else dy.new_empty(0, 0),
+        gates.new_empty(gates.shape[0] if need_gates else 0, gates.shape[1]),
+        a.new_empty(trained if need_a else 0, a.shape[1]),
+        bt.new_empty(trained if need_b else 0, bt.shape[1]),
+    )

@@ -1,0 +1,241 @@
+// The packed expert layer on a CPU, backward: dX of the base linear by torch, the rest in one parallel region.
+//
+//     V = dY Bt^T    dZ = V o w    dX = dY W0 + drop(dZ A)    dg_e = s sum of Z o V over tokens and the expert's rows
+//     dA = dZ^T drop(X)    dBt = U^T dY    U = Z o w          both for the last rows, which are trained
+//
+// The products over tokens are EXPANDs too: their factors are dZ^T and U^T, their rows the tokens. Tokens for which
+// all trained gates are 0 are left out of them.
+
+#include "expert_lora_layer.h"
+#include "tasks.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace cram {
+namespace {
+
+// The trained rows and the tokens that use them.
+struct Trained {
+  int64_t first, rows;
+  std::vector<int32_t> tokens;  // those with a trained gate other than 0
+  std::vector<int32_t> place;   // of each token in `tokens`, or -1
+  std::vector<float> factors;   // [S, rows]
+  int64_t segment;
+
+  const float* of(int64_t token) const { return factors.data() + token / segment * rows; }
+};
+
+Trained trained_rows(const Layer& layer, int64_t tokens, int64_t first) {
+  Trained found{};
+  const int64_t segments = layer.gates.size(0), experts = layer.gates.size(1);
+  const int64_t* of_row = static_cast<const int64_t*>(layer.owner.const_data_ptr());
+  const float* gate = static_cast<const float*>(layer.gates.const_data_ptr());
+  found.first = first;
+  found.rows = layer.rows - first;
+  found.segment = tokens / segments;
+  found.factors.resize(segments * found.rows);
+  found.place.assign(tokens, -1);
+  found.tokens.reserve(tokens);
+  for (int64_t s = 0; s < segments; ++s) {
+    bool busy = false;
+    for (int64_t r = 0; r < found.rows; ++r) {
+      const float factor = gate[s * experts + of_row[first + r]] * static_cast<float>(layer.scale);
+      found.factors[s * found.rows + r] = factor;
+      busy |= factor != 0;
+    }
+    for (int64_t t = s * found.segment; busy && t < (s + 1) * found.segment; ++t) {
+      found.place[t] = static_cast<int32_t>(found.tokens.size());
+      found.tokens.push_back(static_cast<int32_t>(t));
+    }
+  }
+  return found;
+}
+
+struct Needs {
+  bool x, gates, a, b;
+};
+
+struct Gradients {
+  Tensor x, gates, a, b;
+};
+
+// One call's operands and intermediates; `first` and `second` are the tasks of its two phases.
+struct Backward {
+  const Layer& layer;
+  const Needs need;
+  const Keep* keep;
+  const int64_t tokens, tail;
+  const Matrix dy, x, z, down, up, dx, da, db;
+  const int64_t kept_from;  // the row of Z's first column
+  const bool pairs;
+  const Gating gate;
+  const Trained trained;
+  const int64_t rows, threads;
+  const Blocks blocks;
+  Factors dz, dz_t, u_t;
+  std::vector<float> products;  // Z o V [T, R]
+  float* dgates;
+  const ShrinkTile shrink;
+  const ExpandTile expand_x, expand_kept, gram_a, gram_b;
+  const int64_t step_in, step_out, block_tokens;
+  int64_t expands, grams_a, grams_b;
+
+  static int64_t first_wanted(const Layer& layer, Needs need, int64_t tail) {
+    return need.gates ? 0 : need.a && !need.x ? tail : layer.rows;
+  }
+
+  static ExpandTile expand_tile(bool pairs, const Matrix& w, bool half) {
+    return pairs ? pairs_expand(w.half, half) : wide_expand(w.half, half);
+  }
+
+  Backward(
+      const Layer& layer, Needs need, const Keep* keep, int64_t tail, const Tensor& dy_in, const Tensor& x_in,
+      const Tensor& z_in, const Gradients& to)
+      : layer(layer), need(need), keep(keep), tokens(tokens_of(dy_in)), tail(tail), dy(matrix(dy_in, "dy")),
+        x(matrix(x_in, "x")), z(matrix(z_in, "z")), down(matrix(layer.a, "a")), up(matrix(layer.bt, "bt")),
+        dx(matrix(to.x, "dx")), da(matrix(to.a, "da")), db(matrix(to.b, "db")),
+        kept_from(layer.rows - z_in.size(1)), pairs(dy.half && has_pairs()),
+        gate(gating(
+            layer.gates, layer.owner, tokens, layer.scale, first_wanted(layer, need, tail), need.x, need.gates)),
+        trained(trained_rows(layer, tokens, need.a || need.b ? tail : layer.rows)),
+        rows(static_cast<int64_t>(gate.rows.size())),
+        threads(threads_for(layer, tokens, std::max(rows, trained.rows))),
+        blocks(shrink_blocks(tokens, rows, false)), dz(tokens, need.x ? gate.live : 0, pairs),
+        dz_t(need.a ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), pairs),
+        u_t(need.b ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), pairs),
+        products(need.gates ? tokens * layer.rows : 0),
+        dgates(static_cast<float*>(to.gates.mutable_data_ptr())),
+        shrink(pairs ? pairs_shrink(up.half) : wide_shrink(dy.half, up.half)),
+        expand_x(expand_tile(pairs, down, dx.half)), expand_kept(expand_tile(pairs, down, false)),
+        gram_a(expand_tile(pairs, x, da.half)), gram_b(expand_tile(pairs, dy, db.half)),
+        step_in(column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
+        block_tokens(token_step(tokens, divided(layer.d_in, step_in), threads)) {
+    expands = need.x && gate.live ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
+    grams_a = need.a && trained.rows ? divided(layer.d_in, step_in) : 0;
+    grams_b = need.b && trained.rows ? divided(layer.d_out, step_out) : 0;
+  }
+
+  void run() {
+    two_phases(
+        threads, blocks.count(), [this](int64_t index) { first(index); },
+        expands + grams_a + grams_b + (need.gates ? 1 : 0), [this](int64_t index) { second(index); });
+  }
+
+  // V of some tokens and rows, and all that it is multiplied into.
+  void first(int64_t index) {
+    const Range ts = block(index / blocks.row_blocks(), blocks.token_step, tokens);
+    const Range js = block(index % blocks.row_blocks(), blocks.row_step, rows);
+    const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
+    float* values = scratch(sums + layer.rows);
+    float* kept = values + sums;
+    if (width > 0) project(shrink, dy, layer.d_out, up, gate, ts, js, nullptr, values, nullptr);
+    const int32_t* of_row = gate.rows.data() + js.begin;
+    for (int64_t t = ts.begin; t < ts.end; ++t) {
+      const float* factor = gate.of(t) + js.begin;
+      const float* row = values + (t - ts.begin) * width;
+      const int32_t place = trained.place[t];
+      const bool factors_b = need.b && place >= 0 && index % blocks.row_blocks() == 0;
+      if (need.gates || factors_b) z.copy(t, layer.rows - kept_from, kept);
+      for (int64_t j = 0; need.gates && j < width; ++j) {
+        products[t * layer.rows + of_row[j]] = kept[of_row[j] - kept_from] * row[j];
+      }
+      if (need.x) dz.set(t, js.begin, std::min(js.end, gate.live), row, factor);
+      for (int64_t j = 0; need.a && place >= 0 && j < width; ++j) {
+        if (of_row[j] >= tail) dz_t.set(of_row[j] - tail, place, factor[j] == 0 ? 0 : row[j] * factor[j]);
+      }
+      for (int64_t r = 0; factors_b && r < trained.rows; ++r) {
+        const float w = trained.of(t)[r];
+        u_t.set(r, place, w == 0 ? 0 : w * kept[tail + r - kept_from]);
+      }
+    }
+  }
+
+  void second(int64_t index) {
+    const int64_t across = divided(layer.d_in, step_in);
+    if (index < expands) {
+      const Range ts = block(index / across, block_tokens, tokens);
+      const Range columns = block(index % across, step_in, layer.d_in);
+      return expand(expand_x, expand_kept, dz, down, gate.rows.data(), ts, columns, dx, keep);
+    }
+    index -= expands;
+    if (index < grams_a) return gram(gram_a, dz_t, x, block(index, step_in, layer.d_in), da, keep);
+    index -= grams_a;
+    if (index < grams_b) return gram(gram_b, u_t, dy, block(index, step_out, layer.d_out), db, nullptr);
+    sum_gates();
+  }
+
+  // to [r, columns of the block] = factors [r, busy tokens] times those tokens' rows of `from`.
+  void gram(
+      ExpandTile tile, const Factors& factors, const Matrix& from, Range columns, const Matrix& to,
+      const Keep* dropped) const {
+    const int64_t width = columns.end - columns.begin;
+    Matrix of{from.at(0, columns.begin), from.stride, from.half};
+    if (dropped) {
+      float* memory = scratch(tokens * width);
+      dropped->copy(of.data, of.stride, of.half, 0, tokens, columns.begin, width, memory);
+      of = {reinterpret_cast<char*>(memory), width, of.half};
+    }
+    tile({factors.at(0), trained.rows, of.data, of.stride, trained.tokens.data(), factors.count, width,
+          to.at(0, columns.begin), to.stride, false});
+  }
+
+  // dg from the products. An unused expert may hold NaN, which its gate's gradient must not carry into a softmax over
+  // all gates.
+  void sum_gates() const {
+    const int64_t experts = layer.gates.size(1);
+    const int64_t* of_row = static_cast<const int64_t*>(layer.owner.const_data_ptr());
+    const float* value = static_cast<const float*>(layer.gates.const_data_ptr());
+    std::vector<float> sums(layer.rows);
+    for (int64_t s = 0; s < gate.segments; ++s) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t t = s * gate.tokens; t < (s + 1) * gate.tokens; ++t) {
+        for (int64_t r = 0; r < layer.rows; ++r) sums[r] += products[t * layer.rows + r];
+      }
+      float* row = dgates + s * experts;
+      std::fill(row, row + experts, 0.0f);
+      for (int64_t r = 0; r < layer.rows; ++r) row[of_row[r]] += sums[r];
+      for (int64_t e = 0; e < experts; ++e) {
+        row[e] *= static_cast<float>(layer.scale);
+        if (value[s * experts + e] != 0) continue;
+        if (std::isnan(row[e])) row[e] = 0;
+        if (std::isinf(row[e])) row[e] = std::copysign(std::numeric_limits<float>::max(), row[e]);
+      }
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
+    Tensor dy_in, std::optional<Tensor> x_in, Tensor z_in, Tensor weight, Tensor a, Tensor bt, Tensor owner,
+    Tensor gates, double scale, int64_t tail, int64_t dropped, int64_t row_word, int64_t pair_word, bool need_x,
+    bool need_gates, bool need_a, bool need_b) {
+  const Layer layer(a, bt, owner, gates, scale);
+  const Tensor dy = dense(dy_in), z = dense(z_in);
+  const int64_t tokens = tokens_of(dy), trained = layer.rows - tail;
+  const Gradients to{
+      need_x ? dense(torch::stable::matmul(dy, weight)) : empty(0, 0, dy.scalar_type()),
+      empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
+      empty(need_a ? trained : 0, layer.d_in, a.scalar_type()),
+      empty(need_b ? trained : 0, layer.d_out, bt.scalar_type())};
+  if (!tokens || !layer.rows) {
+    for (Tensor each : {to.gates, to.a, to.b}) torch::stable::zero_(each);
+    return {to.x, to.gates, to.a, to.b};
+  }
+  const Tensor x = x_in ? dense(*x_in) : dy;
+  STD_TORCH_CHECK(!need_a || (x_in && tokens_of(x) == tokens), "the gradient of a must be given x [T, D_in]");
+  const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
+  const Needs need{need_x, need_gates, need_a, need_b};
+  Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to).run();
+  return {to.x, to.gates, to.a, to.b};
+}
+
+}  // namespace
+}  // namespace cram
+
+STABLE_TORCH_LIBRARY_IMPL(cram, CPU, m) {
+  m.impl("packed_expert_lora_backward", TORCH_BOX(&cram::packed_expert_lora_backward));
+}

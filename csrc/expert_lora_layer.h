@@ -1,0 +1,265 @@
+// What the passes of the packed expert layer share: operands, gating, and how work is cut into tasks.
+//
+// Letters as in cram_kernels/README.md.
+
+#pragma once
+
+#include "expert_lora.h"
+#include "expert_lora_dropout.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace cram {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many multiply-adds one thread is faster than waking others.
+constexpr int64_t kSerial = 1 << 16;
+// Tokens that stay in the second-level cache while a thread walks over rows or columns.
+constexpr int64_t kTokens = 24 * kPanel, kColumns = 512, kRows = 8, kShrinkTokens = 64;
+
+inline bool is_half(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  return type == ScalarType::BFloat16;
+}
+
+inline int64_t divided(int64_t size, int64_t step) { return (size + step - 1) / step; }
+
+// A row-major matrix of float32 or bfloat16.
+struct Matrix {
+  char* data;
+  int64_t stride;
+  bool half;
+
+  int64_t bytes() const { return half ? 2 : 4; }
+  char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * bytes(); }
+
+  // Columns rows[j] - first of one row, for as many rows as are at least `first`.
+  void set(int64_t row, const int32_t* columns, int64_t first, int64_t count, const float* values) const {
+    Half* narrowed = reinterpret_cast<Half*>(at(row, 0)) - first;
+    float* wide = reinterpret_cast<float*>(at(row, 0)) - first;
+    for (int64_t j = 0; j < count; ++j) {
+      if (columns[j] < first) continue;
+      if (half) {
+        narrow(values[j], narrowed + columns[j]);
+      } else {
+        wide[columns[j]] = values[j];
+      }
+    }
+  }
+
+  // One row in float32.
+  void copy(int64_t row, int64_t count, float* to) const {
+    const Half* narrowed = reinterpret_cast<const Half*>(at(row, 0));
+    if (half) {
+      for (int64_t c = 0; c < count; ++c) to[c] = widen(narrowed[c]);
+    } else {
+      std::memcpy(to, at(row, 0), count * sizeof(float));
+    }
+  }
+};
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline int64_t tokens_of(const Tensor& x) {
+  const int64_t width = x.size(x.dim() - 1);
+  return width ? x.numel() / width : 0;
+}
+
+// Uninitialised. `new_empty` would go through the dispatcher, at a microsecond each.
+inline Tensor empty(int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      2, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// Kernels write only what is theirs to write; the constness of a tensor's data ends here.
+inline Matrix matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  const int64_t stride = tensor.dim() ? tensor.size(tensor.dim() - 1) : 1;
+  return {static_cast<char*>(tensor.data_ptr()), stride, is_half(tensor, name)};
+}
+
+// Factors of an EXPAND, in its panels.
+struct Factors {
+  std::vector<float> memory;
+  int64_t count;
+  bool pairs;
+
+  Factors(int64_t tokens, int64_t count, bool pairs) : count(count), pairs(pairs) {
+    const int64_t elements = panel_index(divided(tokens, kPanel) * kPanel, 0, count, pairs);
+    memory.resize(pairs ? elements / 2 : elements);
+  }
+
+  // A token's factors [begin, end): values times gates, exactly 0 where the gate is.
+  void set(int64_t token, int64_t begin, int64_t end, const float* values, const float* gates) {
+    float* wide = memory.data() + (pairs ? 0 : panel_index(token, 0, count, false));
+    Half* half = reinterpret_cast<Half*>(memory.data()) + (pairs ? panel_index(token, 0, count, true) : 0);
+    for (int64_t k = begin; k < end; ++k) {
+      const float gate = gates[k - begin], value = gate == 0 ? 0 : values[k - begin] * gate;
+      if (pairs) {
+        narrow(value, half + k / 2 * (2 * kPanel) + k % 2);
+      } else {
+        wide[k * kPanel] = value;
+      }
+    }
+  }
+
+  void set(int64_t token, int64_t k, float value) {
+    const float one = 1;
+    set(token, k, k + 1, &value, &one);
+  }
+
+  const void* at(int64_t token) const {
+    const int64_t index = panel_index(token, 0, count, pairs);
+    const Half* half = reinterpret_cast<const Half*>(memory.data());
+    return pairs ? static_cast<const void*>(half + index) : memory.data() + index;
+  }
+};
+
+// Which packed rows take part, and the factor of each of them in each segment.
+struct Gating {
+  std::vector<int32_t> rows;   // rows with a gate other than 0 somewhere, then the others that are wanted
+  int64_t live;                // how many of the former
+  std::vector<float> factors;  // [S, rows]
+  int64_t segments, tokens;    // tokens of a segment
+
+  const float* of(int64_t token) const { return factors.data() + token / tokens * static_cast<int64_t>(rows.size()); }
+};
+
+// Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`.
+inline Gating gating(
+    const Tensor& gates, const Tensor& owner, int64_t tokens, double scale, int64_t first, bool before, bool dead) {
+  const int64_t count = owner.size(0), segments = gates.size(0), experts = gates.size(1);
+  STD_TORCH_CHECK(
+      gates.scalar_type() == ScalarType::Float && segments > 0 && tokens % segments == 0,
+      "gates must be float32 [S, E] with S dividing T = ", tokens, ", got S = ", segments);
+  const int64_t* of_row = static_cast<const int64_t*>(owner.const_data_ptr());
+  const float* gate = static_cast<const float*>(gates.const_data_ptr());
+  std::vector<char> used(experts);
+  for (int64_t s = 0; s < segments; ++s) {
+    for (int64_t e = 0; e < experts; ++e) used[e] |= gate[s * experts + e] != 0;
+  }
+  Gating found{};
+  found.rows.reserve(count);
+  for (int64_t r = before ? 0 : first; r < count; ++r) {
+    if (used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
+  }
+  found.live = static_cast<int64_t>(found.rows.size());
+  for (int64_t r = first; dead && r < count; ++r) {
+    if (!used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
+  }
+  found.segments = segments;
+  found.tokens = tokens / segments;
+  found.factors.resize(segments * found.rows.size());
+  float* factor = found.factors.data();
+  for (int64_t s = 0; s < segments; ++s) {
+    for (int32_t r : found.rows) *factor++ = gate[s * experts + of_row[r]] * static_cast<float>(scale);
+  }
+  return found;
+}
+
+// How T tokens and the rows of a SHRINK are shared out.
+struct Blocks {
+  int64_t tokens, token_step, rows, row_step;
+
+  int64_t token_blocks() const { return divided(tokens, token_step); }
+  int64_t row_blocks() const { return rows ? divided(rows, row_step) : 1; }
+  int64_t count() const { return token_blocks() * row_blocks(); }
+};
+
+inline Blocks shrink_blocks(int64_t tokens, int64_t rows, bool whole) {
+  const int64_t step = tokens <= kShrinkTokens ? tokens : kShrinkTokens / 2;
+  return {tokens, step, rows, whole || tokens > 8 * step ? std::max<int64_t>(rows, 1) : kRows};
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range block(int64_t index, int64_t step, int64_t size) {
+  return {index * step, std::min(size, (index + 1) * step)};
+}
+
+inline float* scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+// SHRINK of one block of x by rows of w into z [tokens, rows of the block].
+inline void project(
+    ShrinkTile tile, const Matrix& x, int64_t depth, const Matrix& w, const Gating& gate, Range tokens, Range rows,
+    const Keep* keep, float* z, float* memory) {
+  Matrix from{x.at(tokens.begin, 0), x.stride, x.half};
+  if (keep) {
+    keep->copy(from.data, from.stride, from.half, tokens.begin, tokens.end - tokens.begin, 0, depth, memory);
+    from = {reinterpret_cast<char*>(memory), depth, x.half};
+  }
+  const int64_t count = rows.end - rows.begin;
+  tile({from.data, from.stride, tokens.end - tokens.begin, w.data, w.stride, gate.rows.data() + rows.begin, count,
+        depth, z, count});
+}
+
+// Token blocks of an EXPAND: long ones read w less often, but all threads must find some.
+inline int64_t token_step(int64_t tokens, int64_t across, int64_t threads) {
+  const int64_t wanted = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(across, 1));
+  return std::clamp(divided(divided(tokens, wanted), kPanel) * kPanel, 4 * kPanel, kTokens);
+}
+
+// Column blocks of an EXPAND.
+inline int64_t column_step(int64_t tokens, int64_t columns, int64_t threads) {
+  if (tokens > kShrinkTokens) return kColumns;
+  return std::max<int64_t>(128, divided(divided(columns, 4 * threads), 128) * 128);
+}
+
+// y [tokens of the block, columns of the block] += u w, dropped where `keep` says so.
+inline void expand(
+    ExpandTile tile, ExpandTile unadded, const Factors& u, const Matrix& w, const int32_t* rows, Range tokens,
+    Range columns, const Matrix& y, const Keep* keep) {
+  Expand call{u.at(tokens.begin), tokens.end - tokens.begin, w.at(0, columns.begin), w.stride, rows, u.count,
+              columns.end - columns.begin, y.at(tokens.begin, columns.begin), y.stride, true};
+  if (!keep) return tile(call);
+  float* sums = scratch(call.tokens * call.columns);
+  void* to = call.y;
+  call.y = sums;
+  call.y_stride = call.columns;
+  call.add = false;
+  unadded(call);
+  keep->add(sums, tokens.begin, call.tokens, columns.begin, call.columns, to, y.stride, y.half);
+}
+
+// What every pass is given, contiguous.
+struct Layer {
+  Tensor a, bt, gates, owner;
+  int64_t d_in, d_out, rows;
+  double scale;
+
+  Layer(const Tensor& a_in, const Tensor& bt_in, const Tensor& owner, const Tensor& gates_in, double scale)
+      : a(dense(a_in)), bt(dense(bt_in)), gates(dense(gates_in)), owner(owner), d_in(a.size(1)), d_out(bt.size(1)),
+        rows(a.size(0)), scale(scale) {
+    STD_TORCH_CHECK(
+        owner.scalar_type() == ScalarType::Long && owner.is_contiguous() && owner.numel() == rows &&
+            bt.size(0) == rows && gates.dim() == 2,
+        "a, bt and owner must have as many rows, and gates must be [S, E]");
+  }
+};
+
+// Threads worth waking for so many tokens and rows.
+inline int64_t threads_for(const Layer& layer, int64_t tokens, int64_t rows) {
+  return tokens * rows * (layer.d_in + layer.d_out) < kSerial ? 1 : torch::stable::get_num_threads();
+}
+
+}  // namespace cram
