@@ -56,6 +56,16 @@ struct Matrix {
     }
   }
 
+  // Columns [column, column + count) of one row.
+  void write(int64_t row, int64_t column, int64_t count, const float* values) const {
+    if (half) {
+      Half* to = reinterpret_cast<Half*>(at(row, column));
+      for (int64_t c = 0; c < count; ++c) narrow(values[c], to + c);
+    } else {
+      std::memcpy(at(row, column), values, count * sizeof(float));
+    }
+  }
+
   // One row in float32.
   void copy(int64_t row, int64_t count, float* to) const {
     const Half* narrowed = reinterpret_cast<const Half*>(at(row, 0));
@@ -77,12 +87,25 @@ inline int64_t tokens_of(const Tensor& x) {
 }
 
 // Uninitialised. `new_empty` would go through the dispatcher, at a microsecond each.
-inline Tensor empty(int64_t rows, int64_t columns, ScalarType type) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &made));
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type),
+      aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+inline Tensor empty(int64_t rows, int64_t columns, ScalarType type) { return empty({rows, columns}, type); }
+
+// [..., columns] for x [..., D].
+inline Tensor empty_rows_of(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
+  sizes.back() = columns;
+  return empty(sizes, x.scalar_type());
 }
 
 // Kernels write only what is theirs to write; the constness of a tensor's data ends here.

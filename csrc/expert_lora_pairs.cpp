@@ -39,15 +39,18 @@ CRAM_PAIRS inline __m512 dot(__m512 total, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
 }
 
+// The last tile of a group of rows asks for the next group's lines: each row starts where no prefetcher has been.
 template <typename W, int Tokens, int Rows>
 CRAM_PAIRS inline void shrink_tile(const Shrink& s, int64_t t, int64_t j) {
   const Half* x[Tokens];
-  const W* w[Rows];
+  const W *w[Rows], *next[Rows];
+  const bool ahead = t + Tokens >= s.tokens && j + Rows < s.count;
   for (int i = 0; i < Tokens; ++i) {
     x[i] = static_cast<const Half*>(s.x) + std::min<int64_t>(t + i, s.tokens - 1) * s.x_stride;
   }
   for (int r = 0; r < Rows; ++r) {
     w[r] = static_cast<const W*>(s.w) + s.rows[std::min<int64_t>(j + r, s.count - 1)] * s.w_stride;
+    next[r] = static_cast<const W*>(s.w) + s.rows[std::min<int64_t>(j + Rows + r, s.count - 1)] * s.w_stride;
   }
   __m512 total[Tokens][Rows];
   for (int i = 0; i < Tokens; ++i) {
@@ -57,6 +60,9 @@ CRAM_PAIRS inline void shrink_tile(const Shrink& s, int64_t t, int64_t j) {
   for (; d + kPair <= s.depth; d += kPair) {
     __m512i row[Rows];
     for (int r = 0; r < Rows; ++r) row[r] = halves(w[r] + d);
+    for (int r = 0; ahead && r < Rows; ++r) {
+      for (size_t line = 0; line < kPair * sizeof(W); line += 64) __builtin_prefetch(next[r] + d + line / sizeof(W));
+    }
     for (int i = 0; i < Tokens; ++i) {
       const __m512i token = halves(x[i] + d);
       for (int r = 0; r < Rows; ++r) total[i][r] = dot(total[i][r], token, row[r]);
@@ -81,8 +87,12 @@ template <typename W>
 CRAM_PAIRS void shrink_rows(const Shrink& s) {
   for (int64_t j = 0; j < s.count; j += 4) {
     int64_t t = 0;
-    for (; t + 1 < s.tokens; t += 4) shrink_tile<W, 4, 4>(s, t, j);
-    if (t < s.tokens) shrink_tile<W, 1, 4>(s, t, j);
+    for (; t + 2 < s.tokens; t += 4) shrink_tile<W, 4, 4>(s, t, j);
+    if (t + 1 < s.tokens) {
+      shrink_tile<W, 2, 4>(s, t, j);
+    } else if (t < s.tokens) {
+      shrink_tile<W, 1, 4>(s, t, j);
+    }
   }
 }
 

@@ -50,22 +50,26 @@ CRAM_INLINE void write(Half* to, const Vector<Lanes>& value) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-// Rows and tokens past the end of a tile repeat the last one and are not stored.
+// Rows and tokens past the end of a tile repeat the last one and are not stored. The last tile of a group of rows asks
+// for the next group's lines: each row starts where no prefetcher has been.
 template <int Lanes, typename X, typename W, int Tokens, int Rows>
 CRAM_INLINE void shrink_tile(const Shrink& s, int64_t t, int64_t j) {
   const X* x[Tokens];
-  const W* w[Rows];
+  const W *w[Rows], *next[Rows];
+  const bool ahead = t + Tokens >= s.tokens && j + Rows < s.count;
   for (int i = 0; i < Tokens; ++i) {
     x[i] = static_cast<const X*>(s.x) + std::min<int64_t>(t + i, s.tokens - 1) * s.x_stride;
   }
   for (int r = 0; r < Rows; ++r) {
     w[r] = static_cast<const W*>(s.w) + s.rows[std::min<int64_t>(j + r, s.count - 1)] * s.w_stride;
+    next[r] = static_cast<const W*>(s.w) + s.rows[std::min<int64_t>(j + Rows + r, s.count - 1)] * s.w_stride;
   }
   const int64_t whole = s.depth - s.depth % Lanes;
   Vector<Lanes> total[Tokens][Rows]{};
   for (int64_t d = 0; d < whole; d += Lanes) {
     Vector<Lanes> row[Rows];
     for (int r = 0; r < Rows; ++r) row[r] = read<Lanes>(w[r] + d);
+    for (int r = 0; ahead && r < Rows; ++r) __builtin_prefetch(next[r] + d);
     for (int i = 0; i < Tokens; ++i) {
       const Vector<Lanes> token = read<Lanes>(x[i] + d);
       for (int r = 0; r < Rows; ++r) total[i][r] += token * row[r];

@@ -55,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no_token_no_segment": {"tokens": 0, "segment_count": 0},
     "one_token": {"tokens": 1, "segment_count": 1, "in_features": 257, "out_features": 1111},
     "one_panel": {"tokens": 7, "segment_count": 7, "in_features": 33, "out_features": 95},
+    "few_at_most": {"tokens": 64, "segment_count": 4, "in_features": 160, "out_features": 300},
+    "few_halves_at_most": {"tokens": 32, "segment_count": 1, "in_features": 97, "out_features": 129},
     "blocks": {"tokens": 65, "segment_count": 5, "in_features": 129, "out_features": 1100},
     "long": {"tokens": 602, "segment_count": 7, "in_features": 130, "out_features": 600},
 }
