@@ -17,6 +17,7 @@ PROGRAMS = {
     "scaling": "how the cost grows with experts, ranks, tokens and width",
     "gpu": "everything that a CUDA machine can settle, within ten minutes",
     "penalty": "the orthogonality penalty of a whole model against the loops it replaces",
+    "readme": "the README's speed table from the results in a folder",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",
     "tune": "try the tiles of each kernel on this GPU",
 }

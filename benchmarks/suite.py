@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import re
 import time
@@ -149,14 +150,14 @@ def measure(
             ready[name] = candidate
     del gate, expected
     problems = rotation(case, device, machine.cache_bytes(device), limits.sets)
-    samplers = {}
+    samplers, turns = {}, itertools.count()
     with torch.set_grad_enabled(case.training):
         for name, candidate in ready.items():
             with _recorded(rows, name):
                 layers = [candidate.build(problem) for problem in problems]
                 rows[name].update(costs(problems[0], layers[0], ceilings, name))
                 steps = [step(p, layer) for p, layer in zip(problems, layers, strict=True)]
-                samplers[name] = sampler(steps, device, candidate.captured)
+                samplers[name] = sampler(steps, device, candidate.captured, turns)
                 rows[name]["mode"] = samplers[name].mode
         for name, timing in interleaved(samplers, device, limits).items():
             rows[name].update(asdict(timing))

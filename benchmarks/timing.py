@@ -3,7 +3,7 @@
 On a CPU a sample is a number of calls between two readings of the clock. On CUDA it is a number of replays of
 one graph that holds a call on every set of buffers, between two events; a candidate that reads device values
 on the host is called eagerly instead, which its row says. Calls walk through all sets of buffers, so none is
-in the cache.
+in the cache; candidates that are called eagerly walk together, or one would find what another has just read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,23 @@ class Timing:
     samples: int
 
 
-def sampler(steps: Sequence[Step], device: torch.device, captured: bool) -> Sampler:
-    """Warm up every step (one a set of buffers) and return what makes calls on them in turn."""
+def sampler(
+    steps: Sequence[Step], device: torch.device, captured: bool, turns: Iterator[int] | None = None
+) -> Sampler:
+    """Warm up every step (one a set of buffers) and return what makes calls on them in turn.
+
+    Args:
+        steps: A call on each set of buffers.
+        device: Where.
+        captured: Whether the calls can be captured in a CUDA graph.
+        turns: Counts the calls of all candidates that share the sets; its own where None.
+    """
     if device.type == "cuda" and captured:
         return Sampler(_graph(steps), len(steps), "graph")
     for step in itertools.islice(itertools.cycle(steps), max(WARM_CALLS, len(steps))):
         step()
-    around = itertools.cycle(steps)
-    return Sampler(lambda: next(around)(), 1, "eager")
+    counted = itertools.count() if turns is None else turns
+    return Sampler(lambda: steps[next(counted) % len(steps)](), 1, "eager")
 
 
 def _graph(steps: Sequence[Step]) -> Step:

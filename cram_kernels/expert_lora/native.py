@@ -7,9 +7,9 @@
 w are the gates of each packed row, times the scale. No intermediate of activation size is made, nothing is
 cast beforehand, and Python reads no gate. Sums run in float32; bfloat16 operands are multiplied in pairs
 where the CPU can. Saved: Z (all columns for gate gradients, else the trained ones), the gates, and x if the
-trained suffix needs it. Up to a few dozen tokens the forward computes the base linear itself
-and writes Y once; beyond, torch does, and Y is read and written once more. Other bytes beyond the base linear: A and Bt
-once, X once more; 2 T R (D_in + D_out) FLOPs. Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
+trained suffix needs it. Up to a few dozen tokens the forward computes the base linear too and writes Y once;
+beyond, torch does, and Y is read and written once more. Other bytes beyond the base linear: A and Bt once,
+X once more; 2 T R (D_in + D_out) FLOPs. Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
 """
 
 from __future__ import annotations

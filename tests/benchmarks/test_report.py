@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -138,3 +139,17 @@ def test_steps_are_walked_in_turn() -> None:
 )
 def test_duration(us: float, shown: str) -> None:
     assert report.duration(us) == shown
+
+
+def test_candidates_that_share_the_sets_walk_them_together() -> None:
+    seen: list[tuple[str, int]] = []
+    turns, device = itertools.count(), torch.device("cpu")
+    made = [
+        timing.sampler([lambda n=n, i=i: seen.append((n, i)) for i in range(3)], device, False, turns)
+        for n in "ab"
+    ]
+    seen.clear()
+    for _ in range(3):
+        for each in made:
+            each.run()
+    assert [index for _, index in seen] == [0, 1, 2, 0, 1, 2]

@@ -1,0 +1,71 @@
+"""`python -m benchmarks readme DIR`: the README's speed table from the results in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import goals
+from benchmarks.machine import ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+TITLES = {"decode": "inference", "train": "training step"}
+OTHERS = {"released": "released loop", "peft-9": "PEFT, one LoRA of rank 9", "packed": "packed PyTorch"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder with a results.json")
+    results = json.loads((parser.parse_args(argv).folder / "results.json").read_text())
+    README.write_text(replaced(README.read_text(), section(results)))
+    return 0
+
+
+def replaced(text: str, lines: list[str]) -> str:
+    """Return the text with `lines` between the markers.
+
+    Raises:
+        ValueError: If the markers are missing.
+    """
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{README.name} must hold {BEGIN} and {END}, got a text without them")
+    return f"{before}{begin}" + "".join(f"{line}\n" for line in lines) + f"{end}{after}"
+
+
+def section(results: dict[str, Any]) -> list[str]:
+    """Return the table: time of each way over the time of the frozen base linear alone."""
+    environment = results["environment"]
+    threads = f"{environment['threads']} threads"
+    where = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpu']}, {threads}"
+    packages = environment["packages"]
+    command = f"python -m benchmarks{' --quick' if results['suite'] == 'quick' else ''}"
+    header = ["linear", "tokens", "type", *OTHERS.values(), "CRAM"]
+    cells = [c for c in results["cases"] if c["rows"] and c["case"]["op"] in TITLES]
+    rows = [_row(cell, environment["device"]) for cell in cells]
+    return [
+        f"`{command}` on {where} (torch {packages['torch']}): ten experts of rank 4 to 10 on one linear,",
+        "median time divided by the time of the frozen linear alone.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _row(cell: dict[str, Any], device: str) -> list[str]:
+    case = cell["case"]
+    names = [*OTHERS, goals.ours(cell, device)]
+    linear = f"{case['model']} {case['projection']}, {TITLES[case['op']]}"
+    return [linear, str(case["tokens"]), case["dtype"], *(_ratio(cell, name) for name in names)]
+
+
+def _ratio(cell: dict[str, Any], name: str) -> str:
+    times = [cell["rows"].get(each, {}).get("median_us") for each in (name, "base")]
+    return "–" if None in times else f"{times[0] / times[1]:.2f}"
