@@ -16,6 +16,7 @@ PROGRAMS = {
     "e2e": "training step and generated tokens of whole models",
     "scaling": "how the cost grows with experts, ranks, tokens and width",
     "gpu": "everything that a CUDA machine can settle, within ten minutes",
+    "methods": "the adapted layer of every method against CRAM's",
     "penalty": "the orthogonality penalty of a whole model against the loops it replaces",
     "readme": "the README's speed table from the results in a folder",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",

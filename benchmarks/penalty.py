@@ -66,8 +66,7 @@ def grouped(model: Model, impl: str) -> Step:
     def step() -> tuple[Tensor, Sequence[Tensor]]:
         for leaf in (*a, *bt, gamma):
             leaf.grad = None
-        rows = gamma.unbind(0)
-        loss = orthogonality_penalty(model.hidden, a, bt, model.bases, rows, scale=SCALE, impl=impl)
+        loss = orthogonality_penalty(model.hidden, a, bt, model.bases, gamma, scale=SCALE, impl=impl)
         loss.backward()
         return loss.detach(), [_grad(leaf) for leaf in (*a, *bt, gamma)]
 

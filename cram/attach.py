@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from cram.config import CramConfig
 from cram.encoders import ClipEncoder
 from cram.experts import ExpertLinear
 from cram.forward import RoutedForward
+from cram.methods import METHODS
 from cram.orthogonality import Penalty
 
 Factors = tuple[Tensor, Tensor]
@@ -23,6 +24,11 @@ Factors = tuple[Tensor, Tensor]
 
 class Cram(RoutedForward):
     """Experts and router of one attached model, `model.cram`; routing is inherited from `RoutedForward`."""
+
+    def __init__(self, model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any = None) -> None:
+        """Wraps the matched linears, hooks the model and binds the method; call `attach` instead."""
+        super().__init__(model, config, encoder, processor)
+        self.method = METHODS[config.method](self)
 
     def begin_buffer(self) -> None:
         """Starts the warm-up: in every module a LoRA of rank `config.buffer_rank` acts alone, the experts
@@ -58,8 +64,17 @@ class Cram(RoutedForward):
         members = self.router.experts_of(group)
         return {path: [a for a, _ in module.factors(members)] for path, module in self.modules.items()}
 
+    def expert_weights(self, index: int) -> dict[str, Factors]:
+        """Module path -> (a [r, D_in], b [D_out, r]) of one expert, detached."""
+        return {path: module.factors([index])[0] for path, module in self.modules.items()}
+
     def add_expert(
-        self, name: str, weights: Mapping[str, Factors], group: int, centroid: Tensor, trained: bool = True
+        self,
+        name: str,
+        weights: Mapping[str, Factors],
+        group: int = 0,
+        centroid: Tensor | None = None,
+        trained: bool = True,
     ) -> None:
         """Appends an expert to every module and to the router; nothing changes if a check fails.
 
@@ -67,46 +82,86 @@ class Cram(RoutedForward):
             name: A new name.
             weights: Module path -> (a [r, D_in], b [D_out, r]); a rank may differ per module and be 0.
             group: Its instruction group.
-            centroid: [D_q] or [L, D_q].
+            centroid: [D_q] or [L, D_q], trained with the expert; None for zeros that are not trained.
             trained: Whether it is trained from here on; older experts are frozen.
 
         Raises:
             ValueError: If the modules are not exactly the adapted ones, a shape is wrong or a value not
                 finite.
         """
+        self._check_weights(weights)
+        if self._buffered:
+            raise ValueError(f"end_buffer must come before an expert is added, got a buffer and {name!r}")
+        if self.in_training:
+            last = self.router.expert_names[-1]
+            raise ValueError(f"{last!r} must be frozen before adding one, got {name!r}")
+        rows = torch.zeros(self.encoder.image_dim) if centroid is None else centroid
+        if rows.shape[-1] != self.encoder.image_dim:
+            raise ValueError(
+                f"centroid must have D_q={self.encoder.image_dim} columns, got {list(rows.shape)}"
+            )
+        self.router.add_expert(name, group, rows, trained and centroid is not None)
+        for path, module in self.modules.items():
+            module.append(*weights[path], scale=self.config.scale, trained=trained)
+        self._penalty = None
+
+    def set_experts(
+        self, names: Sequence[str], weights: Sequence[Mapping[str, Factors]], trained: int
+    ) -> None:
+        """Replaces all experts by a pool without groups and centroids; nothing changes if a check fails.
+
+        Args:
+            names: Distinct names; none for a model without experts.
+            weights: Per expert module path -> (a [r, D_in], b [D_out, r]). Where every expert has the same
+                tensor a, the pool shares it.
+            trained: How many of the last experts are trained from here on.
+
+        Raises:
+            ValueError: As for `add_expert`, or if the lengths or `trained` do not fit.
+        """
+        names = list(names)
+        if len(names) != len(weights) or len(set(names)) != len(names) or not 0 <= trained <= len(names):
+            raise ValueError(
+                f"names must be distinct, one for each of {len(weights)} experts with {trained} of them "
+                f"trained, got {names}"
+            )
+        if self._buffered:
+            raise ValueError(f"end_buffer must come before experts are set, got a buffer and {names}")
+        for each in weights:
+            self._check_weights(each)
+        self.router.set_experts(names, self.encoder.image_dim)
+        for path, module in self.modules.items():
+            module.set_experts([each[path] for each in weights], self.config.scale, trained)
+        self._penalty = None
+
+    def _check_weights(self, weights: Mapping[str, Factors]) -> None:
         if weights.keys() != self.modules.keys():
             missing = sorted(self.modules.keys() - weights.keys())
             unknown = sorted(weights.keys() - self.modules.keys())
             raise ValueError(
                 f"weights must name the adapted modules, got missing {missing}, unknown {unknown}"
             )
-        if self._buffered:
-            raise ValueError(f"end_buffer must come before an expert is added, got a buffer and {name!r}")
         for path, module in self.modules.items():
             _check_factors(path, *weights[path], module.weight)
-        if centroid.shape[-1] != self.encoder.image_dim:
-            raise ValueError(
-                f"centroid must have D_q={self.encoder.image_dim} columns, got {list(centroid.shape)}"
-            )
-        self.router.add_expert(name, group, centroid, trained)
-        for path, module in self.modules.items():
-            module.append(*weights[path], scale=self.config.scale, trained=trained)
-        self._penalty = None
 
     def freeze(self) -> None:
-        """Ends the training of the newest expert; it stays in use.
+        """Ends the training of all experts; they stay in use.
 
         Raises:
             ValueError: If no expert is in training.
         """
-        self.router.freeze()
+        if not self.in_training:
+            raise ValueError("freeze must follow add_expert(trained=True), got no trained expert")
+        if self.router.trained_centroid is not None:
+            self.router.freeze()
         for module in self.modules.values():
             assert module.experts is not None
             module.experts = module.experts.freeze()
         self._penalty = None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser gets: the buffer's factors, or the newest expert's factors and its centroid."""
+        """What an optimiser gets: the buffer's factors, or those of the experts in training, gatings and the
+        newest expert's centroid."""
         parameters = [p for module in self.modules.values() for p in module.trainable()]
         if self.router.trained_centroid is not None and not self._buffered:
             parameters.append(self.router.trained_centroid)
@@ -146,7 +201,7 @@ def attach(model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any 
 
     Args:
         model: A transformers model of one of the known families.
-        config: The configuration; `target_projections` names the linears.
+        config: The configuration; `target_projections` names the linears, `method` the method.
         encoder: CLIP; see `ClipEncoder.from_pretrained(source, model)`.
         processor: The model's processor or tokenizer, with which automatic routing decodes prompts; by
             default the tokenizer is loaded from the model's own folder when it is needed.
@@ -155,7 +210,8 @@ def attach(model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any 
         The handle, also `model.cram`; `print(handle.report)` says what was matched.
 
     Raises:
-        ValueError: If the model is attached already, its family is unknown, or a projection is not found.
+        ValueError: If the model is attached already, the method or its family is unknown, or a projection is
+            not found.
     """
     if any(isinstance(module, ExpertLinear) for module in model.modules()):
         raise ValueError("model must not be attached, got one that has experts already; call detach first")

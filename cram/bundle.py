@@ -3,6 +3,7 @@
     experts/<name>/adapter_config.json, adapter_model.safetensors    a plain PEFT LoRA folder an expert
     cram.json             configuration, family, modules with shapes, experts with groups and ranks, groups
     router.safetensors    centroids [L, E, D_q], prototypes [G, D_t]
+    method.safetensors    what the method keeps besides, if anything; names and shapes are in cram.json
     manifest.json         format version, size and sha256 of every file above; written last
 
 Only safetensors and JSON are read, nothing outside the folder, nothing that the manifest does not list; every
@@ -12,6 +13,8 @@ refused. A model is changed only after everything has been checked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cram.atomic import new_folder, write_json
-from cram.attach import Cram, attach
+from cram.attach import Cram, attach, detach
 from cram.bundle_format import (
     DESCRIPTION,
     ENCODER_FIELDS,
     FORMAT_VERSION,
     MANIFEST,
+    METHOD,
     ROUTER,
     Description,
     check_expert_name,
@@ -35,7 +39,7 @@ from cram.bundle_format import (
 from cram.encoders import ClipEncoder
 from cram.experts import ExpertLinear
 from cram.families import family_of, match_linears
-from cram.peft_folder import Factors, read_adapter, read_tensors, write_adapter
+from cram.peft_folder import read_adapter, read_tensors, write_adapter
 from cram_kernels import PackedExperts
 
 
@@ -62,9 +66,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
         for index, name in enumerate(cram.router.expert_names):
             (partial / "experts" / name).mkdir(parents=True)
             base = str(getattr(model.config, "_name_or_path", "")) or None
-            write_adapter(partial / "experts" / name, expert_weights(cram, index), cram.config.scale, base)
-        save_file(_router_tensors(cram), partial / ROUTER)
-        write_json(partial / DESCRIPTION, _describe(cram))
+            write_adapter(partial / "experts" / name, cram.expert_weights(index), cram.config.scale, base)
+        router = {"centroids": cram.router.centroids(), "prototypes": cram.router.groups.prototypes}
+        save_file(_storable(router), partial / ROUTER)
+        state = _storable(cram.method.state())
+        if state:
+            save_file(state, partial / METHOD)
+        write_json(partial / DESCRIPTION, _describe(cram, state))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         listed = {path.relative_to(partial).as_posix(): fingerprint(path) for path in files}
         write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "files": listed})
@@ -94,15 +102,27 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
         for expert in description.experts
     ]
     router = read_tensors(folder / ROUTER, _router_spec(description))
-    cram = getattr(model, "cram", None)
-    _check_target(cram, description)
-    if cram is None:
-        cram = attach(model, description.config, encoder or _named_encoder(description, model), processor)
+    state = read_tensors(folder / METHOD, description.method) if description.method else {}
+    present = getattr(model, "cram", None)
+    _check_target(present, description)
+    cram = present or attach(
+        model, description.config, encoder or _named_encoder(description, model), processor
+    )
+    before = cram.router.groups.export_state()
     counts = torch.tensor(description.counts, dtype=torch.int64)
     groups = {"prototypes": router["prototypes"], "counts": counts}
-    cram.router.groups.import_state(groups, {"locks": description.locks})
-    for index, (expert, factors) in enumerate(zip(description.experts, weights, strict=True)):
-        cram.add_expert(expert.name, factors, expert.group, router["centroids"][:, index], trained=False)
+    try:
+        cram.router.groups.import_state(groups, {"locks": description.locks})
+        for index, (expert, factors) in enumerate(zip(description.experts, weights, strict=True)):
+            cram.add_expert(expert.name, factors, expert.group, router["centroids"][:, index], trained=False)
+        cram.method.load_state(state)
+    except ValueError:
+        if present is None:
+            detach(model)
+        else:
+            cram.set_experts((), (), 0)
+            cram.router.groups.import_state(*before)
+        raise
     return cram
 
 
@@ -118,11 +138,6 @@ def attached(model: nn.Module) -> Cram:
     return cram
 
 
-def expert_weights(cram: Cram, index: int) -> dict[str, Factors]:
-    """Module path -> A [r, D_in], B [D_out, r] of one expert."""
-    return {name: _packed(linear).expert(index) for name, linear in cram.modules.items()}
-
-
 def expert_ranks(cram: Cram, index: int) -> dict[str, int]:
     """Module path -> rank of one expert."""
     return {name: _packed(linear).ranks[index] for name, linear in cram.modules.items()}
@@ -134,7 +149,7 @@ def _packed(linear: ExpertLinear) -> PackedExperts:
     return linear.experts
 
 
-def _describe(cram: Cram) -> dict[str, Any]:
+def _describe(cram: Cram, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     router, encoder = cram.router, cram.encoder
     modules = {
         name: [linear.base.in_features, linear.base.out_features] for name, linear in cram.modules.items()
@@ -152,12 +167,14 @@ def _describe(cram: Cram) -> dict[str, Any]:
         "modules": modules,
         "experts": experts,
         "groups": {"counts": router.groups.counts.tolist(), "locks": router.groups.locks},
+        "method": {name: list(tensor.shape) for name, tensor in state.items()},
     }
 
 
-def _router_tensors(cram: Cram) -> dict[str, torch.Tensor]:
-    tensors = {"centroids": cram.router.centroids(), "prototypes": cram.router.groups.prototypes}
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite, got NaN or Inf")
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -199,7 +216,10 @@ def _check_target(cram: Cram | None, description: Description) -> None:
         return
     if cram.router.expert_names:
         raise ValueError(f"model must have no experts yet, got {cram.router.expert_names}")
-    if cram.config.to_dict() != description.config.to_dict():
+    config = description.config
+    if description.format == 1:
+        config = replace(config, method=cram.config.method)  # the format does not say which method made it
+    if cram.config != config:
         raise ValueError("model must be attached with the bundle's configuration, got another one")
 
 

@@ -17,15 +17,18 @@ from cram.atomic import read_json, recover_folder
 from cram.config import CramConfig
 from cram.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 has no method state, and every bundle of it is read as CRAM's
 MANIFEST, DESCRIPTION, ROUTER = "manifest.json", "cram.json", "router.safetensors"
+METHOD = "method.safetensors"
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _FILE = re.compile(
-    rf"{re.escape(DESCRIPTION)}|{re.escape(ROUTER)}|"
+    rf"{re.escape(DESCRIPTION)}|{re.escape(ROUTER)}|{re.escape(METHOD)}|"
     rf"experts/{EXPERT_NAME.pattern}/({re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})"
 )
 _MAX_JSON_BYTES = 50_000_000
-# cram.json: field -> type, and the same for one entry of its lists and objects.
+_MAX_NAME, _MAX_DIMENSIONS = 500, 8
+# cram.json: field -> type, and the same for one entry of its lists and objects; format 1 has no "method".
 _FIELDS: dict[str, type] = {
     "format": int,
     "family": str,
@@ -35,6 +38,7 @@ _FIELDS: dict[str, type] = {
     "modules": dict,
     "experts": list,
     "groups": dict,
+    "method": dict,
 }
 ENCODER_FIELDS: dict[str, type] = {
     "source": str,
@@ -57,8 +61,13 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class Description:
-    """What `cram.json` says: `modules` holds (D_in, D_out) by full module path, in model order."""
+    """What `cram.json` says.
 
+    `modules` holds (D_in, D_out) by full module path, in model order; `method` the shapes of the tensors that
+    the method keeps, by name.
+    """
+
+    format: int
     config: CramConfig
     family: str
     encoder: dict[str, Any]
@@ -67,6 +76,7 @@ class Description:
     experts: tuple[ExpertEntry, ...]
     counts: tuple[int, ...]
     locks: dict[str, int]
+    method: dict[str, tuple[int, ...]]
 
 
 def check_expert_name(name: str) -> None:
@@ -87,16 +97,19 @@ def read_description(folder: Path) -> Description:
         ValueError: If a file is missing, altered, not listed, of another format, or reached through a link.
     """
     recover_folder(folder)
-    listed = _read_manifest(folder)
+    version, listed = _read_manifest(folder)
     for name, entry in listed.items():
         path = _inside(folder, name)
         if fingerprint(path) != entry:
             raise ValueError(f"{path} must match its entry in {MANIFEST}, got an altered file")
     data = read_json(folder / DESCRIPTION)
-    _check_fields(data, _FIELDS, DESCRIPTION)
+    fields = {name: kind for name, kind in _FIELDS.items() if name != "method" or version > 1}
+    _check_fields(data, fields, DESCRIPTION)
+    if data["format"] != version:
+        raise ValueError(f"format of {DESCRIPTION} must be {version} as in {MANIFEST}, got {data['format']}")
     description = _parse(data)
     wanted = {f"experts/{e.name}/{file}" for e in description.experts for file in (CONFIG_FILE, WEIGHTS_FILE)}
-    wanted |= {DESCRIPTION, ROUTER}
+    wanted |= {DESCRIPTION, ROUTER, *([METHOD] if description.method else [])}
     if wanted != listed.keys():
         raise ValueError(
             f"{folder / MANIFEST} must list exactly the files of the experts in {DESCRIPTION}, "
@@ -111,16 +124,16 @@ def fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> tuple[int, dict[str, Any]]:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} must be a bundle with a {MANIFEST}, got none")
     data = read_json(_inside(folder, MANIFEST))
     _check_fields(data, {"format": int, "files": dict}, MANIFEST)
-    if data["format"] != FORMAT_VERSION:
-        raise ValueError(f"format of {folder / MANIFEST} must be {FORMAT_VERSION}, got {data['format']}")
+    if data["format"] not in READABLE:
+        raise ValueError(f"format of {folder / MANIFEST} must be one of {READABLE}, got {data['format']}")
     if strange := [name for name in data["files"] if not _FILE.fullmatch(name)]:
         raise ValueError(f"{folder / MANIFEST} must list files of a bundle only, got {strange[:5]}")
-    return dict(data["files"])
+    return data["format"], dict(data["files"])
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -173,6 +186,7 @@ def _parse(data: dict[str, Any]) -> Description:
     if len(set(names)) != len(names):
         raise ValueError(f"{DESCRIPTION}: expert names must be unique, got {names}")
     return Description(
+        format=data["format"],
         config=config,
         family=data["family"],
         encoder=data["encoder"],
@@ -181,7 +195,17 @@ def _parse(data: dict[str, Any]) -> Description:
         experts=tuple(ExpertEntry(**expert) for expert in data["experts"]),
         counts=tuple(counts),
         locks=locks,
+        method={name: _state_shape(name, shape) for name, shape in data.get("method", {}).items()},
     )
+
+
+def _state_shape(name: str, shape: Any) -> tuple[int, ...]:
+    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    if not whole or len(shape) > _MAX_DIMENSIONS or not 0 < len(name) <= _MAX_NAME:
+        raise ValueError(
+            f"{DESCRIPTION}: method must give names their shapes, got {name!r:.100}: {shape!r:.100}"
+        )
+    return tuple(shape)
 
 
 def _sizes(name: str, shape: Any) -> tuple[int, int]:

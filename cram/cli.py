@@ -1,4 +1,4 @@
-"""The command `cram`: train, eval, demo, bench, info.
+"""The command `cram`: train, eval, compare, demo, bench, info.
 
 Faults that a user can mend (a wrong path, an unknown name, damaged data) end with one line and exit code 2;
 nothing has been written then that a second attempt would trip over.
@@ -12,16 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
-
-from safetensors import SafetensorError
+from typing import Any
 
 from cram import __version__
 from cram.config import CramConfig
+from cram.faults import KNOWN_ERRORS, first_line
+from cram.progress import quiet_transformers
 
-KNOWN_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError, SafetensorError)
 # Presets of the streams with published settings; any other stream starts from the defaults.
 PRESETS: dict[str, Callable[..., CramConfig]] = {"ucit": CramConfig.ucit, "trigap": CramConfig.trigap}
 
@@ -48,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        _quiet()
+        quiet_transformers()
         COMMANDS[arguments.command].run(arguments)
     except KNOWN_ERRORS as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"cram: {first}", file=sys.stderr)
+        print(f"cram: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ncram: stopped; the same command goes on from the last finished task", file=sys.stderr)
@@ -60,18 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_config(pairs: Sequence[str], stream: str, fixed: dict[str, Any]) -> CramConfig:
+def parse_config(
+    pairs: Sequence[str], stream: str, fixed: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> CramConfig:
     """A configuration from KEY=VALUE pairs over the stream's preset.
 
     Args:
         pairs: A value is read as JSON where it is JSON, else as text.
         stream: Name of the stream.
         fixed: Fields from other options; a None is left out.
+        defaults: Fields that the pairs may change.
 
     Raises:
         ValueError: If a pair has no `=`, or a field is unknown or wrong.
     """
-    values: dict[str, Any] = {}
+    values = dict(defaults or {})
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -131,16 +131,55 @@ def evaluate(arguments: argparse.Namespace) -> None:
     evaluate_run(folder, stream, *sources.load(arguments.device))
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """`cram compare`."""
+    from cram.compare import (
+        FULL_SEEDS,
+        QUICK,
+        QUICK_SEEDS,
+        QUICK_TESTS,
+        SMALL_BASE,
+        Comparison,
+        run_comparison,
+    )
+    from cram.entries import ABLATIONS, entries
+    from cram.loading import BUILTIN, Sources
+    from cram.methods import METHODS
+    from cram.scoring.report import write_page
+    from cram.scoring.table import write_table
+
+    quick = arguments.quick
+    defaults = {**(SMALL_BASE if arguments.model == BUILTIN else {}), **(QUICK if quick else {})}
+    methods = tuple(METHODS) if arguments.methods is None else arguments.methods
+    ablations = tuple(ABLATIONS) if arguments.ablations == [] else arguments.ablations or ()
+    out = Path(arguments.out)
+    comparison = Comparison(
+        out=out,
+        entries=tuple(entries(methods, ablations)),
+        seeds=(QUICK_SEEDS if quick else FULL_SEEDS) if arguments.seeds is None else arguments.seeds,
+        config=parse_config(arguments.config, arguments.stream, {}, defaults),
+        sources=Sources(arguments.model, arguments.clip, arguments.dtype),
+        stream=arguments.stream,
+        limit=arguments.limit,
+        data_root=arguments.data_root,
+        tests=QUICK_TESTS if quick else None,
+        device=arguments.device,
+    )
+    report = run_comparison(comparison, arguments.jobs)
+    print_table(report)
+    print(f"table: {write_table(out, report)}")
+    print(f"report: {write_page(out)}")
+
+
 def demo(arguments: argparse.Namespace) -> None:
     """`cram demo`."""
-    from cram.demo import FULL, QUICK, run_demo
-    from cram.methods import METHODS
+    from cram.demo import FULL, METHODS_SHOWN, QUICK, run_demo
     from cram.scoring.report import write_page
 
     report = run_demo(
         arguments.out,
         seeds=arguments.seeds,
-        methods=arguments.methods or tuple(METHODS),
+        methods=arguments.methods or METHODS_SHOWN,
         settings=QUICK if arguments.quick else FULL,
         dtype=arguments.dtype,
         device=arguments.device,
@@ -171,15 +210,16 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def print_table(report: Any) -> None:
     """Print the methods' metrics, mean over seeds."""
-    from cram.scoring.schema import METRIC_NAMES, by_seed
+    from cram.scoring.columns import in_order
+    from cram.scoring.schema import METRIC_NAMES
+    from cram.scoring.summary import summarise
 
-    seeds = list(by_seed(report).values())
-    print(" " * 12 + "".join(f"{name:>12}" for name in (*METRIC_NAMES, "parameters")))
-    for method in seeds[0]:
-        runs = [cast(dict[str, Any], seed[method]) for seed in seeds]
-        cells = [sum(run[name] for run in runs) / len(runs) for name in METRIC_NAMES]
-        parameters = round(sum(run["parameters"]["total"] for run in runs) / len(runs))
-        print(f"{method:12}" + "".join(f"{cell:12.2f}" for cell in cells) + f"{parameters:12,}")
+    methods = in_order(summarise(report))
+    width = max(len(method.name) for method in methods)
+    print(" " * width + "".join(f"{name:>12}" for name in (*METRIC_NAMES, "parameters")))
+    for method in methods:
+        cells = "".join(f"{method.metrics[name].mean:12.2f}" for name in METRIC_NAMES)
+        print(f"{method.name:{width}}{cells}{round(method.parameters.mean):12,}")
 
 
 COMMANDS: dict[str, Command] = {
@@ -190,7 +230,7 @@ COMMANDS: dict[str, Command] = {
             ("--model", {"required": True, "help": "folder or name of the base model, or builtin"}),
             ("--stream", {"required": True, "help": "builtin, ucit, trigap or a stream file"}),
             ("--out", {"required": True, "metavar": "RUN", "help": "run folder; a stopped run goes on"}),
-            ("--method", {"default": "cram", "help": "cram, sequential or isolated (default: cram)"}),
+            ("--method", {"default": "cram", "help": "name of the method (default: cram)"}),
             ("--clip", {"default": None, "help": "folder or name of the CLIP that routes"}),
             ("--config", {"default": [], "nargs": "+", "metavar": "KEY=VALUE", "help": "see CramConfig"}),
             ("--seed", {"default": None, "type": int, "help": "decides all randomness (default: 0)"}),
@@ -210,13 +250,44 @@ COMMANDS: dict[str, Command] = {
             ("--device", _DEVICE),
         ),
     ),
+    "compare": Command(
+        "compare methods, seed by seed, on one stream",
+        compare,
+        (
+            (
+                "--out",
+                {"default": "runs/compare", "help": "folder; a stopped one goes on (default: runs/compare)"},
+            ),
+            ("--model", {"default": "builtin", "help": "as in train (default: builtin)"}),
+            ("--stream", {"default": "builtin", "help": "as in train (default: builtin)"}),
+            ("--clip", {"default": None, "help": "as in train"}),
+            (
+                "--methods",
+                {"default": None, "nargs": "*", "metavar": "M", "help": "some of them (default: all)"},
+            ),
+            (
+                "--ablations",
+                {"default": None, "nargs": "*", "metavar": "A", "help": "of CRAM; without names all of them"},
+            ),
+            ("--seeds", {"default": None, "type": int, "metavar": "N", "help": "default: 3, quick 2"}),
+            ("--quick", {"action": "store_true", "help": "fewer steps and test samples"}),
+            (
+                "--jobs",
+                {"default": 1, "type": int, "metavar": "N", "help": "runs at once, which share the threads"},
+            ),
+            ("--config", {"default": [], "nargs": "+", "metavar": "KEY=VALUE", "help": "of all methods"}),
+            *_DATA,
+            ("--dtype", _DTYPE),
+            ("--device", _DEVICE),
+        ),
+    ),
     "demo": Command(
-        "compare the methods on the built-in stream and base",
+        "compare CRAM with its bounds on the built-in stream and base",
         demo,
         (
             ("--out", {"default": "runs/demo", "help": "folder (default: runs/demo)"}),
             ("--seeds", {"default": 1, "type": int, "metavar": "N", "help": "number of seeds (default: 1)"}),
-            ("--methods", {"default": None, "nargs": "+", "help": "some of the methods (default: all)"}),
+            ("--methods", {"default": None, "nargs": "+", "help": "default: cram sequential isolated"}),
             ("--quick", {"action": "store_true", "help": "a few steps on a few samples"}),
             ("--dtype", _DTYPE),
             ("--device", _DEVICE),
@@ -251,15 +322,6 @@ def _parser() -> argparse.ArgumentParser:
         for argument, options in command.arguments:
             sub.add_argument(argument, **options)
     return parser
-
-
-def _quiet() -> None:
-    """Leave the terminal to this command's own progress, if transformers is there at all."""
-    if find_spec("transformers") is not None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": (lambda v: v is None or v >= 2, "None or at least 2 (one warm-up step, one expert step)"),
     "eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "seed": (lambda v: v >= 0, "at least 0"),
+    "method": (bool, "the name of a method"),
 }
 
 
@@ -73,6 +74,7 @@ class CramConfig:
     penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
     released_code: bool = False  # ours: reproduce the released code where it departs from the paper
     target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA
+    method: str = "cram"  # ours: a name in cram.methods.METHODS
     # Training.
     learning_rate: float = 2e-4  # paper
     lr_warmup_ratio: float = 0.03  # paper: linear warm-up, then cosine
@@ -128,7 +130,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and number and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind == "bool" and isinstance(value, bool):
+    if kind in ("bool", "str") and type(value).__name__ == kind:
         return value
     if kind.startswith("int") and number and isinstance(value, int):
         return value

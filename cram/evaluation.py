@@ -27,16 +27,16 @@ def batch_route(
 ) -> Iterator[None]:
     """How a batch of a task is routed: by the forward, by its explicit query, or by the method's gates."""
     cram = method.cram
-    if not method.routed:
+    if method.told_task:
         route: Any = method.gates(task)
-    elif cram.encoder.reuses_vision_tower:
+    elif cram.encoder.reuses_vision_tower or not method.uses_queries:
         yield
         return
     else:
         query = split.query(indices, cram.encode)
         if model.training:
             method.observe(query)
-        route = cram.route(query, cram.locked_group)
+        route = method.route(query, model.training)
     with cram.fixed(route):
         yield
 

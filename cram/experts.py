@@ -2,20 +2,22 @@
 
     y = W0 x + b + sum_e gates[s, e] * scale * B_e A_e dropout(x)
 
-The gates come from the routing state that all layers of a model share; a row of x belongs to sample s = row
-// k where k = rows / samples, because generation expands every sample into consecutive rows (beams, returned
-sequences).
+The gates come from the routing state that all layers of a model share, or from the module's own gating; a
+row of x belongs to sample s = row // k where k = rows / samples, because generation expands every sample into
+consecutive rows (beams, returned sequences).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cram.gating import LayerGating
+from cram.routing import Route
 from cram.siblings import Siblings
 from cram_kernels import PackedExperts, expert_lora, pack_experts, visual_mean
 
@@ -31,22 +33,75 @@ class LayerState:
         gates: Per decoder layer the gates [S, E], or None before the first route.
         disabled: Whether the experts are switched off, so that every layer is its base linear.
         visual: Visual-token positions [B, T] (bool) while the penalty needs the inputs' means, else None.
+        features: The route's features [S, F], or None.
+        mask: Real tokens [B, T] (bool) of a prefill or training forward; None for all.
+        memory: What `once` holds; it lives with the KV cache that is made under it.
+        decoding: Whether the forward continues a KV cache.
+        final: Whether the route's gates are used as they are; see `Route.final`.
     """
 
     def __init__(self) -> None:
         self.gates: tuple[Tensor, ...] | None = None
         self.disabled = False
         self.visual: Tensor | None = None
+        self.features: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.memory: dict[str, Tensor] = {}
+        self.decoding = False
+        self.final = False
         self._pooled: tuple[Tensor, Tensor] | None = None
+        self._one: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out the gates, which belong to a live autograd graph."""
-        return {**self.__dict__, "gates": None, "visual": None, "_pooled": None}
+        """Copies leave out what belongs to a live autograd graph or to one forward."""
+        live = dict.fromkeys(("gates", "visual", "features", "mask", "_pooled", "_one"))
+        return {**self.__dict__, **live, "memory": {}}
 
-    def begin(self, gates: Tensor | None, disabled: bool, visual: Tensor | None) -> None:
-        """Sets what the next forward uses; gates [L, S, E]."""
-        self.gates = None if gates is None else gates.unbind(0)
+    def begin(
+        self,
+        route: Route | None,
+        device: torch.device | str = "cpu",
+        *,
+        disabled: bool = False,
+        visual: Tensor | None = None,
+        mask: Tensor | None = None,
+        decoding: bool = False,
+    ) -> None:
+        """Sets what the next forward uses, the route's tensors on `device`."""
+        features = None if route is None else route.features
+        self.gates = None if route is None else route.gates.to(device).unbind(0)
+        self.features = None if features is None else features.to(device)
+        self.memory = {} if route is None else route.memory
+        self.final = route is not None and route.final
         self.disabled, self.visual, self._pooled = disabled, visual, None
+        self.mask, self.decoding = mask, decoding
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned at the prefill of this cache; outside of decoding it is made anew.
+
+        A generation's rows are those of its prefill, so the tensor fits every decode step; it has no gradient
+        there.
+
+        Args:
+            name: Unlike all other names of the model: put the module's path in front.
+            make: Computes the tensor from the prefill's whole input.
+
+        Raises:
+            ValueError: If the cache was made by a forward that made no such tensor.
+        """
+        if self.decoding:
+            if name not in self.memory:
+                raise ValueError(f"{name} must come from the prefill of the cache, got a cache without it")
+            return self.memory[name]
+        made = make()
+        self.memory[name] = made.detach()
+        return made
+
+    def one(self, device: torch.device) -> Tensor:
+        """Gates [1, 1] of 1, the same tensor for all modules of a device."""
+        if self._one is None or self._one.device != device:
+            self._one = torch.ones(1, 1, device=device)
+        return self._one
 
     def pool(self, x: Tensor, visual: Tensor) -> Tensor:
         """Mean of x [B, T, D] over its visual tokens, [B, D]; q, k and v share one input and one pooling."""
@@ -62,6 +117,9 @@ class ExpertLinear(nn.Module):
         base: The linear it stands for; untouched.
         experts: All experts of the module in float32, or None before the first one.
         buffer: The warm-up LoRA; while it exists it acts alone, with gate 1.
+        merged: Frozen experts that act alone, each with gate 1, whenever the module is not in training mode.
+            Derived data: a bundle does not hold them.
+        gating: Makes the gates from the module's input; None for those of the route.
         siblings: The linears that read the same input, if there are any; see `cram.siblings`.
         layer: Index of the decoder layer.
         name: Module path in the base model.
@@ -72,17 +130,20 @@ class ExpertLinear(nn.Module):
 
     experts: PackedExperts | None
     buffer: PackedExperts | None
+    merged: PackedExperts | None
+    gating: LayerGating | None
 
     def __init__(self, base: nn.Linear, layer: int, name: str, state: LayerState, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.experts = None
         self.buffer = None
+        self.merged = None
+        self.gating = None
         self.layer, self.name, self.dropout = layer, name, dropout
         self.state = state
         self.siblings: Siblings | None = None
         self.hidden: Tensor | None = None
-        self._one: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., D_out] for x [..., D_in], in the dtype of x.
@@ -90,15 +151,15 @@ class ExpertLinear(nn.Module):
         Raises:
             ValueError: If the module has experts and nothing has been routed.
         """
-        state, packed, base = self.state, self.packed, self.base
+        state, packed, base = self.state, self.acting, self.base
         if state.disabled or packed is None:
             return base(x)
-        gates = self._gates()
+        gates = self._gates(x)
         if state.visual is not None:
             self.hidden = state.pool(x, state.visual.to(x.device))
         if not self.training or not self.dropout or not packed.trained:
             found = None
-            if self.siblings is not None and self.buffer is None:
+            if self.siblings is not None and self.shares_gates:
                 found = self.siblings.output(self, x, gates)
             if found is None:
                 found = expert_lora(x, base.weight, base.bias, packed, gates.to(x.device))
@@ -110,19 +171,31 @@ class ExpertLinear(nn.Module):
         )
 
     @property
-    def packed(self) -> PackedExperts | None:
-        """What acts beside the base linear: the warm-up LoRA while it exists, else the experts."""
-        return self.experts if self.buffer is None else self.buffer
-
-    def _gates(self) -> Tensor:
-        """The gates of what acts; the warm-up LoRA acts on every sample, with gate 1."""
-        gates = self.state.gates
+    def acting(self) -> PackedExperts | None:
+        """What acts beside the base linear: the warm-up LoRA while it exists, else the merged experts outside
+        of training mode unless the route is final, else the experts."""
         if self.buffer is not None:
-            assert self._one is not None
-            return self._one
+            return self.buffer
+        replaced = self.merged is not None and not self.training and not self.state.final
+        return self.merged if replaced else self.experts
+
+    @property
+    def shares_gates(self) -> bool:
+        """Whether the gates of what acts are the route's, which a layer's linears have in common."""
+        return (self.gating is None or self.state.final) and self.acting is self.experts
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """The gates of what acts: 1 of the warm-up LoRA and of merged experts, else the gating's or the
+        route's."""
+        acting, gates = self.acting, self.state.gates
+        if acting is not self.experts:
+            assert acting is not None
+            return self.state.one(x.device).expand(1, acting.gate_columns)
         if gates is None:
             raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
-        return gates[self.layer]
+        if self.gating is None or self.state.final:
+            return gates[self.layer]
+        return self.gating(x, gates[self.layer].to(x.device), self.state)
 
     def append(self, a: Tensor, b: Tensor, scale: float, trained: bool) -> None:
         """Appends an expert, a [r, D_in] and b [D_out, r]; the experts before it are frozen."""
@@ -132,6 +205,19 @@ class ExpertLinear(nn.Module):
         else:
             self.experts = self.experts.append(a, b, trained=int(trained))
 
+    def set_experts(self, pairs: Sequence[tuple[Tensor, Tensor]], scale: float, trained: int) -> None:
+        """Replaces all experts by (a [r, D_in], b [D_out, r]) of which the last `trained` are trained.
+
+        Experts whose a is one and the same tensor share it in the pack.
+        """
+        self.experts = None
+        if pairs:
+            device = self.base.weight.device
+            a, b = ([f.detach().to(device, torch.float32) for f in side] for side in zip(*pairs, strict=True))
+            shared = len(pairs) > 1 and len({(f.data_ptr(), f.shape) for f, _ in pairs}) == 1
+            shared = shared and pairs[0][0].numel() > 0
+            self.experts = pack_experts(a, b, scale, trained, shared_a=shared)
+
     def begin_buffer(self, rank: int, scale: float) -> None:
         """Starts the warm-up LoRA: rank min(rank, D_in, D_out), A uniform as LoRA starts it, B zero."""
         weight = self.base.weight
@@ -140,11 +226,10 @@ class ExpertLinear(nn.Module):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b = torch.zeros(weight.shape[0], rank)
         self.buffer = pack_experts([a.to(weight.device)], [b.to(weight.device)], scale, trained=1)
-        self._one = torch.ones(1, 1, device=weight.device)
 
     def end_buffer(self) -> None:
         """Drops the warm-up LoRA."""
-        self.buffer, self._one = None, None
+        self.buffer = None
 
     def factors(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Detached factors (a [r, D_in], b [D_out, r]) of some experts."""
@@ -161,12 +246,15 @@ class ExpertLinear(nn.Module):
         return a.detach(), b.detach()
 
     def trainable(self) -> list[nn.Parameter]:
-        """The leaf parameters in training: those of the buffer while it exists, else those of the newest
-        expert."""
-        packed = self.packed
-        if packed is None or packed.trained_a is None or packed.trained_b is None:
-            return []
-        return [packed.trained_a, packed.trained_b]
+        """The leaf parameters in training: those of the buffer while it exists, else those of the experts in
+        training and of the gating."""
+        packed = self.experts if self.buffer is None else self.buffer
+        found: list[nn.Parameter] = []
+        if packed is not None and packed.trained_a is not None and packed.trained_b is not None:
+            found = [packed.trained_a, packed.trained_b]
+        if self.gating is not None and self.buffer is None:
+            found += [p for p in self.gating.parameters() if p.requires_grad]
+        return found
 
     @property
     def weight(self) -> Tensor:

@@ -25,6 +25,7 @@ class Family:
             so that its pooled output can serve as the routing feature.
         turns: (what opens the user's turn, what ends it) in prompts, in the order in which they are tried.
         placeholders: Strings that stand for images in a decoded prompt.
+        projector: Path of the module from the tower to the language model; None if the tower contains it.
         core: Path of the module that merges vision and language.
         language_model: Path of the language model.
     """
@@ -34,6 +35,7 @@ class Family:
     clip_tower: bool
     turns: tuple[tuple[str, str], ...]
     placeholders: tuple[str, ...]
+    projector: str | None = None
     core: str = "model"
     language_model: str = "model.language_model"
 
@@ -57,16 +59,31 @@ class Family:
 
 _VICUNA = ("USER:", "ASSISTANT:")
 _CHATML = ("<|im_start|>user\n", "<|im_end|>")
+_PROJECTOR = "model.multi_modal_projector"
 _QWEN_PLACEHOLDERS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         # LLaVA-1.5 speaks Vicuna; the later checkpoints of the same class use ChatML or Llama-2 markers.
-        Family("llava", "model.vision_tower", True, (_VICUNA, _CHATML, ("[INST]", "[/INST]")), ("<image>",)),
+        Family(
+            "llava",
+            "model.vision_tower",
+            True,
+            (_VICUNA, _CHATML, ("[INST]", "[/INST]")),
+            ("<image>",),
+            _PROJECTOR,
+        ),
         Family("qwen2_5_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
         Family("qwen3_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
-        Family("internvl", "model.vision_tower", False, (_CHATML,), ("<img>", "<IMG_CONTEXT>", "</img>")),
+        Family(
+            "internvl",
+            "model.vision_tower",
+            False,
+            (_CHATML,),
+            ("<img>", "<IMG_CONTEXT>", "</img>"),
+            _PROJECTOR,
+        ),
     )
 }
 

@@ -4,9 +4,9 @@ One forward:
 
     core pre-hook      remembers input_ids and attention_mask
     vision tower hook  keeps the pooled output (only where the encoder reuses the tower)
-    language pre-hook  at prefill: query -> groups -> gates; while decoding: the gates of that prefill
-    ExpertLinear       reads the gates of its layer
-    language hook      remembers the gates with the KV cache that was built under them
+    language pre-hook  at prefill: query -> method -> route; while decoding: the route of that prefill
+    ExpertLinear       reads the gates of its layer, or makes its own
+    language hook      remembers the route with the KV cache that was built under it
 
 The gates are fixed at prefill: the keys and values in a cache were made by the experts of that moment.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from cram.config import CramConfig
 from cram.encoders import ClipEncoder
 from cram.experts import ExpertLinear, LayerState
 from cram.families import Family, Matched, family_of, match_linears
+from cram.methods import METHODS, Method
 from cram.orthogonality import HistoryBases, Penalty
 from cram.penalty import visual_token_mask
 from cram.routing import Query, Route, Router
@@ -49,19 +50,27 @@ class RoutedForward:
 
     Attributes:
         config: The configuration.
+        method: The method that `config.method` names; it routes every forward.
         router: Groups, centroids and the current route.
         encoder: The CLIP encoder.
         family: The model family.
         modules: Full module path -> adapted linear, in model order.
         report: What was matched.
-        locked_group: The group that automatic routing uses while the model is in training mode; None routes
-            every sample by its own text.
-        on_query: Called with every automatic query, before routing.
+        vision_tower: The model's vision tower.
+        projector: The module that turns its output into embeddings, or None where the tower contains it.
+        locked_group: The group that CRAM's automatic routing uses while the model is in training mode; None
+            routes every sample by its own text.
+        on_query: Called with every automatic query, before routing; with a listener queries are read also for
+            methods that do not use them.
         last_query: The last automatic query.
     """
 
+    method: Method
+
     def __init__(self, model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any = None) -> None:
         """Wraps the matched linears and hooks the model; call `attach` instead."""
+        if config.method not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
         self.config, self.encoder = config, encoder
         self.family: Family = family_of(model)
         self.report: Matched = match_linears(model, self.family, config.target_projections)
@@ -80,6 +89,9 @@ class RoutedForward:
         self._reader = PromptReader(model, self.family, encoder, processor)
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
+        self.vision_tower: nn.Module = model.get_submodule(self.family.vision_tower)
+        projector = self.family.projector
+        self.projector: nn.Module | None = None if projector is None else model.get_submodule(projector)
         for path, (layer, linear) in self.report.modules.items():
             self.modules[path] = ExpertLinear(linear, layer, path, self._state, config.dropout).train(
                 linear.training
@@ -101,8 +113,14 @@ class RoutedForward:
 
     @property
     def in_training(self) -> bool:
-        """Whether the newest expert is being trained."""
-        return self.router.trained_centroid is not None
+        """Whether an expert is being trained."""
+        experts = next(iter(self.modules.values())).experts
+        return experts is not None and experts.trained > 0
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether forwards are exactly the base model's, inside `disabled`."""
+        return self._override is not None and self._override.route is None
 
     def encode(self, instructions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Query:
         """The query of S samples from their instructions and images, for every family; see
@@ -110,11 +128,13 @@ class RoutedForward:
         return self.encoder.encode(instructions, images)
 
     def route(self, query: Query, group: int | None = None) -> Route:
-        """Computes gates and groups of a query and makes them the router's current route; see `Router.route`.
+        """The method's route of a query outside of training; a forward uses it inside `fixed`.
 
-        A forward uses them inside `fixed`.
+        Args:
+            query: Features of S samples.
+            group: CRAM's instruction group of all samples; None assigns one to each. See `Router.route`.
         """
-        return self.router.route(query, group)
+        return self.method.route(query, False) if group is None else self.router.route(query, group)
 
     @contextmanager
     def fixed(self, route: Route | Tensor) -> Iterator[Route]:
@@ -122,8 +142,9 @@ class RoutedForward:
 
         Args:
             route: A route of S samples, or gates [E], [S, E] or [L, S, E]. A forward of B rows takes row b
-                for sample b // (B / S), so beams and returned sequences need no care. The penalty is
-                available only under the router's current route, whose query is known.
+                for sample b // (B / S), so beams and returned sequences need no care. Gates are final (see
+                `Route`); a route made by the method is not. The penalty is available only under the router's
+                current route, whose query is known.
 
         Raises:
             ValueError: If the gates have the wrong shape or are not finite.
@@ -145,7 +166,7 @@ class RoutedForward:
             raise ValueError(f"expert must be one of {names} or an index below {len(names)}, got {expert!r}")
         gates = torch.zeros(self.router.num_layers, 1, len(names))
         gates[:, :, index] = 1.0
-        route = Route(gates, torch.tensor([self.router.expert_groups[index]]))
+        route = Route(gates, torch.tensor([self.router.expert_groups[index]]), final=True)
         with self.fixed(route) as fixed:
             yield fixed
 
@@ -183,6 +204,7 @@ class RoutedForward:
 
     def release(self, model: Any) -> None:
         """Takes hooks and adapted linears out of the model again; call `detach` instead."""
+        self.method.release()
         for hook in self._hooks:
             hook.remove()
         for path, module in self.modules.items():
@@ -200,14 +222,22 @@ class RoutedForward:
             embeds = args[0]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        self._route = self._choose(call, cache, past, module.training)
-        if self._route is not None:
-            self._check_route(self._route, embeds.shape[0])
-            self.router.current = self._route
+        route = self._choose(call, cache, past, module.training)
+        if route is not None:
+            self._check_route(route, embeds.shape[0])
+            self.router.current = route
+            made = self._routes.get(cache) if past else None
+            route = replace(route, memory=dict(route.memory) if made is None else made.memory)
+        self._route = route
         training = module.training and (self._buffered or self.in_training)
-        gates = None if self._route is None else self._route.gates.to(embeds.device)
-        disabled = self._override is not None and self._override.route is None
-        self._state.begin(gates, disabled, self._visual(call) if training else None)
+        self._state.begin(
+            route,
+            embeds.device,
+            disabled=self.is_disabled,
+            visual=self._visual(call) if training else None,
+            mask=None if past else _real_tokens(call, kwargs, embeds),
+            decoding=bool(past),
+        )
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers)
         differentiable = training and torch.is_grad_enabled() and embeds.is_floating_point()
         if differentiable and checkpointed and not embeds.requires_grad:
@@ -233,18 +263,17 @@ class RoutedForward:
                 raise ValueError(
                     "past_key_values must come from a routed prefill of this model, got an unknown cache"
                 )
-            if routed and self._more_images(call):
+            if routed and self.method.uses_queries and self._more_images(call):
                 raise ValueError(
                     "images must all be in the prefill, got image tokens behind a cache; use cram.fixed"
                 )
             return self._routes[cache] if routed else None
-        if not routed and not self.on_query:
-            return None
-        query = self._reader.query(call)
-        self.last_query = query
-        for observer in self.on_query:
-            observer(query)
-        return self.route(query, self.locked_group if training else None) if routed else None
+        query = None
+        if self.on_query or (routed and self.method.uses_queries):
+            query = self.last_query = self._reader.query(call)
+            for observer in self.on_query:
+                observer(query)
+        return self.method.route(query, training) if routed else None
 
     def _more_images(self, call: Call | None) -> bool:
         decoding = call is None or call.input_ids is None or call.input_ids.shape[1] == 1
@@ -277,7 +306,7 @@ class RoutedForward:
             gates = gates.expand(self.router.num_layers, -1, -1) if gates.dim() == 2 else gates
             if gates.dim() != 3:
                 raise ValueError(f"gates must be [E], [S, E] or [L, S, E], got {list(route.shape)}")
-            route = Route(gates, torch.full((gates.shape[1],), -1, device=gates.device))
+            route = Route(gates, torch.full((gates.shape[1],), -1, device=gates.device), final=True)
         self._check_route(route, route.gates.shape[1])
         if not bool(torch.isfinite(route.gates).all()):
             raise ValueError("gates must be finite, got NaN or Inf")
@@ -290,3 +319,11 @@ class RoutedForward:
             yield override
         finally:
             self._override = before
+
+
+def _real_tokens(call: Call | None, kwargs: dict[str, Any], embeds: Tensor) -> Tensor | None:
+    """Positions [B, T] (bool) that are not padding, or None where nothing says which those are."""
+    mask = kwargs.get("attention_mask") if call is None or call.input_ids is None else call.attention_mask
+    if not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
+        return None
+    return mask.to(embeds.device).bool()

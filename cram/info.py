@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
@@ -69,7 +70,8 @@ def describe_bundle(path: Path) -> list[str]:
     sizes = {name: d_in + d_out for name, (d_in, d_out) in description.modules.items()}
     lines = [
         f"bundle {path}",
-        f"  family {description.family}, {len(sizes)} linears in {description.num_layers} layers, "
+        f"  method {description.config.method}, family {description.family}, "
+        f"{len(sizes)} linears in {description.num_layers} layers, "
         f"{len(description.counts)} instruction groups",
     ]
     total = 0
@@ -80,7 +82,11 @@ def describe_bundle(path: Path) -> list[str]:
             f"{rank} x {count}" for rank, count in sorted(Counter(expert.ranks.values()).items())
         )
         lines.append(f"  {expert.name}: group {expert.group}, ranks {ranks}, {parameters:,} parameters")
-    return [*lines, f"  {len(description.experts)} experts, {total:,} parameters"]
+    lines.append(f"  {len(description.experts)} experts, {total:,} parameters")
+    if description.method:
+        values = sum(math.prod(shape) for shape in description.method.values())
+        lines.append(f"  {len(description.method)} tensors of the method, {values:,} values")
+    return lines
 
 
 def describe_model(path: Path) -> list[str]:

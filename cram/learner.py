@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class ContinualLearner:
         processor: Any,
         stream: Stream,
         config: CramConfig,
-        method: str = "cram",
+        method: str | None = None,
         *,
         out: str | Path,
         encoder: Any = None,
@@ -62,7 +63,7 @@ class ContinualLearner:
             processor: Its processor.
             stream: The tasks.
             config: The configuration; it decides all randomness.
-            method: A name in `cram.methods.METHODS`.
+            method: A name in `cram.methods.METHODS`, in place of the configuration's.
             out: The run folder: new, empty or of the same configuration.
             encoder: The CLIP that routes; see `cram.loading.load_encoder`.
             progress: Whether progress bars and accuracy rows are printed.
@@ -72,8 +73,9 @@ class ContinualLearner:
             ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
                 not ready, or `out` belongs to another configuration.
         """
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+        config = replace(config, method=config.method if method is None else method)
+        if config.method not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
         _check_stream(stream)
         if encoder is not None:
             attach(model, config, encoder, processor)
@@ -84,12 +86,13 @@ class ContinualLearner:
                 "model must be attached with the run's configuration and no experts, got another"
             )
         self.processor, self.stream, self.config = processor, stream, config
-        self.method: Method = METHODS[method](self.cram)
+        self.method: Method = self.cram.method
         self.folder = RunFolder(out, stream)
         self._settings = {**(settings or {}), "config": config.to_dict()}
+        values = config.to_dict()
         self._identity = {
-            "method": method,
-            "config": config.to_dict(),
+            "method": values.pop("method"),
+            "config": values,
             "stream": stream_identity(stream),
             "model": model_identity(self.cram, self.model),
         }
@@ -187,7 +190,7 @@ class ContinualLearner:
         return finished, trained
 
     def _report(self) -> Report:
-        report = self.folder.report(self.cram, self.method.name, self.method.routed, self._settings)
+        report = self.folder.report(self.method, self._settings)
         write_json(self.folder.path / "report.json", report)
         return report
 

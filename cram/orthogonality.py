@@ -100,7 +100,7 @@ class Penalty:
             hidden.append(source)
             trained_a.append(module.experts.trained_a)
             trained_b.append(module.experts.trained_b)
-        gammas = gamma[self._layers.to(gamma.device)].unbind(0)
+        gammas = gamma[self._layers.to(gamma.device)]
         value = orthogonality_penalty(
             self._dropped(hidden), trained_a, trained_b, self._bases, gammas, scale=self._config.scale
         )

@@ -16,7 +16,6 @@ from cram.config import CramConfig
 from cram.encoders import ClipEncoder
 from cram.evaluation import answer_task
 from cram.learner import CACHE_BYTES
-from cram.methods import METHODS
 from cram.progress import ProgressBar
 from cram.runs import newest_bundle, read_run, write_predictions
 from cram.scoring.scorers import score
@@ -47,9 +46,9 @@ def evaluate_run(
     """
     identity = read_run(run)["identity"]
     bundle, learnt = newest_bundle(run)
-    cram = attach(model, CramConfig.from_dict(identity["config"]), encoder, processor)
+    config = CramConfig.from_dict({**identity["config"], "method": identity["method"]})
+    method = attach(model, config, encoder, processor).method
     load(model, bundle)
-    method = METHODS[identity["method"]](cram)
     out = run / "eval" / stream.name
     started = time.monotonic()
     accuracies: dict[str, float] = {}

@@ -10,8 +10,8 @@ mode, where v and t are averaged over the batch as in the released implementatio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,10 +69,21 @@ class Query:
 
 @dataclass(frozen=True)
 class Route:
-    """What the layers read: float32 gates [L, S, E], zero outside the sample's group, and groups [S]."""
+    """What the layers read.
+
+    Attributes:
+        gates: [L, S, E] float32; in CRAM zero outside the sample's group.
+        groups: [S] int64, the samples' instruction groups; -1 where a method has none.
+        features: [S, F], whatever the method wants its layers to see, or None.
+        memory: What `LayerState.once` holds from the start; a prefill works on a copy.
+        final: Whether the gates are used as they are; else a module's gating or merged experts act instead.
+    """
 
     gates: Tensor
     groups: Tensor
+    features: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    final: bool = False
 
 
 class Router(Float32Module):
@@ -195,6 +206,16 @@ class Router(Float32Module):
             self._append_frozen(rows)
         self.expert_names.append(name)
         self.expert_groups.append(group)
+        self._index_experts()
+
+    def set_experts(self, names: Sequence[str], width: int) -> None:
+        """Replaces all experts by frozen ones of group 0 whose centroids [L, E, width] are zero."""
+        self.expert_names, self.expert_groups = list(names), [0] * len(names)
+        self.trained_centroid = None
+        self.frozen_centroids = self.frozen_centroids.new_zeros(
+            self.num_layers, len(names), width if names else 0
+        )
+        self.current, self.query = None, None
         self._index_experts()
 
     def freeze(self) -> None:

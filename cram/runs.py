@@ -24,6 +24,7 @@ from cram.atomic import read_json, recover_folder, write_json, write_text
 from cram.attach import Cram
 from cram.bundle import expert_ranks
 from cram.bundle_format import MANIFEST, read_description
+from cram.methods import Method
 from cram.scoring.metrics import continual_metrics
 from cram.scoring.schema import MethodReport, Report, validate_report
 from cram.streams.types import Sample, Stream
@@ -122,8 +123,9 @@ class RunFolder:
         """Write a task's result, which finishes the task."""
         write_json(self.task(index) / "result.json", result)
 
-    def report(self, cram: Cram, method: str, routed: bool, settings: dict[str, Any]) -> Report:
-        """The report over the finished tasks; `cram` is the state after the last of them."""
+    def report(self, method: Method, settings: dict[str, Any]) -> Report:
+        """The report over the finished tasks; the method's model is in the state after the last of them."""
+        cram = method.cram
         finished, _ = self.count()
         results = [read_json(self.task(index) / "result.json") for index in range(finished)]
         trainings = [read_json(self.task(index) / "training.json") for index in range(finished)]
@@ -139,7 +141,7 @@ class RunFolder:
             "mft": metrics.mft,
             "bwt": metrics.bwt,
             "forgetting": metrics.forgetting,
-            "parameters": {"total": 0, "per_task": expert_parameters(cram, names, routed)},
+            "parameters": {"total": 0, "per_task": trained_parameters(method, names)},
             "seconds": {
                 "train": sum(per_task_s.values()),
                 "eval": sum(result["seconds"] for result in results),
@@ -147,13 +149,13 @@ class RunFolder:
             },
         }
         report["parameters"]["total"] = sum(report["parameters"]["per_task"].values())
-        if routed:
+        if method.routed:
             owners = {name: cram.router.expert_names.index(name) for name in names}
             report["ranks"] = {name: expert_ranks(cram, index) for name, index in owners.items()}
             report["groups"] = {name: cram.router.expert_groups[index] for name, index in owners.items()}
             report["routing"] = results[-1]["routing"]
         return validate_report(
-            {"stream": self.stream.name, "methods": {method: report}, "settings": settings}
+            {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
         )
 
 
@@ -197,18 +199,25 @@ def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[s
     write_text(file, "".join(f"{row}\n" for row in rows))
 
 
-def expert_parameters(cram: Cram, tasks: list[str], routed: bool) -> dict[str, int]:
-    """Trainable values that each task added; a task that trained an older task's expert further added none.
+def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
+    """Trained values in use after the last task, by the task that added them.
 
-    Centroids count where a method trains them.
+    An expert that carries a task's name is that task's, with its centroid where the method routes by it; all
+    else (a pool of experts, gatings, what the method keeps) is the first task's.
     """
-    counts = []
-    for index in range(cram.num_experts):
-        ranks = expert_ranks(cram, index)
-        sizes = {name: module.in_features + module.out_features for name, module in cram.modules.items()}
-        centroid = cram.router.num_layers * cram.encoder.image_dim if routed else 0
-        counts.append(sum(rank * sizes[name] for name, rank in ranks.items()) + centroid)
-    return dict(zip(tasks, counts + [0] * (len(tasks) - len(counts)), strict=True))
+    cram = method.cram
+    packs = [module.experts for module in cram.modules.values() if module.experts is not None]
+    total = sum(pack.a.numel() + pack.bt.numel() for pack in packs) + method.trained_values()
+    centroid = cram.router.num_layers * cram.encoder.image_dim if method.routed else 0
+    sizes = {name: module.in_features + module.out_features for name, module in cram.modules.items()}
+    counts = dict.fromkeys(tasks, 0)
+    for index, name in enumerate(cram.router.expert_names):
+        if name in counts:
+            values = sum(rank * sizes[path] for path, rank in expert_ranks(cram, index).items())
+            counts[name] = values + centroid
+            total -= values
+    counts[tasks[0]] += total
+    return counts
 
 
 def stream_identity(stream: Stream) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Siblings:
     def output(self, linear: ExpertLinear, x: Tensor, gates: Tensor) -> Tensor | None:
         """The output of one member for x and gates, or None if it must be computed alone."""
         index = next(i for i, member in enumerate(self.members) if member is linear)
-        source = (x, gates, torch.is_grad_enabled(), *(member.packed for member in self.members))
+        source = (x, gates, torch.is_grad_enabled(), *(member.experts for member in self.members))
         if index == 0:
             self._compute(source)
         elif len(source) != len(self._made_from) or any(
@@ -52,7 +52,7 @@ class Siblings:
     def _compute(self, source: tuple[Any, ...]) -> None:
         x, gates, _, *packs = source
         self._made_from, self._waiting = (), {}
-        if any(packed is None for packed in packs):
+        if any(packed is None for packed in packs) or not all(m.shares_gates for m in self.members):
             return
         layers = [
             (member.base.weight, member.base.bias, packed)

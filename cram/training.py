@@ -102,7 +102,7 @@ def train_task(
     losses = []
     parameters: list[nn.Parameter] = []
     optimizer: torch.optim.Optimizer | None = None
-    with training_mode(model, config.gradient_checkpointing):
+    with training_mode(model, config.gradient_checkpointing), _observing(method):
         for step, indices in enumerate(batch_order(num_samples, steps, config.batch_size, seed)):
             if (fresh := method.before_step(step)) is not None:
                 parameters = fresh
@@ -119,6 +119,20 @@ def train_task(
     method.end_task()
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
+
+
+@contextmanager
+def _observing(method: Method) -> Iterator[None]:
+    """The method sees the automatic queries inside; batches with an explicit one show it themselves."""
+    listeners = method.cram.on_query
+    if not method.uses_queries:
+        yield
+        return
+    listeners.append(method.observe)
+    try:
+        yield
+    finally:
+        listeners.remove(method.observe)
 
 
 @contextmanager

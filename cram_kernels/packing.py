@@ -8,6 +8,10 @@ PyTorch replaces storage (``.to()``, copies, pickles, loaded states).
 
 A pack may hold room for experts to come (`reserve`): zero rows and unused gate columns. `insert` fills them
 in place, so shapes and addresses stay what a captured CUDA graph has seen.
+
+With a shared A all experts are branches of one down projection [r, D_in], held once; the rows above are then
+those of Bt [E r, D_out] alone. The shared A is trained while any branch is, frozen branches included in its
+gradient.
 """
 
 from __future__ import annotations
@@ -32,12 +36,16 @@ class PackedExperts(nn.Module):
         trained: How many of the last experts get gradients.
         gate_columns: Columns that gates must have, at least the number of experts and 1; None for exactly the
             number of experts and no room.
+        shared_a: Whether `a` is one [r, D_in] that all experts read; every rank is then r, and there is no
+            room.
 
     Attributes:
         a, bt: The packed storage, without gradient.
         trained_a, trained_b: Leaf parameters [r, D_in] and [r, D_out] that alias the last rows of `a` and
-            `bt` (r = summed rank of the trained experts), or None with ``trained=0``.
-        expert_of_row: [R] int64, the gate column of each packed row; rows that are room name the last column.
+            `bt` (r = summed rank of the trained experts), or None with ``trained=0``. With a shared A,
+            `trained_a` is all of it.
+        expert_of_row: [R] int64, the gate column of each packed row of `bt`; rows that are room name the last
+            column.
         gate_columns: Columns that gates must have.
         offsets: E + 1 row offsets.
 
@@ -59,24 +67,26 @@ class PackedExperts(nn.Module):
         scale: float,
         trained: int = 0,
         gate_columns: int | None = None,
+        shared_a: bool = False,
     ) -> None:
         super().__init__()
-        _check_storage(a, bt, ranks, trained, gate_columns)
+        _check_storage(a, bt, ranks, trained, gate_columns, shared_a)
         self.ranks = tuple(int(rank) for rank in ranks)
         self.offsets = tuple(accumulate(self.ranks, initial=0))
         self.scale = float(scale)
         self.trained = trained
         self.gate_columns = len(self.ranks) if gate_columns is None else gate_columns
+        self.shared_a = shared_a
         self.register_buffer("a", a.detach())
         self.register_buffer("bt", bt.detach())
         owners = torch.repeat_interleave(
             torch.tensor([*range(len(self.ranks)), self.gate_columns - 1]),
-            torch.tensor([*self.ranks, a.shape[0] - self.total_rank]),
+            torch.tensor([*self.ranks, bt.shape[0] - self.total_rank]),
         )
         self.register_buffer("expert_of_row", owners.to(a.device), persistent=False)
-        start = self.offsets[len(self.ranks) - trained]
-        self.trained_a = nn.Parameter(self.a[start:]) if trained else None
-        self.trained_b = nn.Parameter(self.bt[start:]) if trained else None
+        tail_a, tail_b = self._trained_rows()
+        self.trained_a = nn.Parameter(tail_a) if trained else None
+        self.trained_b = nn.Parameter(tail_b) if trained else None
 
     @classmethod
     def empty(
@@ -98,12 +108,12 @@ class PackedExperts(nn.Module):
 
     @property
     def total_rank(self) -> int:
-        """Number of packed rows R, without room."""
+        """Number of packed rows R (of `bt`), without room."""
         return self.offsets[-1]
 
     @property
     def trained_rank(self) -> int:
-        """Number of packed rows that get gradients."""
+        """Number of packed rows (of `bt`) that get gradients."""
         return self.total_rank - self.offsets[self.num_experts - self.trained]
 
     @property
@@ -119,7 +129,8 @@ class PackedExperts(nn.Module):
     def expert(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of expert `i` in PEFT's shapes: A [r_i, D_in], B [D_out, r_i].
 
-        A trained expert's views belong to the leaf parameters, so autograd reaches them.
+        A trained expert's views belong to the leaf parameters, so autograd reaches them; so does the shared A
+        of any expert while it is trained.
 
         Raises:
             IndexError: There is no expert `i`.
@@ -128,11 +139,13 @@ class PackedExperts(nn.Module):
             raise IndexError(f"expert must lie in [0, {self.num_experts}), got {i}")
         i %= self.num_experts
         lo, hi = self.offsets[i], self.offsets[i + 1]
+        shared = (self.a if self.trained_a is None else self.trained_a) if self.shared_a else None
         if i < self.num_experts - self.trained:
-            return self.a[lo:hi], self.bt[lo:hi].t()
+            return self.a[lo:hi] if shared is None else shared, self.bt[lo:hi].t()
         assert self.trained_a is not None and self.trained_b is not None
         start = self.total_rank - self.trained_rank
-        return self.trained_a[lo - start : hi - start], self.trained_b[lo - start : hi - start].t()
+        a = self.trained_a[lo - start : hi - start] if shared is None else shared
+        return a, self.trained_b[lo - start : hi - start].t()
 
     def append(self, a: Tensor, b: Tensor, trained: int = 1) -> PackedExperts:
         """Return a new pack with one more expert; everything before it is frozen, this pack stays as it is.
@@ -143,8 +156,9 @@ class PackedExperts(nn.Module):
             trained: 1 to train the new expert, 0 to keep it frozen.
 
         Raises:
-            ValueError: Shapes do not fit the pack, or `trained` is neither 0 nor 1.
+            ValueError: Shapes do not fit the pack, its A is shared, or `trained` is neither 0 nor 1.
         """
+        self._refuse_shared("append")
         if trained not in (0, 1):
             raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
         _check_expert(a, b, self.in_features, self.out_features)
@@ -154,7 +168,10 @@ class PackedExperts(nn.Module):
 
     def freeze(self) -> PackedExperts:
         """Return a pack over the same storage in which no expert gets gradients."""
-        return PackedExperts(self.a, self.bt, self.ranks, self.scale, gate_columns=self.gate_columns)
+        columns = None if self.shared_a else self.gate_columns
+        return PackedExperts(
+            self.a, self.bt, self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
+        )
 
     def reserve(self, rows: int, experts: int) -> PackedExperts:
         """Return a frozen pack of these experts with room for more, in storage of its own.
@@ -166,8 +183,9 @@ class PackedExperts(nn.Module):
             experts: Experts in all.
 
         Raises:
-            ValueError: The room is smaller than what the pack holds.
+            ValueError: The room is smaller than what the pack holds, or its A is shared.
         """
+        self._refuse_shared("reserve")
         if rows < self.total_rank or experts < max(self.num_experts, 1):
             raise ValueError(
                 f"room must be at least {self.total_rank} rows and {max(self.num_experts, 1)} experts, "
@@ -211,14 +229,23 @@ class PackedExperts(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}, "
             f"scale={self.scale:g}, trained={self.trained}, gate_columns={self.gate_columns}"
+            + (", shared_a=True" if self.shared_a else "")
         )
+
+    def _trained_rows(self) -> tuple[Tensor, Tensor]:
+        """Views of the packed storage that the leaf parameters alias: of `a` and of `bt`."""
+        start = self.total_rank - self.trained_rank
+        return self.a if self.shared_a else self.a[start:], self.bt[start:]
+
+    def _refuse_shared(self, method: str) -> None:
+        """An expert has an A of its own; a pack whose A is shared takes none, so it is packed anew."""
+        if self.shared_a:
+            raise ValueError(f"{method} must not be called on experts with a shared A; pack them together")
 
     def _alias(self) -> None:
         """Point the leaf parameters at the end of the packed storage again, keeping their identity."""
         if self.trained_a is not None and self.trained_b is not None:
-            start = self.total_rank - self.trained_rank
-            self.trained_a.data = self.a[start:]
-            self.trained_b.data = self.bt[start:]
+            self.trained_a.data, self.trained_b.data = self._trained_rows()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)
@@ -253,7 +280,9 @@ class PackedExperts(nn.Module):
         self._alias()
 
 
-def pack_experts(a: Sequence[Tensor], b: Sequence[Tensor], scale: float, trained: int = 0) -> PackedExperts:
+def pack_experts(
+    a: Sequence[Tensor], b: Sequence[Tensor], scale: float, trained: int = 0, shared_a: bool = False
+) -> PackedExperts:
     """Pack experts given in PEFT's shapes.
 
     Args:
@@ -261,12 +290,14 @@ def pack_experts(a: Sequence[Tensor], b: Sequence[Tensor], scale: float, trained
         b: One [D_out, r_i] per expert, same dtype and device.
         scale: LoRA scale (alpha / r) of every expert.
         trained: How many of the last experts get gradients.
+        shared_a: Hold one A [r, D_in] for all experts; every a_i must be that matrix.
 
     Returns:
         A pack with its own storage (values are copied).
 
     Raises:
-        ValueError: No expert (use `PackedExperts.empty`), or shapes, dtypes or `trained` do not fit together.
+        ValueError: No expert (use `PackedExperts.empty`), shapes, dtypes or `trained` do not fit together, or
+            the A that should be shared are not equal.
     """
     if not a or len(a) != len(b):
         raise ValueError(f"a and b must be equally long and not empty, got {len(a)} and {len(b)} experts")
@@ -277,9 +308,14 @@ def pack_experts(a: Sequence[Tensor], b: Sequence[Tensor], scale: float, trained
                 f"experts must share dtype and device, got {a_i.dtype} on {a_i.device} "
                 f"beside {a[0].dtype} on {a[0].device}"
             )
-    packed_a = torch.cat([a_i.detach() for a_i in a])
+    ranks = [a_i.shape[0] for a_i in a]
     packed_bt = torch.cat([b_i.detach().t() for b_i in b])
-    return PackedExperts(packed_a, packed_bt, [a_i.shape[0] for a_i in a], scale, trained)
+    if shared_a:
+        other = [i for i, a_i in enumerate(a) if not (a_i.is_set_to(a[0]) or torch.equal(a_i, a[0]))]
+        if other:
+            raise ValueError(f"a must be one matrix for all experts with shared_a, got others at {other}")
+        return PackedExperts(a[0].detach().clone(), packed_bt, ranks, scale, trained, shared_a=True)
+    return PackedExperts(torch.cat([a_i.detach() for a_i in a]), packed_bt, ranks, scale, trained)
 
 
 def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> None:
@@ -292,9 +328,9 @@ def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> 
 
 
 def _check_storage(
-    a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int, gate_columns: int | None
+    a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int, gate_columns: int | None, shared_a: bool
 ) -> None:
-    if a.dim() != 2 or bt.dim() != 2 or a.shape[0] != bt.shape[0]:
+    if a.dim() != 2 or bt.dim() != 2 or (a.shape[0] != bt.shape[0] and not shared_a):
         raise ValueError(
             f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
         )
@@ -302,9 +338,14 @@ def _check_storage(
         raise ValueError(
             f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"
         )
-    room = a.shape[0] - sum(ranks)
+    if shared_a and (gate_columns is not None or set(ranks) != {a.shape[0]}):
+        raise ValueError(
+            f"experts of a shared A must have its rank {a.shape[0]} and no room, "
+            f"got ranks {tuple(ranks)} and gate_columns {gate_columns}"
+        )
+    room = bt.shape[0] - sum(ranks)
     if any(rank < 0 for rank in ranks) or room < 0 or (room and gate_columns is None):
-        raise ValueError(f"ranks must be non-negative and sum to {a.shape[0]}, got {tuple(ranks)}")
+        raise ValueError(f"ranks must be non-negative and sum to {bt.shape[0]}, got {tuple(ranks)}")
     if gate_columns is not None and (gate_columns < len(ranks) or (room and not gate_columns)):
         raise ValueError(f"gate_columns must be at least {max(len(ranks), 1)}, got {gate_columns}")
     if room and trained:

@@ -35,13 +35,14 @@ class LayerInputs:
     dy: Tensor
     scale: float = 2.0
     trained: int = 1
+    shared_a: bool = False
 
     def experts(self) -> PackedExperts:
         """Pack the experts."""
         if not self.a:
             widths = self.x.shape[-1], self.dy.shape[-1]
             return PackedExperts.empty(*widths, self.scale, self.x.dtype, self.x.device)
-        return pack_experts(self.a, self.b, self.scale, self.trained)
+        return pack_experts(self.a, self.b, self.scale, self.trained, self.shared_a)
 
     def token_gates(self) -> Tensor:
         """Spread the gates over tokens: [T, E]."""
@@ -78,6 +79,7 @@ def layer_inputs(
     gating: str = "segment",
     segment_count: int = 4,
     trained: int = 1,
+    shared_a: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LayerInputs:
@@ -92,6 +94,7 @@ def layer_inputs(
             order).
         segment_count: S, unless gating is "token".
         trained: How many of the last experts are trained.
+        shared_a: Whether all experts read the first one's A; equal ranks.
         dtype: Of everything but the gates, which are float32 (float64 with float64).
         seed: Of the random generator.
 
@@ -107,16 +110,19 @@ def layer_inputs(
 
     rows = tokens if gating == "token" else segment_count
     logits = torch.randn(rows, len(ranks), generator=generator, dtype=torch.float64)
+    x, weight = draw(tokens, in_features), draw(out_features, in_features, fan=in_features)
+    bias, a = draw(out_features), tuple(draw(r, in_features, fan=in_features) for r in ranks)
     return LayerInputs(
-        x=draw(tokens, in_features),
-        weight=draw(out_features, in_features, fan=in_features),
-        bias=draw(out_features),
-        a=tuple(draw(r, in_features, fan=in_features) for r in ranks),
+        x=x,
+        weight=weight,
+        bias=bias,
+        a=a[:1] * len(a) if shared_a else a,
         b=tuple(draw(out_features, r, fan=r) for r in ranks),
         gates=logits.softmax(-1).to(torch.promote_types(dtype, torch.float32)),
         segments=torch.randint(rows, (tokens,), generator=generator) if gating == "map" else None,
         dy=draw(tokens, out_features),
         trained=min(trained, len(ranks)),
+        shared_a=shared_a,
     )
 
 
@@ -192,7 +198,9 @@ def _differentiate(
     results = {"y": y.detach(), "dx": grads[0], "dgates": grads[1]}
     if inputs.trained:
         first, count = len(a) - inputs.trained, len(a)
-        results["da"] = torch.cat(grads[2 + first : 2 + count])
+        # One A gets what its copies get, those of frozen experts included.
+        shares = torch.stack(grads[2 : 2 + count]).sum(0) if inputs.shared_a else None
+        results["da"] = torch.cat(grads[2 + first : 2 + count]) if shares is None else shares
         results["db"] = torch.cat([grad.t() for grad in grads[2 + count + first :]])
     return results
 

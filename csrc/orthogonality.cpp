@@ -19,6 +19,9 @@
 namespace cram {
 namespace {
 
+// So much of a basis is read ahead of its use: 256 KiB, which fit into the second-level cache beside the rest.
+constexpr int64_t kStreamed = 1 << 16;
+
 // One thread's memory, reused from module to module.
 struct Scratch {
   std::vector<float> hidden, a, bt, basis, p, c, e, dp, dc;
@@ -91,6 +94,10 @@ CRAM_INLINE void module_penalty(
   const float* bt = widen(m.bt, rank * m.d_out, s.bt);
   const float* basis = widen(m.basis, width * m.d_out, s.basis);
   float *p = sized(s.p, batch * rank), *c = sized(s.c, rank * width), *e = sized(s.e, batch * width);
+  stream(hidden, batch * m.d_in);
+  stream(a, rank * m.d_in);
+  stream(bt, rank * m.d_out);
+  stream(basis, std::min(width * m.d_out, kStreamed));
   products<Lanes>(hidden, batch, a, rank, m.d_in, p);
   products<Lanes>(bt, rank, basis, width, m.d_out, c);
   combine<Lanes>({p, rank, 1}, batch, c, rank, width, e);

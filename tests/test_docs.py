@@ -122,14 +122,14 @@ def test_readme_opens_with_the_two_commands() -> None:
 def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder where `base_folder()` is a tiny random model and the built-in stream is short."""
     import cram.base
-    import cram.demo
+    import cram.compare
     import cram.loading
     import cram.streams
     from cram.streams import builtin
     from tests.cram.factories import save_all
 
     save_all(tmp_path / "base")
-    for module in (cram.base, cram.loading, cram.demo):
+    for module in (cram.base, cram.loading):
         monkeypatch.setattr(module, "base_folder", lambda: tmp_path / "base")
     stream = builtin.build(train_samples=32, test_samples=2)
     monkeypatch.setattr(cram.streams, "load_stream", lambda name: stream if name == "builtin" else None)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from cram.methods.branchlora import BranchLoraMethod
 from cram.methods.cram import CramMethod
+from cram.methods.hide import HideMethod
 from cram.methods.isolated import IsolatedMethod
+from cram.methods.many import ManyMethod
 from cram.methods.method import Method
+from cram.methods.moelora import MoELoraMethod
+from cram.methods.olora import OLoraMethod
 from cram.methods.sequential import SequentialMethod
+from cram.methods.smolora import SMoLoraMethod
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (CramMethod, SequentialMethod, IsolatedMethod)
+    method.name: method
+    for method in (
+        CramMethod,
+        SequentialMethod,
+        MoELoraMethod,
+        BranchLoraMethod,
+        SMoLoraMethod,
+        OLoraMethod,
+        ManyMethod,
+        HideMethod,
+        IsolatedMethod,
+    )
 }
 
 __all__ = ["METHODS", "Method"]

@@ -6,18 +6,24 @@ Then the buffer becomes the expert, which trains beside the group's frozen exper
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor, nn
 
-from cram.attach import Cram
 from cram.instantiate import instantiate_expert
-from cram.methods.method import Method, no_centroid
-from cram.routing import CentroidMean, Query, warmup_steps
+from cram.methods.method import Method
+from cram.routing import CentroidMean, Query, Route, warmup_steps
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
 
 
 class CramMethod(Method):
     """Stages of a task: warm-up of the buffer, instantiation, training of the expert."""
 
     name = "cram"
+    uses_queries = True
     routed = True
 
     def __init__(self, cram: Cram) -> None:
@@ -38,7 +44,6 @@ class CramMethod(Method):
             raise ValueError(f"task {task!r} must have at least {self._switch + 1} steps, got {total_steps}")
         self._task, self._group, self._centroid = task, None, CentroidMean()
         self.cram.begin_buffer()
-        self.cram.on_query.append(self.observe)
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:
         """A fresh optimiser for the buffer at the first step and for the expert after the warm-up."""
@@ -60,8 +65,17 @@ class CramMethod(Method):
     def end_task(self) -> None:
         """Freeze the expert and its centroid."""
         self.cram.freeze()
-        self.cram.on_query.remove(self.observe)
         self.cram.locked_group = None
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """Centroid gates inside each sample's group; in training mode inside the locked group, if any.
+
+        Raises:
+            ValueError: Without a query, or as `Router.route`.
+        """
+        if query is None:
+            raise ValueError("cram must see a query to route, got none")
+        return self.cram.router.route(query, self.cram.locked_group if training else None)
 
     def _instantiate(self) -> None:
         cram, group = self.cram, self._group
@@ -74,7 +88,7 @@ class CramMethod(Method):
             raise ValueError(
                 f"task {self._task!r} must show images in its warm-up to join experts of its group, got text"
             )
-        centroid = self._centroid.mean() if self._centroid.count else no_centroid(cram)
+        centroid = self._centroid.mean() if self._centroid.count else torch.zeros(cram.encoder.image_dim)
         cram.end_buffer()
         cram.add_expert(self._task, weights, group, centroid)
         cram.prepare_penalty()

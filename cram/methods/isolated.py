@@ -5,19 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cram.methods.method import Method, new_lora, no_centroid
+from cram.methods.method import Method, new_lora
+from cram.routing import Query, Route
 
 
 class IsolatedMethod(Method):
     """Each task trains its own LoRA alone."""
 
     name = "isolated"
+    told_task = True
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRA."""
-        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max), 0, no_centroid(self.cram))
+        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
 
-    def gates(self, task: str) -> Tensor | None:
+    def route(self, query: Query | None, training: bool) -> Route:
+        """Nothing in a sample says which LoRA is its own.
+
+        Raises:
+            ValueError: Always.
+        """
+        names = self.cram.router.expert_names
+        raise ValueError(
+            f"isolated must be told the task, got none: use `with cram.forced(task)`, one of {names}"
+        )
+
+    def gates(self, task: str) -> Tensor:
         """One-hot gates [E] of the task's own LoRA.
 
         Raises:

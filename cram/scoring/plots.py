@@ -13,48 +13,52 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from cram.scoring.columns import human_count, in_order
+from cram.scoring.comparison_plots import ablation_bars, ageing_curves, tradeoff
+from cram.scoring.style import HAIRLINE, INK, QUIET, SHADES, STYLE, method_colours
 from cram.scoring.summary import MethodSummary, RoutingSummary
 
-INK, QUIET, HAIRLINE = "#1f2933", "#6b7785", "#d5dbe1"
-METHOD_COLOURS = {"cram": "#1d5b8f", "sequential": "#c2572b", "isolated": "#7d8793"}
-OTHER_COLOURS = ("#3f8f5b", "#8a5a9e", "#b08a1e", "#3a9aa8", "#a04463", "#5d6b2f")
-SHADES = LinearSegmentedColormap.from_list("shades", ["#f7f9fb", "#c6dbea", "#6fa4c9", "#2a6a9e", "#123f66"])
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 8.0,
-    "axes.edgecolor": HAIRLINE,
-    "axes.labelcolor": QUIET,
-    "text.color": INK,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "cram",
-}
+# More methods than these do not get a line in every task's panel.
+FEW_METHODS = 4
 # Numbers are written into cells up to this many columns.
 MOST_LABELLED_COLUMNS = 12
 
 
+def colours_of(methods: Sequence[MethodSummary]) -> dict[str, str]:
+    """Colour by name of the methods that are no ablations, whatever their order."""
+    return method_colours(sorted(method.name for method in methods if not method.ablation))
+
+
 def draw_all(methods: Sequence[MethodSummary]) -> dict[str, Figure]:
-    """Every picture that the run has data for, by file name without extension."""
+    """Every picture that the run has data for, by file name without extension.
+
+    Panels and bars of each method are for a few; more share axes. Ablations have a picture of their own.
+    """
+    shown = [method for method in in_order(methods) if not method.ablation]
+    ablations = [method for method in methods if method.ablation]
+    own = colours_of(methods)
+    many = len(shown) > FEW_METHODS
     with matplotlib.rc_context(STYLE):
-        figures = {"matrices": accuracy_matrices(methods), "curves": forgetting_curves(methods)}
-        for method in methods:
+        figures = {}
+        if many:
+            figures["ageing"] = ageing_curves(shown, own)
+            figures["tradeoff"] = tradeoff(shown, own)
+        whole = [m for m in shown if any(other.name.startswith(f"{m.name}:") for other in ablations)]
+        if whole:
+            figures["ablations"] = ablation_bars(whole[0], ablations)
+        figures["matrices"] = accuracy_matrices(shown)
+        if not many:
+            figures["curves"] = forgetting_curves(shown)
+        for method in shown:
             if method.ranks:
                 figures[f"ranks_{method.name}"] = rank_maps(method)
             if method.routing is not None:
                 figures[f"routing_{method.name}"] = routing_map(method.routing)
-        figures["cost"] = cost_bars(methods)
+        if not many:
+            figures["cost"] = cost_bars(shown)
     return figures
 
 
@@ -71,12 +75,6 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def method_colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour a method: fixed for the methods that are always there, in order for the others."""
-    others = iter(OTHER_COLOURS * (1 + len(names) // len(OTHER_COLOURS)))
-    return {name: METHOD_COLOURS.get(name) or next(others) for name in names}
 
 
 def accuracy_matrices(methods: Sequence[MethodSummary]) -> Figure:
@@ -102,7 +100,7 @@ def forgetting_curves(methods: Sequence[MethodSummary]) -> Figure:
     tasks = methods[0].tasks
     columns = min(len(tasks), 3 if len(tasks) <= 6 else 5)
     rows = math.ceil(len(tasks) / columns)
-    colours = method_colours([method.name for method in methods])
+    colours = colours_of(methods)
     figure = Figure(figsize=(2.5 * columns + 1.0, 1.9 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     steps = np.arange(1, len(tasks) + 1)
@@ -187,7 +185,7 @@ def cost_bars(methods: Sequence[MethodSummary]) -> Figure:
     figure = Figure(figsize=(9.2, 0.42 * len(methods) + 1.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = [method.name for method in methods]
-    colours = [method_colours(names)[name] for name in names]
+    colours = [colours_of(methods)[name] for name in names]
     places = np.arange(len(methods))
     kept = [method.parameters.mean for method in methods]
     train = np.array([method.train_seconds.mean for method in methods])
@@ -206,14 +204,6 @@ def cost_bars(methods: Sequence[MethodSummary]) -> Figure:
     left.set_yticks(places, names)
     left.invert_yaxis()
     return figure
-
-
-def human_count(value: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
 
 
 def _balanced(panels: int, most_columns: int) -> tuple[int, int]:

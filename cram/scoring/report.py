@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cram.scoring import plots
-from cram.scoring.metrics import DEFINITIONS
+from cram.scoring.columns import (
+    Column,
+    best_value,
+    decimals,
+    human_count,
+    in_order,
+    is_compared,
+    ranks,
+    shown_columns,
+    spread_text,
+)
 from cram.scoring.schema import Report, by_seed, validate_report
 from cram.scoring.summary import MethodSummary, Spread, summarise
 
-METHOD_NOTES = {
-    "cram": "One adaptive-rank LoRA expert a task, routed by instruction and image; no task id at test time.",
-    "sequential": "One LoRA as large as an average expert, trained through all tasks: the lower bound.",
-    "isolated": "One LoRA a task, chosen by the true task id at test time: the upper bound.",
-}
-# Methods that are told the task at test time are shown, but not compared with those that are not.
-TOLD_THE_TASK = {"isolated"}
-COST_DEFINITIONS = {
-    "parameters": "Parameters = trained values kept after the last task.",
-    "train": "Training = wall-clock seconds of training on all tasks.",
-    "eval": "Evaluation = wall-clock seconds of all tests over the stream.",
-}
-# Key of a row -> its label and whether more is better.
-METRIC_ROWS = {
-    "last": ("Last (%)", True),
-    "avg": ("Avg (%)", True),
-    "mft": ("MFT (%)", True),
-    "bwt": ("BWT", True),
-    "forgetting": ("Forgetting", False),
-}
 FIGURES = {
     "matrices": (
         "Accuracy after every step",
@@ -44,6 +35,23 @@ FIGURES = {
         "What is kept, task by task",
         "Each panel follows one task from the step where it was learnt (first point) to the end of the "
         "stream; a falling line is forgetting. Shaded: one standard deviation over seeds, if several.",
+    ),
+    "ageing": (
+        "How the methods age",
+        "Left: the mean accuracy on all tasks learnt so far, after every task. Right: how far the earlier "
+        "tasks have fallen by then from their best accuracy before; flat at 0 is no forgetting. Dashed: told "
+        "the task at test time.",
+    ),
+    "tradeoff": (
+        "What the accuracy costs",
+        "The accuracy on all tasks after the last one, against the trained values kept (left) and the "
+        "seconds of training (right); up and to the left is better. Lines: one standard deviation over "
+        "seeds, if several. Hollow: told the task at test time.",
+    ),
+    "ablations": (
+        "What each idea of CRAM is worth",
+        "Each bar is CRAM with one idea switched off, less CRAM itself on the same seed: left the accuracy "
+        "after the last task, right the forgetting. Lines: one standard deviation over seeds, if several.",
     ),
     "ranks": (
         "Ranks of the experts",
@@ -97,59 +105,66 @@ def _render(report: Report, methods: list[MethodSummary], svgs: dict[str, str]) 
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    colours = plots.method_colours([method.name for method in methods])
     tasks = methods[0].tasks
+    ordered, columns = in_order(methods), shown_columns(methods)
     return environment.get_template("report.html.jinja").render(
         stream=report["stream"],
         tasks=tasks,
         seeds=list(by_seed(report)),
-        methods=[{"name": method.name, "colour": colours[method.name]} for method in methods],
-        results=_result_rows(methods),
-        told=[method.name for method in methods if method.name in TOLD_THE_TASK],
-        notes=[{"name": m.name, "text": METHOD_NOTES[m.name]} for m in methods if m.name in METHOD_NOTES],
-        finals=[_final_row(methods, i, task) for i, task in enumerate(tasks)],
+        tables=[
+            _table("Results", ordered, [column for column in columns if column.better]),
+            _table("Cost", ordered, [column for column in columns if not column.better]),
+        ],
+        compared=sum(map(is_compared, methods)),
+        told=[method.name for method in ordered if method.told_task],
+        ablated=any(method.ablation for method in methods),
+        notes=[{"name": method.name, "text": method.note} for method in ordered if method.note],
+        finals=_final_rows(ordered),
         figures=[_figure(name, svg, methods) for name, svg in svgs.items()],
-        expert_rows=[_expert_row(method, task) for method in methods if method.ranks for task in tasks],
+        expert_rows=[_expert_row(m, task) for m in methods if m.ranks and not m.ablation for task in tasks],
         settings=json.dumps(report["settings"], indent=2) if "settings" in report else "",
     )
 
 
-def _result_rows(methods: Sequence[MethodSummary]) -> list[dict[str, Any]]:
-    rows = []
-    for key, (label, more_is_better) in METRIC_ROWS.items():
-        cells = _cells(methods, [method.metrics[key] for method in methods], more_is_better)
-        rows.append({"label": label, "definition": DEFINITIONS[key], "cells": cells})
-    costs = {
-        "parameters": ("Parameters", [plots.human_count(method.parameters.mean) for method in methods]),
-        "train": ("Training (s)", [f"{method.train_seconds.mean:,.1f}" for method in methods]),
-        "eval": ("Evaluation (s)", [f"{method.eval_seconds.mean:,.1f}" for method in methods]),
-    }
-    for key, (label, texts) in costs.items():
-        cells = [{"text": text, "spread": "", "best": False} for text in texts]
-        rows.append({"label": label, "definition": COST_DEFINITIONS[key], "cells": cells})
-    return rows
-
-
-def _final_row(methods: Sequence[MethodSummary], index: int, task: str) -> dict[str, Any]:
-    spreads = [Spread(float(m.matrix[-1, index]), float(m.deviation[-1, index])) for m in methods]
-    return {"label": task, "cells": _cells(methods, spreads, more_is_better=True)}
-
-
-def _cells(
-    methods: Sequence[MethodSummary], spreads: Sequence[Spread], more_is_better: bool
-) -> list[dict[str, Any]]:
-    """Table cells; the best of the methods that are compared is marked, if there are several."""
-    values = [round(spread.mean, 2) for spread in spreads]
-    compared = [v for v, method in zip(values, methods, strict=True) if method.name not in TOLD_THE_TASK]
-    best = (max if more_is_better else min)(compared) if len(compared) > 1 else None
-    return [
+def _table(title: str, methods: Sequence[MethodSummary], columns: list[Column]) -> dict[str, Any]:
+    """One row a method, with its place and its colour in the pictures."""
+    place = ranks(methods)
+    rows = [
         {
-            "text": f"{value:.2f}".replace("-", "−"),
-            "spread": f"{spread.std:.2f}" if spread.std else "",
-            "best": value == best and method.name not in TOLD_THE_TASK,
+            "name": method.name,
+            "place": place.get(method.name, "–"),
+            "colour": plots.colours_of(methods).get(method.name, ""),
+            "cells": [_cell(column, method, best_value(methods, column)) for column in columns],
         }
-        for value, spread, method in zip(values, spreads, methods, strict=True)
+        for method in methods
     ]
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def _final_rows(methods: Sequence[MethodSummary]) -> list[dict[str, Any]]:
+    """One row a method: its accuracy on each task after the last one."""
+    columns = [Column("", "", partial(_final, i), decimals, 1) for i in range(len(methods[0].tasks))]
+    best = [best_value(methods, column) for column in columns]
+    return [
+        {"name": m.name, "cells": [_cell(column, m, top) for column, top in zip(columns, best, strict=True)]}
+        for m in methods
+    ]
+
+
+def _final(index: int, method: MethodSummary) -> Spread:
+    return Spread(float(method.matrix[-1, index]), float(method.deviation[-1, index]))
+
+
+def _cell(column: Column, method: MethodSummary, best: float | None) -> dict[str, Any]:
+    """A table cell; the best of the methods that are compared is marked, if there are several."""
+    value = column.value(method)
+    if value is None:
+        return {"text": "–", "spread": "", "best": False}
+    return {
+        "text": column.show(value.mean),
+        "spread": spread_text(column, value),
+        "best": round(value.mean, 2) == best and is_compared(method),
+    }
 
 
 def _figure(name: str, svg: str, methods: Sequence[MethodSummary]) -> dict[str, str]:
@@ -173,6 +188,6 @@ def _expert_row(method: MethodSummary, task: str) -> dict[str, str]:
         "task": task,
         "groups": ", ".join(map(str, method.groups[task])) or "–",
         "rank": f"{sum(values.sum() for values in ranks) / count:.2f}" if count else "–",
-        "parameters": plots.human_count(method.parameters_per_task[task]),
+        "parameters": human_count(method.parameters_per_task[task]),
         "seconds": f"{method.seconds_per_task[task]:,.1f}",
     }

@@ -40,11 +40,42 @@ class Routing(TypedDict):
     mean_gates: dict[str, float]
 
 
+class Entry(TypedDict):
+    """What an entry of a comparison is.
+
+    `method` is its name in the registry; an entry of another name is an ablation of it. `changes` are the
+    fields in which its configuration differs from `settings.config`. `told_task` says whether it is told the
+    task at test time; it is then shown but not ranked.
+    """
+
+    method: str
+    changes: dict[str, Any]
+    told_task: bool
+    note: str
+
+
+class Stored(TypedDict):
+    """The bundle after the last task: numbers in its tensors, and bytes of all its files."""
+
+    values: int
+    bundle_bytes: int
+
+
+class Inference(TypedDict):
+    """Mean seconds of `generate` on one batch, adapted and on the bare base; its samples and tokens."""
+
+    adapted: float
+    base: float
+    samples: int
+    tokens: int
+
+
 class MethodReport(TypedDict):
     """One method's run over the whole stream.
 
     `matrix[t][i]` is the accuracy on task i after task t was learnt (row t has t + 1 numbers).
     `ranks[task][module]` is the rank of the task's expert in a module; `groups[task]` its instruction group.
+    The last three are there where the run is part of a comparison.
     """
 
     tasks: list[str]
@@ -59,6 +90,9 @@ class MethodReport(TypedDict):
     ranks: NotRequired[dict[str, dict[str, int]]]
     groups: NotRequired[dict[str, int]]
     routing: NotRequired[dict[str, Routing]]
+    entry: NotRequired[Entry]
+    stored: NotRequired[Stored]
+    inference: NotRequired[Inference]
 
 
 class Report(TypedDict):
@@ -132,6 +166,7 @@ def _method(value: object, where: str) -> list[str]:
         _number(seconds[name], f"{where}.seconds.{name}")
     _per_task(seconds["per_task"], tasks, f"{where}.seconds.per_task")
     _optional_parts(method, tasks, where)
+    _comparison_parts(method, where)
     return tasks
 
 
@@ -150,6 +185,20 @@ def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> Non
             _number(routing["expert_accuracy"], f"{where}.routing.{task}.expert_accuracy")
             for expert, gate in _mapping(routing["mean_gates"], f"{where}.routing.{task}.mean_gates").items():
                 _number(gate, f"{where}.routing.{task}.mean_gates.{expert}")
+
+
+def _comparison_parts(method: dict[str, Any], where: str) -> None:
+    for key, kind in (("stored", Stored), ("inference", Inference)):
+        if key in method:
+            for name, number in _object(method[key], f"{where}.{key}", kind).items():
+                _number(number, f"{where}.{key}.{name}")
+                if number <= 0:
+                    raise ValueError(f"{where}.{key}.{name} must be positive, got {number!r}")
+    if "entry" in method:
+        entry = _object(method["entry"], f"{where}.entry", Entry)
+        for name, wanted in (("method", str), ("changes", dict), ("told_task", bool), ("note", str)):
+            if not isinstance(entry[name], wanted):
+                raise ValueError(f"{where}.entry.{name} must be a {wanted.__name__}, got {entry[name]!r}")
 
 
 def _matrix(value: object, num_tasks: int, where: str) -> None:

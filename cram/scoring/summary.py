@@ -47,14 +47,21 @@ class MethodSummary:
     """One method over all seeds.
 
     Attributes:
+        matrices: [seeds, T, T] accuracies, NaN above the diagonal.
         matrix: [T, T] mean accuracies, NaN above the diagonal; `deviation` [T, T] likewise.
         metrics: The five continual metrics, each with its spread.
         ranks: Projection -> [tasks, layers] mean ranks (NaN where a layer has no such module).
         groups: Task -> the instruction groups it had, one a seed, without repeats.
+        ablation: Whether it is a variant of a method of another name.
+        told_task: Whether it is told the task at test time.
+        note: What it is, or nothing.
+        stored_values, bundle_megabytes: Size of the bundle after the last task, where it was measured.
+        added_inference: Percentage by which answering takes longer than on the bare base, where measured.
     """
 
     name: str
     tasks: list[str]
+    matrices: NDArray[np.float64]
     matrix: NDArray[np.float64]
     deviation: NDArray[np.float64]
     metrics: dict[str, Spread]
@@ -66,6 +73,12 @@ class MethodSummary:
     ranks: dict[str, NDArray[np.float64]]
     groups: dict[str, list[int]]
     routing: RoutingSummary | None
+    ablation: bool
+    told_task: bool
+    note: str
+    stored_values: Spread | None
+    bundle_megabytes: Spread | None
+    added_inference: Spread | None
 
 
 def summarise(report: Report) -> list[MethodSummary]:
@@ -76,10 +89,14 @@ def summarise(report: Report) -> list[MethodSummary]:
 
 def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
     tasks = runs[0]["tasks"]
+    entry = runs[0].get("entry")
+    stored = [run["stored"] for run in runs if "stored" in run]
+    times = [run["inference"] for run in runs if "inference" in run]
     matrices = np.stack([_square(run["matrix"]) for run in runs])
     return MethodSummary(
         name=name,
         tasks=tasks,
+        matrices=matrices,
         matrix=matrices.mean(axis=0),
         deviation=matrices.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(matrices[0]),
         metrics={metric: Spread.of([run[metric] for run in runs]) for metric in METRIC_NAMES},  # type: ignore[literal-required]
@@ -91,7 +108,19 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
         ranks=_rank_grids(tasks, runs),
         groups={t: sorted({run["groups"][t] for run in runs if "groups" in run}) for t in tasks},
         routing=_summarise_routing(tasks, runs),
+        ablation=entry is not None and entry["method"] != name,
+        # A report without entries is of a single run, or of the built-in methods alone.
+        told_task=entry["told_task"] if entry is not None else name == "isolated",
+        note=entry["note"] if entry is not None else "",
+        stored_values=_spread([size["values"] for size in stored], runs),
+        bundle_megabytes=_spread([size["bundle_bytes"] / 1e6 for size in stored], runs),
+        added_inference=_spread([100 * (time["adapted"] / time["base"] - 1) for time in times], runs),
     )
+
+
+def _spread(values: Sequence[float], runs: Sequence[MethodReport]) -> Spread | None:
+    """None unless every run has the value."""
+    return Spread.of(values) if len(values) == len(runs) else None
 
 
 def _square(rows: list[list[float]]) -> NDArray[np.float64]:

@@ -30,6 +30,8 @@ from cram.scoring.scorers import SCORERS
 from cram.streams.readers import StreamError, add_references, read_samples
 from cram.streams.types import Sample, Stream, Task
 
+# Streams of pictures drawn on the spot, in `cram.streams.builtin`.
+BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -58,10 +60,10 @@ def load_stream(
     """Load a stream and check all of it.
 
     Args:
-        source: "builtin" (pictures drawn on the spot), the name of a shipped stream file ("ucit",
-            "trigap"), or the path of a stream file.
-        seed: Seed of the built-in stream's pictures, or of the choice that `limit` makes.
-        limit: Samples a split at most: the built-in stream draws so many, a stream file's splits are
+        source: A name in `BUILTIN` (pictures drawn on the spot: six, 20 or 50 tasks), the name of a shipped
+            stream file ("ucit", "trigap"), or the path of a stream file.
+        seed: Seed of a built-in stream's pictures, or of the choice that `limit` makes.
+        limit: Samples a split at most: a built-in stream draws so many, a stream file's splits are
             thinned out at random (in file order, the same choice for the same seed).
         data_root: Replaces `root` of the stream file.
 
@@ -71,12 +73,13 @@ def load_stream(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 sample a split, got {limit}")
-    if source == "builtin":
+    if source in BUILTIN:
         # The drawing code is loaded only by those who draw.
-        from cram.streams.builtin import TEST_SAMPLES, TRAIN_SAMPLES, build
+        from cram.streams.builtin import STREAMS, build
 
-        most = limit or TRAIN_SAMPLES
-        return build(seed, train_samples=min(most, TRAIN_SAMPLES), test_samples=min(most, TEST_SAMPLES))
+        own = STREAMS[str(source)]
+        train, test = (min(limit or samples, samples) for samples in (own.train_samples, own.test_samples))
+        return build(seed, train, test, str(source))
     stream = _read_stream(_stream_file(source), Path(data_root) if data_root is not None else None)
     return stream if limit is None else _thin_out(stream, limit, seed)
 
@@ -85,7 +88,7 @@ def _stream_file(source: str | Path) -> Path:
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
     if not path.is_file():
-        names = ["builtin", *SHIPPED]
+        names = [*BUILTIN, *SHIPPED]
         raise ValueError(f"stream must be one of {names} or the path of a stream file, got {str(source)!r}")
     return path
 

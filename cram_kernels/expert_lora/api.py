@@ -28,6 +28,7 @@ OP = Op(
     },
     {"triton": triton_missing, "native": native.missing},
 )
+SHARED_A = Op("expert_lora with a shared A", {"reference": reference.expert_lora, "cpu": cpu.expert_lora})
 
 
 def expert_lora(
@@ -63,7 +64,8 @@ def expert_lora(
         impl: "auto" (the first that can run of "native", "cpu" for CPU tensors and "triton", "cpu" for CUDA
             tensors), "reference", "cpu" (rank-packed eager operations, right on any device), "native" (CPU
             tensors, one call each way; bfloat16, float32) or "triton" (CUDA devices, or CPU tensors under
-            Triton's interpreter; bfloat16, float16, float32).
+            Triton's interpreter; bfloat16, float16, float32). Experts with a shared A have "reference" and
+            "cpu" alone.
 
     Returns:
         y [..., D_out] in x.dtype. Inside an autocast region x, weight and bias are cast to the region's dtype
@@ -83,7 +85,7 @@ def expert_lora(
             return expert_lora(
                 x, weight, bias, experts, gates, segments, dropout=dropout, seed=seed, impl=impl
             )
-    op = OP.select(impl, x.device, x.dtype)
+    op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
     check_layer(x, weight, bias, experts, gates, segments, dropout)
     return op(x, weight, bias, experts, gates, segments, dropout, seed)
 

@@ -11,8 +11,12 @@ the trained ones), the gates, and x if the trained suffix needs it; U, the dropo
 copies of the experts are made again. FLOPs: 2 T R (D_in + D_out) beyond the base linear, bytes saved T R
 elements.
 
+With a shared A [r, D_in], read by the E branches of Bt [E r, D_out], there is one shrink Z [T, r], which
+stands above for its E copies; dZ [T, r] and with it dA sum over the branches. Saved: Z [T, r].
+
 A gate of exactly 0 selects. Experts with gate 0 for all rows are left out of inference calls and masked
-otherwise; rows whose trained gates are all 0 are left out of dA and dBt.
+otherwise; rows whose trained gates are all 0 are left out of dBt and dA (those whose gates are all 0, of the
+dA of a shared A).
 """
 
 from __future__ import annotations
@@ -49,10 +53,11 @@ def expert_lora(
     zeros = _may_be_zero(gates)
     if zeros and _surely(~(live := _live_rows(gates, owner)).all()):
         kept = live.nonzero().squeeze(1)
-        a, bt, owner = a[kept], bt[kept], owner[kept]
+        a = a if experts.shared_a else a[kept]
+        bt, owner = bt[kept], owner[kept]
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias)
-    z = F.linear(_drop(rows, dropout, seed), a.to(x.dtype))
+    z = _copied(F.linear(_drop(rows, dropout, seed), a.to(x.dtype)), len(owner))
     w = _row_gates(gates, owner, scale)
     y.addmm_(_gated(z, w, segments, zeros), _mask_dead(bt, gates, owner, zeros).to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[1])
@@ -82,11 +87,12 @@ class _ExpertLora(torch.autograd.Function):
         y = F.linear(rows, weight, bias)
         z = F.linear(_drop(rows, dropout, seed), a.to(x.dtype))
         zeros = _may_be_zero(gates)
-        u = _gated(z, _row_gates(gates, owner, scale), segments, zeros)
+        u = _gated(_copied(z, len(owner)), _row_gates(gates, owner, scale), segments, zeros)
         y.addmm_(u, _mask_dead(bt, gates, owner, zeros).to(x.dtype))
         _, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
-        tail = a.shape[0] - (trained_a.shape[0] if trained_a is not None else 0)
-        kept = z if need_gates else z[:, tail:].clone() if need_b else None
+        tail = bt.shape[0] - (trained_b.shape[0] if trained_b is not None else 0)
+        whole = need_gates or (need_b and len(a) != len(bt))
+        kept = z if whole else z[:, tail:].clone() if need_b else None
         ctx.save_for_backward(x if need_a else None, kept, gates, segments, owner, weight, a, bt)
         ctx.shape, ctx.tail, ctx.zeros = x.shape, tail, zeros
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
@@ -103,27 +109,32 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, gates, trained_a and trained_b."""
     x, z, gates, segments, owner, weight, a, bt = ctx.saved_tensors
     need_x, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
-    tail, rank = ctx.tail, a.shape[0]
+    tail, rank = ctx.tail, bt.shape[0]
+    shared = len(a) != rank
+    tail_a = 0 if shared else tail
     dx = dgates = da = db = None
     dy = dy.reshape(-1, dy.shape[-1])
-    first = 0 if need_x or need_gates else tail
+    first = 0 if need_x or need_gates else tail_a
     v = F.linear(dy, bt[first:].to(dy.dtype)) if need_x or need_gates or need_a else None
     w = _row_gates(gates, owner, ctx.scale)
     keep = None
     if ctx.dropout:
         keep = dropout_mask(ctx.seed, *_flat(ctx.shape), ctx.dropout, dy.device, dy.dtype)
     if v is not None and need_gates:
-        dgates = _gate_gradient(z, v, gates, segments, owner, ctx.scale)
+        dgates = _gate_gradient(_copied(z, rank), v, gates, segments, owner, ctx.scale)
     dz = _gated(v, w[:, first:], segments, ctx.zeros) if v is not None and (need_x or need_a) else None
+    if shared and dz is not None:
+        dz = dz.unflatten(1, (-1, len(a))).sum(1)
     if need_x and dz is not None:
         dx = _input_gradient(dy, dz, weight, _mask_dead(a, gates, owner, ctx.zeros), keep).view(ctx.shape)
-    busy = _busy_tokens(w[:, tail:], dy.shape[0], segments) if ctx.zeros and (need_a or need_b) else None
+    busy = _busy_tokens(w[:, tail:], len(dy), segments) if ctx.zeros and (need_a or need_b) else None
     if need_a and dz is not None:
         rows = x.reshape(_flat(ctx.shape))
         rows = rows if keep is None else rows * keep
-        da = _gram(dz[:, tail - first :], rows, busy).to(a.dtype)
+        used = _busy_tokens(w, len(dy), segments) if shared and ctx.zeros else busy
+        da = _gram(dz[:, tail_a - first :], rows, used).to(a.dtype)
     if need_b:
-        columns = z[:, tail:] if z.shape[1] == rank else z
+        columns = _copied(z, rank - tail) if shared else z[:, tail:] if z.shape[1] == rank else z
         db = _gram(_gated(columns, w[:, tail:], segments, ctx.zeros), dy, busy).to(bt.dtype)
     return dx, dgates, da, db
 
@@ -137,6 +148,11 @@ def _drop(rows: Tensor, dropout: float, seed: int) -> Tensor:
     if not dropout:
         return rows
     return rows * dropout_mask(seed, rows.shape[0], rows.shape[1], dropout, rows.device, rows.dtype)
+
+
+def _copied(z: Tensor, rows: int) -> Tensor:
+    """Z [T, r] of a shared A once for each of the branches that have `rows` rows together; else Z itself."""
+    return z if z.shape[1] == rows else z.repeat(1, rows // z.shape[1])
 
 
 def _row_gates(gates: Tensor, owner: Tensor, scale: float) -> Tensor:
@@ -174,10 +190,13 @@ def _live_rows(gates: Tensor, owner: Tensor) -> Tensor:
 
 
 def _mask_dead(packed: Tensor, gates: Tensor, owner: Tensor, zeros: bool) -> Tensor:
-    """Zero the rows of experts that no token uses, whose NaN would pass a product with zero."""
-    if not zeros or _surely((live := _live_rows(gates, owner)).all()):
+    """Zero the rows of experts that no token uses, whose NaN would pass a product with zero.
+
+    A row of a shared A is used where one of its branches is.
+    """
+    if not zeros or not len(packed) or _surely((live := _live_rows(gates, owner)).all()):
         return packed
-    return packed.where(live.unsqueeze(1), 0)
+    return packed.where(live.view(-1, len(packed)).any(0).unsqueeze(1), 0)
 
 
 def _busy_tokens(w: Tensor, tokens: int, segments: Tensor | None) -> Tensor | None:

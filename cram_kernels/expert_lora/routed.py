@@ -47,8 +47,8 @@ def routed_expert_lora(
         dropout: As in `expert_lora`.
         seed: As in `expert_lora`.
         impl: As in `expert_lora`. "reference", "cpu" and "native" compose the two operations; "triton"
-            computes the gates inside the launch that reads x. Layers that share a query are better served by one
-            `centroid_gates` for all of them.
+            computes the gates inside the launch that reads x. Layers that share a query are better served by
+            one `centroid_gates` for all of them.
 
     Returns:
         y [..., D_out] in x.dtype.
@@ -69,7 +69,7 @@ def routed_expert_lora(
     if centroids.shape[0] != experts.gate_columns:
         raise ValueError(f"centroids must be [{experts.gate_columns}, D_q], got {list(centroids.shape)}")
     check_segments(x.shape[:-1].numel(), query.shape[0], segments)
-    op = OP.select(impl, x.device, x.dtype)
+    op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return op(
             x, weight, bias, experts, query, centroids, sigma, members, segments, dropout=dropout, seed=seed
@@ -104,3 +104,4 @@ OP = Op(
     {**{name: partial(_composed, name) for name in ("reference", "cpu", "native")}, "triton": _triton},
     {"triton": triton_missing, "native": native.missing},
 )
+SHARED_A = Op("routed_expert_lora with a shared A", {name: OP.impls[name] for name in ("reference", "cpu")})

@@ -64,7 +64,8 @@ def stacked_expert_lora(
             )
     for weight, bias, experts in layers:
         check_layer(x, weight, bias, experts, gates, segments, dropout)
-    op = OP.select(impl, x.device, x.dtype)
+    shared = any(experts.shared_a for _, _, experts in layers)
+    op = (SHARED_A if shared else OP).select(impl, x.device, x.dtype)
     return tuple(op(x, layers, gates, segments, dropout, seed))
 
 
@@ -90,3 +91,4 @@ OP = Op(
     },
     {"triton": triton_missing, "native": native.missing},
 )
+SHARED_A = Op("stacked_expert_lora with a shared A", {name: OP.impls[name] for name in ("reference", "cpu")})

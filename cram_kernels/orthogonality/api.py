@@ -26,7 +26,7 @@ def orthogonality_penalty(
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
     bases: Sequence[Tensor],
-    gamma: Sequence[Tensor],
+    gamma: Sequence[Tensor] | Tensor,
     *,
     scale: float,
     mask: Tensor | None = None,
@@ -47,7 +47,7 @@ def orthogonality_penalty(
         bases: Orthonormal bases [D_out_m, k_m] of the old experts' outputs; k_m = 0 marks a module without
             history, which does not count in the mean. Read in place where the columns lie one after another
             (as `orthonormal_basis` returns them), else "native" copies them in each call.
-        gamma: Weight of each sample [B] in each module.
+        gamma: Weight of each sample [B] in each module; one tensor [M, B] costs least.
         scale: LoRA scale.
         mask: Visual-token positions [B, T] (bool), the same for all modules, or None if `hidden` are means.
         impl: "auto" ("native" where it is installed, unless a float64 comes in; else "cpu"), "reference",
@@ -66,18 +66,24 @@ def orthogonality_penalty(
     if len({len(each) for each in lists}) != 1:
         raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
     _check_mask(hidden, mask)
-    for module in zip(*lists, strict=True):
-        _check_module(*module, masked=mask is not None)
+    for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
+        _check_module(shapes, masked=mask is not None)
     device = hidden[0].device if hidden else torch.device("cpu")
     dtype = torch.float32
-    for each in {tensor.dtype for tensor in (*hidden, *trained_a, *trained_b)}:
-        dtype = torch.promote_types(dtype, each)
+    for found in {tensor.dtype for tensor in (*hidden, *trained_a, *trained_b)}:
+        dtype = torch.promote_types(dtype, found)
     compute = OP.select(impl, device, dtype)
     chosen = [m for m, basis in enumerate(bases) if basis.shape[1]]
     if not chosen:
         return torch.zeros((), dtype=dtype, device=device)
+    if len(chosen) < len(hidden):
+        hidden, trained_a, trained_b, bases, gamma = ([each[m] for m in chosen] for each in lists)
     with torch.autocast(device.type, enabled=False):
-        return compute(*([each[m] for m in chosen] for each in lists), mask, scale, dtype)
+        return compute(hidden, trained_a, trained_b, bases, gamma, mask, scale, dtype)
+
+
+def _shapes(tensors: Sequence[Tensor] | Tensor) -> list[torch.Size]:
+    return [tensors.shape[1:]] * len(tensors) if isinstance(tensors, Tensor) else [t.shape for t in tensors]
 
 
 def _check_mask(hidden: Sequence[Tensor], mask: Tensor | None) -> None:
@@ -93,8 +99,7 @@ def _check_mask(hidden: Sequence[Tensor], mask: Tensor | None) -> None:
             )
 
 
-def _check_module(hidden: Tensor, a: Tensor, bt: Tensor, basis: Tensor, gamma: Tensor, masked: bool) -> None:
-    shapes = hidden.shape, a.shape, bt.shape, basis.shape, gamma.shape
+def _check_module(shapes: tuple[torch.Size, ...], masked: bool) -> None:
     if tuple(map(len, shapes)) != (2 + masked, 2, 2, 2, 1):
         raise ValueError(
             "hidden, trained_a, trained_b, bases and gamma must be "

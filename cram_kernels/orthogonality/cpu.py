@@ -22,7 +22,7 @@ def orthogonality_penalty(
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
     bases: Sequence[Tensor],
-    gamma: Sequence[Tensor],
+    gamma: Sequence[Tensor] | Tensor,
     mask: Tensor | None,
     scale: float,
     dtype: torch.dtype,

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from itertools import groupby
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,29 +52,51 @@ def orthogonality_penalty(
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
     bases: Sequence[Tensor],
-    gamma: Sequence[Tensor],
+    gamma: Sequence[Tensor] | Tensor,
     mask: Tensor | None,
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the penalty; arguments as in `cram_kernels.orthogonality_penalty`, checked; dtype float32."""
+    weights = (gamma.flatten() if isinstance(gamma, Tensor) else torch.cat(list(gamma))).to(dtype)
     bases = [basis if basis.dtype in DTYPES else basis.to(dtype) for basis in bases]
-    weights = torch.cat(list(gamma)).to(dtype)
-    return _Penalty.apply(scale, mask, weights, *hidden, *trained_a, *trained_b, *bases)
+    inputs = hidden if any(each.requires_grad for each in hidden) else ()
+    call = _Call(hidden, bases, mask, scale)
+    return _Penalty.apply(call, weights, *trained_a, *trained_b, *inputs)
+
+
+class _Call(NamedTuple):
+    """What a call has beside the tensors whose gradients can be wanted."""
+
+    hidden: Sequence[Tensor]
+    bases: Sequence[Tensor]
+    mask: Tensor | None
+    scale: float
 
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale: float, mask: Tensor | None, gamma: Tensor, *tensors: Tensor) -> Tensor:
-        count = len(tensors) // 4
-        lists = [list(tensors[i * count : (i + 1) * count]) for i in range(4)]
-        needs = ctx.needs_input_grad[3:]
-        wanted = [any(needs[i * count : (i + 1) * count]) for i in range(3)]
-        loss, *gradients = torch.ops.cram.orthogonality_penalty(
-            *lists, gamma, mask, scale, *wanted, ctx.needs_input_grad[2]
+    def forward(ctx: Any, call: _Call, gamma: Tensor, *tensors: Tensor) -> Tensor:
+        count = len(call.hidden)
+        lists = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        needs = ctx.needs_input_grad[2:]
+        wanted = [any(needs[i : i + count]) for i in range(0, len(needs), count)]
+        a, bt = lists[:2]
+        hidden = lists[2] if len(lists) > 2 else list(call.hidden)
+        loss, dhidden, *gradients = torch.ops.cram.orthogonality_penalty(
+            hidden,
+            a,
+            bt,
+            list(call.bases),
+            gamma,
+            call.mask,
+            call.scale,
+            len(lists) > 2 and wanted[2],
+            *wanted[:2],
+            ctx.needs_input_grad[1],
         )
-        ctx.save_for_backward(mask, *gradients)
-        ctx.like = [[(t.shape, t.dtype) for t in lists[i]] if wanted[i] else [] for i in range(3)]
+        ctx.save_for_backward(call.mask, gradients[2], *gradients[:2], dhidden)
+        ctx.runs = [_runs(each) if want else [] for each, want in zip(lists, wanted, strict=True)]
         ctx.count = count
         return loss
 
@@ -84,23 +108,37 @@ class _Penalty(torch.autograd.Function):
                 "with create_graph=True; impl='cpu' and impl='reference' have second derivatives"
             )
         mask, *gradients = ctx.saved_tensors
+        # What no later backward reads is multiplied where it lies.
+        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        gamma, *flat = [each * grad if kept else each.mul_(grad) for each in gradients]
         found: list[Tensor | None] = []
-        for flat, like in zip(gradients, ctx.like, strict=False):
-            found += _split(flat * grad, like, mask) if like else [None] * ctx.count
-            mask = None
-        gamma = gradients[3] * grad if ctx.needs_input_grad[2] else None
-        return None, None, gamma, *found, *[None] * ctx.count
+        for i, runs in enumerate(ctx.runs):
+            found += _cut(flat[i], runs, mask if i == 2 else None) if runs else [None] * ctx.count
+        return None, gamma if ctx.needs_input_grad[1] else None, *found
 
 
-def _split(flat: Tensor, like: Sequence[tuple[torch.Size, torch.dtype]], mask: Tensor | None) -> list[Tensor]:
-    """Cut a flat gradient into the inputs' shapes; a pooled one is spread over the tokens of the mask."""
-    shapes = [shape if mask is None else (shape[0], shape[2]) for shape, _ in like]
-    pieces = flat.split([rows * columns for rows, columns in shapes])
-    parts = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    if mask is not None:
-        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        parts = [share[:, :, None] * part[:, None, :] for part in parts]
-    return [p if p.dtype == dtype else p.to(dtype) for p, (_, dtype) in zip(parts, like, strict=True)]
+def _runs(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, int]]:
+    """How many neighbours have the same shape and dtype, run after run."""
+    return [(*key, len(list(run))) for key, run in groupby((t.shape, t.dtype) for t in tensors)]
+
+
+def _cut(
+    flat: Tensor, runs: Sequence[tuple[torch.Size, torch.dtype, int]], mask: Tensor | None
+) -> list[Tensor]:
+    """Cut a flat gradient into the inputs' shapes; a pooled one is spread over the tokens of the mask.
+
+    A call a run, not one a tensor: each costs more than the values of a small module.
+    """
+    shapes = [shape if mask is None else (shape[0], shape[2]) for shape, *_ in runs]
+    pieces = flat.split([count * prod(shape) for shape, (*_, count) in zip(shapes, runs, strict=True)])
+    share = None if mask is None else mask / mask.sum(1, keepdim=True).clamp(min=1)
+    found: list[Tensor] = []
+    for piece, shape, (_, dtype, count) in zip(pieces, shapes, runs, strict=True):
+        part = piece.view(count, *shape)
+        if share is not None:
+            part = share[:, :, None] * part[:, :, None, :]
+        found += part.to(dtype).unbind(0)
+    return found
 
 
 def _fake(

@@ -183,7 +183,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing manifest": (lambda f: (f / "manifest.json").unlink(), "must be a bundle with a manifest.json"),
     "missing file": (lambda f: (f / "cram.json").unlink(), "the bundle is incomplete"),
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), "must be a JSON file"),
-    "newer format": (edit_json("manifest.json", lambda d: d.update(format=99)), "must be 1, got 99"),
+    "newer format": (
+        edit_json("manifest.json", lambda d: d.update(format=99)),
+        r"must be one of \(1, 2\), got 99",
+    ),
     "unknown key": (edit_json("cram.json", lambda d: d.update(code="x")), "must have the keys"),
     "unknown config": (edit_json("cram.json", lambda d: d["config"].update(x=1)), "config keys must be"),
     "wrong type": (edit_json("cram.json", lambda d: d.update(num_layers="2")), "num_layers must be a int"),

@@ -83,8 +83,7 @@ def test_info_describes_models_and_the_installation(place: Path, capsys: pytest.
 @pytest.fixture
 def tiny_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny checkpoints in the place of the built-in base."""
-    for module in (loading, demo):
-        monkeypatch.setattr(module, "base_folder", lambda: place)
+    monkeypatch.setattr(loading, "base_folder", lambda: place)
 
 
 @pytest.mark.usefixtures("tiny_base")
@@ -172,7 +171,7 @@ def refused(
         (["--config", "learning_rat=1"], ("config keys must be among", "learning_rate")),
         (["--config", "sigma=-1"], ("sigma must be positive",)),
         (["--config", "sigma"], ("--config must be KEY=VALUE",)),
-        (["--method", "magic"], ("method must be one of ['cram', 'isolated', 'sequential']",)),
+        (["--method", "magic"], ("method must be one of ['",)),
         (["--stream", "nowhere.yaml"], ("nowhere.yaml",)),
         (["--dtype", "int8"], ("dtype must be one of",)),
         (["--model", "no/such/folder"], ("no/such/folder",)),

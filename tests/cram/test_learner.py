@@ -15,7 +15,6 @@ import torch
 from cram import ContinualLearner
 from cram.atomic import read_json
 from cram.batches import Budget, EncodedSplit, encode_sample, pad_id, training_batch
-from cram.bundle import expert_weights
 from cram.evaluation import generate_answers
 from cram.learner import CACHE_BYTES, task_seed
 from cram.methods import METHODS
@@ -233,10 +232,10 @@ def test_only_the_new_expert_is_trained_and_the_base_never(tmp_path: Path) -> No
     made = learning.learner(tmp_path / "run")
     base = {name: value.clone() for name, value in made.model.state_dict().items() if "experts" not in name}
     made.learn(0)
-    old = {name: (a.clone(), b.clone()) for name, (a, b) in expert_weights(made.cram, 0).items()}
+    old = {name: (a.clone(), b.clone()) for name, (a, b) in made.cram.expert_weights(0).items()}
     centroid = made.cram.router.centroids()[:, 0].clone()
     made.learn(1)
-    for name, (a, b) in expert_weights(made.cram, 0).items():
+    for name, (a, b) in made.cram.expert_weights(0).items():
         assert torch.equal(a, old[name][0]) and torch.equal(b, old[name][1])
     assert torch.equal(made.cram.router.centroids()[:, 0], centroid)
     now = made.model.state_dict()
@@ -247,10 +246,10 @@ def test_only_the_new_expert_is_trained_and_the_base_never(tmp_path: Path) -> No
 def test_sequential_trains_one_lora_further(tmp_path: Path) -> None:
     made = learning.learner(tmp_path / "run", "sequential")
     made.learn(0)
-    first = {name: b.clone() for name, (_, b) in expert_weights(made.cram, 0).items()}
+    first = {name: b.clone() for name, (_, b) in made.cram.expert_weights(0).items()}
     made.learn(1)
     assert made.cram.router.expert_names == ["sequential"]
-    second = {name: b for name, (_, b) in expert_weights(made.cram, 0).items()}
+    second = {name: b for name, (_, b) in made.cram.expert_weights(0).items()}
     assert all(not torch.equal(first[name], second[name]) for name in first)
     made.evaluate(0)
     made.evaluate(1)
@@ -272,8 +271,8 @@ def test_gradient_checkpointing_trains_the_same_expert(tmp_path: Path) -> None:
     plain.learn(0)
     checked = learning.learner(tmp_path / "checked", dropout=0.0, gradient_checkpointing=True)
     checked.learn(0)
-    for name, (a, b) in expert_weights(plain.cram, 0).items():
-        torch.testing.assert_close(expert_weights(checked.cram, 0)[name], (a, b), atol=1e-5, rtol=1e-4)
+    for name, (a, b) in plain.cram.expert_weights(0).items():
+        torch.testing.assert_close(checked.cram.expert_weights(0)[name], (a, b), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -290,7 +289,7 @@ def test_half_precision_bases_train_fp32_experts(dtype: torch.dtype, tmp_path: P
         progress=False,
     )
     made.run()
-    weights = expert_weights(made.cram, 0).values()
+    weights = made.cram.expert_weights(0).values()
     assert all(a.dtype == torch.float32 and bool(a.isfinite().all()) for a, _ in weights)
 
 

@@ -61,12 +61,12 @@ def test_results_go_only_to_what_they_were_computed_from(stacks: list[int]) -> N
     q, k, v = attention(attached)
     x, other = torch.randn(3, q.in_features), torch.randn(3, q.in_features)
     first, second = attached.route(query), attached.route(query, group=1)
-    attached.modules[q.name].state.begin(first.gates, False, None)
+    attached.modules[q.name].state.begin(first)
     q(x)
     torch.testing.assert_close(k(other), alone(k, other))
-    q.state.begin(second.gates, False, None)
+    q.state.begin(second)
     torch.testing.assert_close(v(x), alone(v, x))
-    q.state.begin(first.gates, False, None)
+    q.state.begin(first)
     with torch.no_grad():
         q(x)
     assert k(x.clone().requires_grad_()).requires_grad

@@ -126,6 +126,21 @@ def test_modules_without_history_do_not_count(impl: str) -> None:
     assert orthogonality_penalty([], [], [], [], [], scale=2.0, impl=impl) == 0
 
 
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_as_one_tensor(dtype: torch.dtype, impl: str) -> None:
+    lists = modules((*MIXED, (8, 8, 3, 0)), dtype=dtype)
+    rows = lists["gamma"]
+    matrix = torch.stack(rows).requires_grad_()
+    expected = orthogonality_penalty(
+        *(lists | {"gamma": leaves(lists, "gamma")}).values(), scale=2.0, impl=impl
+    )
+    found = orthogonality_penalty(*(lists | {"gamma": matrix}).values(), scale=2.0, impl=impl)
+    assert torch.equal(found, expected)
+    grads = torch.autograd.grad(expected, rows, materialize_grads=True)
+    assert torch.equal(torch.autograd.grad(found, matrix)[0], torch.stack(grads))
+
+
 def test_orthogonal_expert_costs_nothing() -> None:
     lists = modules(((8, 8, 3, 4),))
     q = lists["bases"][0]
@@ -151,6 +166,9 @@ def test_wrong_pairing_is_caught(name: str) -> None:
         ({"hidden": [torch.zeros(5, 11)]}, "must fit gamma"),
         ({"trained_b": [torch.zeros(3, 16)]}, "must fit gamma"),
         ({"bases": [torch.zeros(12, 3)]}, "must fit gamma"),
+        ({"gamma": torch.zeros(1, 4)}, r"must fit gamma.*\[4, 12\]"),
+        ({"gamma": torch.zeros(2, 5)}, r"equally long, got \[1, 1, 1, 1, 2\]"),
+        ({"gamma": torch.zeros(1)}, r"\[D_out, k\] and \[B\], got"),
         ({"gamma": [torch.zeros(5, 1)]}, r"\[D_out, k\] and \[B\], got"),
         ({"hidden": [torch.zeros(12)]}, r"\[B, D_in\]"),
     ],

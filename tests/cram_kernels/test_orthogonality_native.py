@@ -140,6 +140,33 @@ def test_second_derivative_and_second_backward_raise() -> None:
         loss.backward()
 
 
+def test_an_earlier_backward_leaves_later_ones_and_held_gradients_alone() -> None:
+    inputs = penalty_inputs().to(torch.float32)
+    leaves = [t.requires_grad_() for t in (*inputs.trained_a, *inputs.hidden, *inputs.gamma)]
+    loss = loss_of(inputs)
+    first = torch.autograd.grad(-3 * loss, leaves, retain_graph=True, materialize_grads=True)
+    held = [each.clone() for each in first]
+    second = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    for before, after, other in zip(held, first, second, strict=True):
+        assert torch.equal(before, after) and torch.equal(before, -3 * other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_can_be_clipped_and_accumulated(device: str) -> None:
+    """They lie in one buffer; neither writes outside its own."""
+    inputs = place(penalty_inputs().to(torch.float32), device)
+    a = [each.requires_grad_() for each in inputs.trained_a]
+    loss_of(inputs).backward()
+    with torch.no_grad():
+        once = [each.grad.clone() if each.grad is not None else None for each in a]
+        for each in a[1:]:
+            if each.grad is not None:
+                each.grad.fill_(float("nan"))
+    assert once[0].any() and torch.equal(a[0].grad, once[0])
+    loss_of(inputs).backward()
+    assert torch.equal(a[0].grad, 2 * once[0])
+
+
 def test_gradient_is_multiplied_by_what_comes_in() -> None:
     inputs = penalty_inputs().to(torch.float32)
     a = inputs.trained_a[0].requires_grad_()

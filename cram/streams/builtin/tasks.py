@@ -43,8 +43,13 @@ CORNERS: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class BuiltinTask:
-    """A task's generator with its scoring rule and answer length in tokens."""
+    """A task's generator with its scoring rule and answer length in tokens.
 
+    Attributes:
+        key: Decides the task's pictures together with the stream's seed; no two tasks share one.
+    """
+
+    key: int
     name: str
     draw: Generator
     scorer: str
@@ -186,10 +191,10 @@ def _handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 TASKS: tuple[BuiltinTask, ...] = (
-    BuiltinTask("sketches", draw_sketch, "option_letter", 4),
-    BuiltinTask("charts", draw_chart, "number", 4),
-    BuiltinTask("captions", draw_photo, "caption", 20),
-    BuiltinTask("icons", draw_icons, "option_letter", 4),
-    BuiltinTask("arithmetic", draw_scene, "number", 4),
-    BuiltinTask("digits", draw_digits, "number", 4),
+    BuiltinTask(0, "sketches", draw_sketch, "option_letter", 4),
+    BuiltinTask(1, "charts", draw_chart, "number", 4),
+    BuiltinTask(2, "captions", draw_photo, "caption", 20),
+    BuiltinTask(3, "icons", draw_icons, "option_letter", 4),
+    BuiltinTask(4, "arithmetic", draw_scene, "number", 4),
+    BuiltinTask(5, "digits", draw_digits, "number", 4),
 )

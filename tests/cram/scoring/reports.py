@@ -13,6 +13,7 @@ MATRICES = {
     "sequential": [[90.0], [40.0, 92.0], [10.0, 30.0, 94.0]],
     "isolated": [[90.0], [90.0, 92.0], [90.0, 92.0, 96.0]],
 }
+ENTRIES = ["cram", "alpha", "beta", "gamma", "isolated", "sequential", "cram: no penalty", "cram: odd"]
 
 
 def method_report(name: str, shift: float = 0.0) -> dict[str, Any]:
@@ -44,3 +45,28 @@ def single_seed() -> dict[str, Any]:
 def several_seeds() -> dict[str, Any]:
     seeds = {str(s): {name: method_report(name, shift=float(s)) for name in MATRICES} for s in range(3)}
     return copy.deepcopy({"stream": "toy", "seeds": seeds, "settings": {"note": "<b>plain</b>"}})
+
+
+def comparison(seeds: int = 2) -> dict[str, Any]:
+    """Six methods (the fifth is told the task) and two ablations; Last falls from method to method."""
+    found = {
+        str(seed): {name: _compared(name, place, seed) for place, name in enumerate(ENTRIES)}
+        for seed in range(seeds)
+    }
+    settings = {"model": "toy", "clip": None, "jobs": 2, "config": {"max_steps": 40, "batch_size": 16}}
+    return copy.deepcopy({"stream": "toy", "seeds": found, "settings": settings})
+
+
+def _compared(name: str, place: int, seed: int) -> dict[str, Any]:
+    method = method_report("isolated")
+    rows = [[value - 5 * place + seed for value in row] for row in method["matrix"]]
+    if place:
+        rows[2][0] -= 10.0
+    method.update(matrix=rows, **continual_metrics(rows).to_dict())
+    method["parameters"]["total"] = 1000 * (place + 1)
+    told = name == "isolated"
+    entry = {"method": name.split(":")[0], "changes": {}, "told_task": told, "note": f"About {name}."}
+    method["entry"] = entry
+    method["stored"] = {"values": 1500 * (place + 1), "bundle_bytes": 2_500_000 * (place + 1)}
+    method["inference"] = {"adapted": 1.1 + 0.2 * seed, "base": 1.0, "samples": 4, "tokens": 3}
+    return method

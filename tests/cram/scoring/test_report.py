@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cram.scoring import plots
+from cram.scoring import plots, style
 from cram.scoring.report import write_page
 from cram.scoring.schema import validate_report
 from cram.scoring.summary import Spread, summarise
@@ -143,10 +143,10 @@ def test_summary_of_one_seed_has_no_spread() -> None:
 
 
 def test_colours_are_stable_and_distinct() -> None:
-    colours = plots.method_colours(["olora", "cram", "many", "sequential", *"abcdef"])
-    assert colours["cram"] == plots.METHOD_COLOURS["cram"]
+    colours = style.method_colours(["olora", "cram", "many", "sequential", *"abcdef"])
+    assert colours["cram"] == style.METHOD_COLOURS["cram"]
     assert colours["olora"] != colours["many"]
-    assert plots.method_colours(["cram"])["cram"] == colours["cram"]
+    assert style.method_colours(["cram"])["cram"] == colours["cram"]
 
 
 @pytest.mark.parametrize(("value", "text"), [(12, "12"), (1234, "1.23 K"), (56.6e6, "56.6 M"), (7e9, "7 G")])
@@ -165,17 +165,27 @@ def test_wide_rank_maps_get_a_colour_bar_instead_of_numbers() -> None:
     assert bar.get_ylabel() == "rank"
 
 
-def rows(page: str, label: str) -> list[str]:
-    """The cells of the table row with this heading: 'class text' each."""
-    (row,) = re.findall(rf"<tr><th>{label}</th>.*?</tr>", page, re.S)
-    return [" ".join(cell) for cell in re.findall(r'<td class="(number[^"]*)">([^<]*)', row)]
+def column(page: str, method: str, index: int) -> str:
+    """The class and text of a method's cell in the table of results."""
+    table = page[page.index("<h2>Results</h2>") : page.index("<h2>Cost</h2>")]
+    (row,) = re.findall(rf"</span>{method}</th>(.*?)</tr>", table, re.S)
+    return " ".join(re.findall(r'<td class="(number[^"]*)">([^<]*)', row)[index])
 
 
-def test_the_best_compared_number_of_a_row_is_marked(run_folder: Path) -> None:
+def test_the_best_compared_number_of_a_column_is_marked(run_folder: Path) -> None:
     page = (run_folder / "report.html").read_text(encoding="utf-8")
-    assert rows(page, "Last \\(%\\)") == ["number best 90.00", "number 44.67", "number 92.67"]
-    assert rows(page, "Forgetting") == ["number best 3.00", "number 71.00", "number 0.00"]
-    assert rows(page, "colour-ring") == ["number best 86.00", "number 10.00", "number 90.00"]
+    names = ("cram", "sequential", "isolated")
+    lasts = [column(page, name, 0) for name in names]
+    assert lasts == ["number best 90.00", "number 44.67", "number 92.67"]
+    fallen = [column(page, name, 4) for name in names]
+    assert fallen == ["number best 3.00", "number 71.00", "number 0.00"]
+    finals = page[page.index("Accuracy on each task at the end") :]
+    first = re.findall(r"<tr><th>(\w+)</th><td class=\"(number[^\"]*)\">([^<]*)", finals)
+    assert first[:3] == [
+        ("cram", "number best", "86.00"),
+        ("sequential", "number", "10.00"),
+        ("isolated", "number", "90.00"),
+    ]
 
 
 def test_heat_maps_start_at_the_top_and_curves_follow_one_task() -> None:

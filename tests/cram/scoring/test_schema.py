@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cram.scoring.schema import by_seed, validate_report
-from tests.cram.scoring.reports import TASKS, several_seeds, single_seed
+from tests.cram.scoring.reports import TASKS, comparison, several_seeds, single_seed
 
 Damage = Callable[[dict[str, Any]], object]
 
@@ -20,6 +20,28 @@ def test_valid_reports_are_accepted_as_they_are() -> None:
         assert validate_report(json.loads(json.dumps(report))) == report
     assert list(by_seed(validate_report(single_seed()))) == ["0"]
     assert list(by_seed(validate_report(several_seeds()))) == ["0", "1", "2"]
+
+
+COMPARED = "seeds.1.alpha"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda m: m["entry"].pop("note"), f"{COMPARED}.entry must have the keys"),
+        (lambda m: m["entry"].update(told_task=0), f"{COMPARED}.entry.told_task must be a bool, got 0"),
+        (lambda m: m["entry"].update(changes=[]), f"{COMPARED}.entry.changes must be a dict"),
+        (lambda m: m["stored"].update(bytes=3), f"{COMPARED}.stored must have the keys"),
+        (lambda m: m["stored"].update(values=0), f"{COMPARED}.stored.values must be positive, got 0"),
+        (lambda m: m["inference"].update(base="1"), f"{COMPARED}.inference.base must be a finite number"),
+    ],
+)
+def test_faults_of_a_comparison_are_named(damage: Damage, message: str) -> None:
+    report = comparison()
+    validate_report(report)
+    damage(report["seeds"]["1"]["alpha"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate_report(report)
 
 
 @pytest.mark.parametrize(

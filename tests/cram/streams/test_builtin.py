@@ -9,7 +9,7 @@ import pytest
 
 from cram.scoring import score
 from cram.streams import load_stream
-from cram.streams.builtin import TEST_SAMPLES, build
+from cram.streams.builtin import STREAMS, build
 from cram.streams.builtin.tasks import TASKS, _handwriting
 from cram.streams.types import Sample, Stream
 
@@ -62,7 +62,7 @@ def test_answers_have_their_form_and_score_full(stream: Stream, name: str) -> No
 
 
 def test_sizes_and_order() -> None:
-    assert TEST_SAMPLES >= 256
+    assert STREAMS["builtin"].test_samples >= 256
     names = [task.name for task in load_stream("builtin", seed=0, limit=8).tasks]
     assert names == list(ANSWERS) == [task.name for task in TASKS]
 
@@ -80,3 +80,8 @@ def test_option_letters_are_balanced() -> None:
 def test_sizes_must_be_positive(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be positive, got"):
         build(0, *sizes)
+
+
+def test_an_unknown_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match="name must be one of .* got 'builtin-30'"):
+        build(0, 4, 4, "builtin-30")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cram.streams import StreamError, load_stream, open_images
-from cram.streams.registry import SHIPPED
+from cram.streams.registry import BUILTIN, SHIPPED
 from cram.streams.types import Sample, Stream, Task
 from tests.cram.streams.layouts import CAPTION_TASKS, conversation, dump, picture, write_benchmark
 
@@ -194,24 +194,28 @@ def test_files_that_are_no_stream_are_refused(tmp_path: Path, text: str) -> None
 
 def test_unknown_source_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"stream must be one of \['builtin', 'trigap', 'ucit'\] or the path"
+        ValueError,
+        match=r"stream must be one of \['builtin', 'builtin-20', 'builtin-50', 'trigap', 'ucit'\] or the",
     ):
         load_stream("coin")
 
 
+@pytest.mark.parametrize("name", BUILTIN)
 @pytest.mark.parametrize(
     ("limit", "sizes"), [(None, (240, 25)), (3, (3, 3)), (100, (100, 25)), (999, (240, 25))]
 )
-def test_builtin_stream_is_drawn_by_its_own_module(
-    monkeypatch: pytest.MonkeyPatch, limit: int | None, sizes: tuple[int, int]
+def test_builtin_streams_are_drawn_by_their_own_module(
+    monkeypatch: pytest.MonkeyPatch, name: str, limit: int | None, sizes: tuple[int, int]
 ) -> None:
-    def build(seed: int, train_samples: int, test_samples: int) -> Stream:
+    def build(seed: int, train_samples: int, test_samples: int, name: str) -> Stream:
         samples = [Sample(str(i), (), f"seed {seed}", "a") for i in range(max(train_samples, test_samples))]
-        return Stream("drawn", (Task("x", samples[:train_samples], samples[:test_samples], "accuracy", 4),))
+        return Stream(name, (Task("x", samples[:train_samples], samples[:test_samples], "accuracy", 4),))
 
     drawn = types.ModuleType("cram.streams.builtin")
-    drawn.__dict__.update(TRAIN_SAMPLES=240, TEST_SAMPLES=25, build=build)
+    own = types.SimpleNamespace(train_samples=240, test_samples=25)
+    drawn.__dict__.update(STREAMS={name: own}, build=build)
     monkeypatch.setitem(sys.modules, "cram.streams.builtin", drawn)
-    (task,) = load_stream("builtin", seed=5, limit=limit).tasks
+    stream = load_stream(name, seed=5, limit=limit)
+    (task,) = stream.tasks
     assert (len(task.train), len(task.test)) == sizes
-    assert task.train[0].instruction == "seed 5"
+    assert stream.name == name and task.train[0].instruction == "seed 5"

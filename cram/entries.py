@@ -1,0 +1,165 @@
+"""What a comparison is made of: the registered methods at fair sizes, and CRAM without one of its ideas.
+
+An entry is a method and the fields of `CramConfig` in which its runs differ from the comparison's. Nothing
+else may differ: base, stream, steps, learning rate, scale and seed are the same for all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cram.config import CramConfig
+from cram.methods import METHODS
+
+ABLATED = "cram"
+POOL_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a kind of method may be.
+
+    Attributes:
+        rank: The rank of its LoRAs from the rank of a task, the tasks of the stream, and the rank at which
+            one LoRA equals CRAM's average expert.
+        reason: Why that is fair.
+    """
+
+    rank: Callable[[int, int, int], int]
+    reason: str
+
+
+# Kind (`Method.budget`) -> its size. CRAM's own experts have at most `rank_max` rows in a module.
+BUDGETS: dict[str, Budget] = {
+    "task": Budget(
+        lambda rank_max, tasks, average: rank_max,
+        "at most rank_max rows a task and module, the most that an expert of CRAM may have",
+    ),
+    "pool": Budget(
+        lambda rank_max, tasks, average: max(1, round(tasks * rank_max / POOL_EXPERTS)),
+        f"{POOL_EXPERTS} experts for all tasks that together have rank_max rows a task",
+    ),
+    "branches": Budget(
+        lambda rank_max, tasks, average: max(1, round(2 * tasks * rank_max / (1 + POOL_EXPERTS))),
+        f"one A and {POOL_EXPERTS} B for all tasks, in a square linear with as many trained values as a pool "
+        "of that many experts",
+    ),
+    "one": Budget(
+        lambda rank_max, tasks, average: average,
+        "one LoRA for all tasks with as many trained values as the average expert of CRAM in the same seed",
+    ),
+}
+# What follows the run of CRAM with the same seed, where there is one.
+SIZED_BY_CRAM = "one"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """CRAM without one idea: the fields that switch it off, and what is left."""
+
+    fields: Callable[[CramConfig], dict[str, Any]]
+    note: str
+
+
+# By the name on the command line; the entry is called "cram: no penalty".
+ABLATIONS: dict[str, Ablation] = {
+    "no-centroid-routing": Ablation(
+        lambda config: {"sigma": 1e6},
+        "sigma so large that all experts of the group have the same weight",
+    ),
+    "no-groups": Ablation(lambda config: {"max_groups": 1}, "one instruction group for all tasks"),
+    "fixed-rank": Ablation(
+        lambda config: {"rank_min": config.rank_max},
+        "every expert has rank_max rows in every module",
+    ),
+    "no-novelty-filter": Ablation(
+        lambda config: {"tau_orth": 0.0}, "directions are kept by strength alone and are not projected"
+    ),
+    "no-penalty": Ablation(
+        lambda config: {"penalty_weight": 0.0},
+        "nothing keeps the new expert out of the old ones' output space",
+    ),
+    "as-released": Ablation(
+        lambda config: {"released_code": True},
+        "as the authors' released code departs from the paper, with one route for a batch",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a comparison: a method, or an ablation of CRAM by its name in `ABLATIONS`."""
+
+    method: str
+    ablation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the report."""
+        return self.method if self.ablation is None else f"{self.method}: {self.ablation.replace('-', ' ')}"
+
+    @property
+    def folder(self) -> str:
+        """The run folder's name."""
+        return self.method if self.ablation is None else f"{self.method}-{self.ablation}"
+
+    @property
+    def follows_cram(self) -> bool:
+        """Whether its size depends on the run of CRAM with the same seed."""
+        return METHODS[self.method].budget == SIZED_BY_CRAM
+
+    @property
+    def note(self) -> str:
+        """What it is and how its size was chosen, in a sentence or two."""
+        if self.ablation is not None:
+            return f"CRAM with {self._changed(CramConfig())}: {ABLATIONS[self.ablation].note}."
+        kind = METHODS[self.method]
+        about = " ".join((sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0].split())
+        return f"{about} Size: {BUDGETS[kind.budget].reason}."
+
+    def _changed(self, config: CramConfig) -> str:
+        assert self.ablation is not None
+        return ", ".join(f"{key} = {value}" for key, value in ABLATIONS[self.ablation].fields(config).items())
+
+    def changes(self, config: CramConfig, tasks: int, average: int | None) -> dict[str, Any]:
+        """The fields in which its configuration differs from the comparison's.
+
+        Args:
+            config: The comparison's configuration.
+            tasks: Tasks of the stream.
+            average: The rank at which one LoRA equals CRAM's average expert; None stands for `rank_max`.
+        """
+        if self.ablation is not None:
+            return ABLATIONS[self.ablation].fields(config)
+        rank_max = config.rank_max
+        rank = BUDGETS[METHODS[self.method].budget].rank(rank_max, tasks, average or rank_max)
+        return {} if rank == rank_max else same_rank(rank, config)
+
+
+def entries(methods: Sequence[str], ablations: Sequence[str]) -> list[Entry]:
+    """The entries in the order of the registry and the table, CRAM first.
+
+    Raises:
+        ValueError: If a name is unknown or repeated, there is no method, or ablations come without CRAM.
+    """
+    for what, names, known in (("methods", methods, METHODS), ("ablations", ablations, ABLATIONS)):
+        if len(set(names)) != len(names) or set(names) - known.keys():
+            raise ValueError(f"{what} must be distinct names among {list(known)}, got {list(names)}")
+    if not methods or (ablations and ABLATED not in methods):
+        wanted = f"hold {ABLATED!r}, which is ablated" if ablations else "be at least one"
+        raise ValueError(f"methods must {wanted}, got {list(methods)}")
+    ordered = sorted((name for name in METHODS if name in methods), key=lambda name: name != ABLATED)
+    found = [Entry(name) for name in ordered]
+    return found + [Entry(ABLATED, name) for name in ABLATIONS if name in ablations]
+
+
+def same_rank(rank: int, config: CramConfig) -> dict[str, int]:
+    """The fields of `CramConfig` that give LoRAs this rank."""
+    return {
+        "rank_max": rank,
+        "rank_min": min(config.rank_min, rank),
+        "buffer_rank": max(config.buffer_rank, rank),
+    }

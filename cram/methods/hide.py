@@ -1,0 +1,118 @@
+"""HiDe-LLaVA (arXiv 2503.12941): task LoRAs fused below the top layer, chosen by CLIP anchors in the top one.
+
+Faithful to the released code: every task trains its own LoRA alone. At inference all layers but the top one
+add up the A and the B of all tasks separately, (sum_t B_t)(sum_t A_t), cross terms included. The top layer
+weighs the tasks' LoRAs by softmax_t((cos(v, image_t) + cos(u, text_t)) / 2 / 0.1), where the anchors image_t
+and text_t are the means of a task's training features. Where there is no image, its cosine is 0.
+
+Own readings: rank `rank_max` and projections of the configuration, so that methods are compared at equal
+size; v and u are this package's query (CLIP's projected image feature and its text model's pooled output).
+Every sample is weighed by its own query. The released code takes for each anchor the largest cosine in the
+batch and gives tasks not learnt yet the cosine 0; with `released_code` the first is kept, while the second
+depends on how many tasks will follow and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cram.methods.method import Factors, Method, check_state, new_lora
+from cram.routing import CentroidMean, Query, Route
+from cram_kernels import pack_experts
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
+
+TEMPERATURE = 0.1
+
+
+class HideMethod(Method):
+    """One LoRA a task; fused layers below the top, anchors in the top layer."""
+
+    name = "hide"
+    uses_queries = True
+
+    def __init__(self, cram: Cram) -> None:
+        super().__init__(cram)
+        self._image = torch.zeros(0, cram.encoder.image_dim)
+        self._text = torch.zeros(0, cram.encoder.text_dim)
+        self._means = CentroidMean(), CentroidMean()
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Start the task's LoRA and its anchors, zero until the first query."""
+        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        self._image, self._text = (F.pad(anchors, (0, 0, 0, 1)) for anchors in (self._image, self._text))
+        self._means = CentroidMean(), CentroidMean()
+
+    def observe(self, query: Query) -> None:
+        """Move the task's anchors to the mean of the queries so far, weighted by sample."""
+        image, text = self._means
+        image.update(query.image, query.has_image)
+        text.update(query.text)
+        for mean, anchors in ((image, self._image), (text, self._text)):
+            if mean.count:
+                anchors[-1] = mean.mean()
+
+    def end_task(self) -> None:
+        """Freeze the LoRA and fuse it with the older ones."""
+        self.cram.freeze()
+        self._fuse()
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """In training the newest LoRA alone, [L, 1, E]; else the anchors' weights, equal in all layers."""
+        experts, layers = self.cram.num_experts, self.cram.router.num_layers
+        if training:
+            gates = torch.eye(experts)[-1:]
+        else:
+            assert query is not None
+            gates = anchor_gates(query, self._image, self._text, batch_maximum=self.config.released_code)
+        return Route(gates.expand(layers, -1, -1), torch.full((len(gates),), -1))
+
+    def state(self) -> dict[str, Tensor]:
+        """The anchors, one row a task: image [E, D_q] and text [E, D_t]."""
+        return {"image_anchors": self._image, "text_anchors": self._text}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the anchors and fuse the loaded experts."""
+        experts, encoder = self.cram.num_experts, self.cram.encoder
+        check_state(
+            tensors,
+            {"image_anchors": (experts, encoder.image_dim), "text_anchors": (experts, encoder.text_dim)},
+        )
+        self._image, self._text = tensors["image_anchors"].clone(), tensors["text_anchors"].clone()
+        self._fuse()
+
+    def _fuse(self) -> None:
+        """Rebuild the fused pack of every module below the top layer."""
+        indices = range(self.cram.num_experts)
+        for module in self.cram.modules.values():
+            if indices and module.layer < self.cram.router.num_layers - 1:
+                a, b = fused(module.factors(indices))
+                module.merged = pack_experts([a], [b], self.config.scale)
+
+
+def fused(parts: Sequence[Factors]) -> Factors:
+    """Sum of the a [r, D_in] and sum of the b [D_out, r] of LoRAs of one rank."""
+    return torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)
+
+
+def anchor_gates(query: Query, image: Tensor, text: Tensor, batch_maximum: bool = False) -> Tensor:
+    """Weights [S, E] of E tasks for S samples, from image anchors [E, D_q] and text anchors [E, D_t].
+
+    Args:
+        query: Features of S samples; an absent image has cosine 0 with every anchor.
+        image: Mean image features, a row a task.
+        text: Mean text features.
+        batch_maximum: Use for each anchor the largest cosine of the batch, for images and texts apart, so
+            that the result is [1, E].
+    """
+    pairs = ((query.image, image), (query.text, text))
+    cosines = [F.cosine_similarity(rows[:, None], anchors.to(rows), dim=-1) for rows, anchors in pairs]
+    if batch_maximum:
+        cosines = [cosine.amax(0, keepdim=True) for cosine in cosines]
+    return torch.softmax((cosines[0] + cosines[1]) / 2 / TEMPERATURE, dim=-1)

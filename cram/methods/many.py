@@ -1,0 +1,105 @@
+"""MAny (arXiv 2604.14016): a LoRA a task, merged after training by algebra alone. Own reading of the paper.
+
+There is no public code; the equations are the paper's, everything below is how they are read here.
+
+LPM: each task trains its own LoRA alone. After it, every module's LoRAs are merged by the recursion of
+`cram.merge`, in float64 on the CPU, and at inference the merged weight alone acts, on every sample and
+without a router. Whether the regression is on the rows of A, on activations or on B is not public; rho is
+unknown. The bundle keeps the tasks' LoRAs and not the recursion's state: the merged weight is made of them
+again at loading, which takes no more than the algebra did.
+
+CPM: each task also trains a small LoRA on the projector's linears (a full copy of a 7B model's projector
+would be 21 million values a task), and the outputs of the tasks' projectors are mixed per image by visual
+prototypes, see `cram.projector`. Families whose projector is a part of the vision tower (Qwen's) do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cram.merge import merge
+from cram.methods.method import Method, check_state, new_lora, uniform_route
+from cram.projector import MixedProjector
+from cram.routing import Query, Route
+from cram_kernels import pack_experts
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
+
+RHO = 1e-2  # small against the squared norm of a fresh row of A, 1 / 3
+TEMPERATURE = 0.1
+
+
+class ManyMethod(Method):
+    """One LoRA a task, merged; one projector LoRA a task, mixed."""
+
+    name = "many"
+
+    def __init__(self, cram: Cram) -> None:
+        super().__init__(cram)
+        parts = cram.projector, cram.vision_tower
+        self.projector = None if parts[0] is None else MixedProjector(cram, parts[0], parts[1], TEMPERATURE)
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Start the task's LoRAs."""
+        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        if self.projector is not None:
+            self.projector.begin_task(new_lora(self.projector, self.config.rank_max))
+
+    def before_step(self, step: int) -> list[nn.Parameter] | None:
+        """The task's LoRAs of the language model and of the projector, from the first step on."""
+        found = super().before_step(step)
+        return found if found is None or self.projector is None else [*found, *self.projector.trainable()]
+
+    def end_task(self) -> None:
+        """Freeze the LoRAs and merge those of the language model with the older ones."""
+        self.cram.freeze()
+        if self.projector is not None:
+            self.projector.end_task()
+        self._merge()
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """In training the newest LoRA alone; else gate 1, which the merged weights do not read."""
+        route = uniform_route(self.cram)
+        if training:
+            route.gates[:, :, :-1] = 0
+        return route
+
+    def state(self) -> dict[str, Tensor]:
+        """LoRAs and prototypes of the projector, by "projector.<name>"."""
+        kept = {} if self.projector is None else self.projector.state()
+        return {f"projector.{name}": tensor for name, tensor in kept.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the projector's state and merge the loaded experts."""
+        shapes = {}
+        if self.projector is not None:
+            shapes = self.projector.shapes(self.cram.num_experts, self.config.rank_max)
+        check_state(tensors, {f"projector.{name}": shape for name, shape in shapes.items()})
+        if self.projector is not None:
+            self.projector.load_state({name: tensors[f"projector.{name}"] for name in shapes})
+        self._merge()
+
+    def trained_values(self) -> int:
+        """Values of the projector's LoRAs."""
+        return sum(tensor.numel() for name, tensor in self.state().items() if name[-2:] in (".a", ".b"))
+
+    def release(self) -> None:
+        """Give back the plain projector."""
+        if self.projector is not None:
+            self.projector.release()
+
+    def _merge(self) -> None:
+        """Rebuild the merged pack of every module."""
+        indices = range(self.cram.num_experts)
+        for module in self.cram.modules.values():
+            if indices:
+                a, b = (
+                    side.to(module.weight.device, torch.float32)
+                    for side in merge(module.factors(indices), RHO)
+                )
+                module.merged = pack_experts([a], [b], self.config.scale)

@@ -1,0 +1,80 @@
+"""MoELoRA of CoIN (arXiv 2403.08350): a router in every module weighs 8 LoRAs a token; all train always.
+
+    y = W0 x + b + sum_e softmax(W_g x)_e * scale * B_e A_e x
+
+Faithful to the released code: a dense softmax per token, a router W_g [8, D_in] without bias in every module,
+experts and router shared by all tasks and trained further by each, no auxiliary loss. The router reads the
+layer's input without dropout. Own reading: the target linears are the configuration's, each expert has rank
+`rank_max`, and the router starts as `nn.Linear` does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cram.experts import LayerState
+from cram.gating import LayerGating
+from cram.methods.method import Method, new_lora
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
+
+EXPERTS = tuple(f"expert{index}" for index in range(8))
+
+
+class TokenRouter(LayerGating):
+    """softmax(W_g x) per token; a decode step needs nothing of the prefill."""
+
+    def __init__(self, in_features: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, in_features), requires_grad=False)
+
+    def reset(self) -> None:
+        """The initial values of `nn.Linear`."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+        """Gates [B * T, E] for x [B, T, D_in]."""
+        logits = F.linear(x, self.weight.to(x.dtype)).flatten(0, -2)
+        return logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class MoELoraMethod(Method):
+    """One pool of experts and routers that every task trains further."""
+
+    name = "moelora"
+    budget = "pool"
+
+    def __init__(self, cram: Cram) -> None:
+        """Installs a router in every module."""
+        super().__init__(cram)
+        for module in cram.modules.values():
+            module.gating = TokenRouter(module.in_features, len(EXPERTS)).to(module.weight.device)
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Put experts and routers, new or as the last task left them, into training."""
+        cram = self.cram
+        if cram.num_experts:
+            weights = [cram.expert_weights(index) for index in range(len(EXPERTS))]
+        else:
+            weights = [new_lora(cram, self.config.rank_max) for _ in EXPERTS]
+            for router in self._routers():
+                router.reset()
+        cram.set_experts(EXPERTS, weights, trained=len(EXPERTS))
+        for router in self._routers():
+            router.requires_grad_(True)
+
+    def end_task(self) -> None:
+        """Freeze experts and routers."""
+        super().end_task()
+        for router in self._routers():
+            router.requires_grad_(False)
+
+    def _routers(self) -> list[TokenRouter]:
+        gatings = [module.gating for module in self.cram.modules.values()]
+        return [gating for gating in gatings if isinstance(gating, TokenRouter)]

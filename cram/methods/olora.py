@@ -1,0 +1,45 @@
+"""O-LoRA (arXiv 2310.14152): one LoRA a task, its A kept orthogonal to all older ones; all of them add up.
+
+    loss = cross-entropy + 0.5 * sum over modules of sum_ij |A_old A_new^T|_ij
+
+Faithful to the released code: the entrywise sum of magnitudes (not a squared norm) over the A of all older
+tasks, which are frozen, and gate 1 for every task at test time. The released code can also penalise the norms
+of the new factors; its weight there is 0 in the paper's runs, so this file has no such term. Own reading: the
+target linears are the configuration's, and each LoRA has rank `rank_max`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cram.methods.method import Method, new_lora
+
+WEIGHT = 0.5
+
+
+class OLoraMethod(Method):
+    """Each task trains its own LoRA beside the older, frozen ones."""
+
+    name = "olora"
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Start the task's LoRA."""
+        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+
+    def extra_loss(self) -> Tensor | None:
+        """The weighted overlap of the new A with the older ones; none in the first task."""
+        if self.cram.num_experts < 2:
+            return None
+        terms = []
+        for module in self.cram.modules.values():
+            experts = module.experts
+            assert experts is not None and experts.trained_a is not None
+            older = experts.a[: experts.total_rank - experts.trained_rank]
+            terms.append(overlap(older, experts.trained_a))
+        return WEIGHT * torch.stack(terms).sum()
+
+
+def overlap(older: Tensor, new: Tensor) -> Tensor:
+    """sum_ij |older new^T|_ij of the rows older [R, D_in] and new [r, D_in], a scalar."""
+    return (older @ new.mT).abs().sum()

@@ -1,0 +1,138 @@
+"""SMoLoRA (arXiv 2411.13949): a visual and an instruction half of LoRAs, one expert of each fused per token.
+
+    y = W0 x + b + alpha u + beta f        u = scale B_v A_v x,  f = scale B_i A_i x
+    v = argmax R_v mean(x),  i = argmax R_i e        [alpha, beta] = softmax([I_v . u, I_f . f]) per token
+
+Four experts a half; mean(x) runs over the sample's tokens, e is the feature of its instruction. As I_v . u is
+linear in x, the fusion scores are one small product of x with the rows scale A_k^T B_k^T I, and the layer is
+the usual one under token gates.
+
+Faithful to the released code: a hard top-1 gate passes no gradient to its router. There R_v and R_i are
+"trained" in the first task only, which leaves them at their initial values; here they are constants from the
+start and saved. Experts and I_v, I_f are trained by every task; the scale is inside the fusion scores.
+Own reading: e is CLIP's text feature (the released code has one sentence embedding a task). The mean leaves
+padding out, where the released one depends on the batch, and logits are made without dropout. A and the
+routers start as in the other methods; each expert has rank `rank_max`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cram.experts import ExpertLinear, LayerState
+from cram.gating import LayerGating
+from cram.methods.method import Method, new_lora
+from cram.routing import Query, Route
+from cram.sample_gates import token_means, top_gates
+from cram_kernels import PackedExperts
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
+
+HALF = 4
+EXPERTS = tuple(f"{half}{index}" for half in ("visual", "instruction") for index in range(HALF))
+
+
+def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
+    """Rows scale A_e^T B_e^T I, with the half's I in fusion [2, D_out]: row e times x is expert e's score.
+
+    Returns:
+        [E, D_in]; gradients reach trained experts and `fusion`.
+    """
+    whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
+    a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
+    assert a is not None and bt is not None
+    owner = experts.expert_of_row
+    scores = (bt * fusion.repeat_interleave(experts.num_experts // 2, 0)[owner]).sum(1, keepdim=True)
+    rows = torch.zeros(experts.num_experts, a.shape[1], dtype=a.dtype, device=a.device)
+    return rows.index_add(0, owner, experts.scale * scores * a)
+
+
+def fused_gates(x: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
+    """Token gates [B * T, E] of x [B, T, D_in] for one expert of each half, chosen [B, E] in {0, 1}."""
+    scores = F.linear(x, rows.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+    used = chosen[:, None].expand(scores.shape)
+    own = scores.masked_fill(used == 0, 0).unflatten(-1, (2, -1)).sum(-1)
+    weights = own.softmax(-1).repeat_interleave(scores.shape[-1] // 2, -1)
+    return (weights * used.to(weights)).flatten(0, 1)
+
+
+class SeparableGating(LayerGating):
+    """Routers and fusion of one module."""
+
+    visual_router: Tensor
+    instruction_router: Tensor
+
+    def __init__(self, linear: ExpertLinear, text_dim: int) -> None:
+        super().__init__()
+        self._linear = (linear,)  # in a tuple, so that it does not become a part of its own part
+        self.register_buffer("visual_router", torch.zeros(HALF, linear.in_features))
+        self.register_buffer("instruction_router", torch.zeros(HALF, text_dim))
+        self.fusion = nn.Parameter(torch.zeros(2, linear.out_features), requires_grad=False)
+
+    def reset(self) -> None:
+        """The initial values of `nn.Linear`."""
+        for weight in (self.visual_router, self.instruction_router):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.fusion.shape[1])
+        nn.init.uniform_(self.fusion, -bound, bound)
+
+    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+        """Gates [B * T, E] for x [B, T, D_in] and the instructions' features [S, D_t] of the route."""
+        linear = self._linear[0]
+        experts, features, name = linear.experts, state.features, linear.name
+        assert experts is not None and features is not None
+
+        def choose() -> Tensor:
+            visual = top_gates(token_means(x, state.mask) @ self.visual_router.t(), 1)
+            instruction = top_gates(features @ self.instruction_router.t(), 1)
+            return torch.cat([visual, instruction.repeat_interleave(len(x) // len(features), 0)], 1)
+
+        rows = state.once(f"{name}.rows", lambda: fusion_rows(experts, self.fusion))
+        return fused_gates(x, state.once(f"{name}.chosen", choose), rows)
+
+
+class SMoLoraMethod(Method):
+    """Two halves of four experts that every task trains further."""
+
+    name = "smolora"
+    uses_queries = True
+    budget = "pool"
+
+    def __init__(self, cram: Cram) -> None:
+        """Installs routers and fusion in every module."""
+        super().__init__(cram)
+        self._gatings: list[SeparableGating] = []
+        for module in cram.modules.values():
+            gating = SeparableGating(module, cram.encoder.text_dim).to(module.weight.device)
+            self._gatings.append(gating)
+            module.gating = gating
+
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Put the experts and the fusion, new or as the last task left them, into training."""
+        cram = self.cram
+        if not cram.num_experts:
+            for gating in self._gatings:
+                gating.reset()
+        pool = [cram.expert_weights(index) for index in range(cram.num_experts)]
+        pool = pool or [new_lora(cram, self.config.rank_max) for _ in EXPERTS]
+        cram.set_experts(EXPERTS, pool, len(EXPERTS))
+        for gating in self._gatings:
+            gating.requires_grad_(True)
+
+    def end_task(self) -> None:
+        """Freeze experts and fusion."""
+        super().end_task()
+        for gating in self._gatings:
+            gating.requires_grad_(False)
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """The route's features are those of the instructions [S, D_t]."""
+        assert query is not None
+        gates = torch.ones(self.cram.router.num_layers, len(query), self.cram.num_experts)
+        return Route(gates, torch.full((len(query),), -1), features=query.text)

@@ -1,0 +1,57 @@
+"""Every registered method's layer is measured, at equal rank and on the base's own weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import methods
+from benchmarks.models import random_llava
+from cram.methods import METHODS
+
+CPU = torch.device("cpu")
+
+
+def test_every_method_is_measured_against_cram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert methods.main(["--toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "methods.json").read_text())
+    assert [cell["case"]["op"] for cell in found["cases"]] == ["forward", "train"] * 2
+    for cell in found["cases"]:
+        assert cell["rows"].keys() == METHODS.keys() and next(iter(cell["rows"])) == "cram"
+        assert cell["rows"]["cram"]["over_cram"] == 1.0
+        assert all(row["median_us"] > 0 for row in cell["rows"].values())
+    page = (tmp_path / "methods.md").read_text()
+    assert capsys.readouterr().out.endswith(page) and "Goal: at most 1.3 x. Worst: " in page
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_last_task_is_in_training_at_equal_rank(name: str) -> None:
+    base = random_llava(methods.SHAPES["toy"], CPU, torch.float32, samples=1).model
+    weights = {p.data_ptr() for p in base.parameters()}
+    model = methods.grown(base, name, CPU)
+    assert weights <= {p.data_ptr() for p in model.parameters()}
+    for module in model.cram.modules.values():
+        assert module.trainable()
+        total = (len(module.experts.a) + len(module.experts.bt)) / 2
+        assert total == pytest.approx(methods.TASKS * methods.ROWS, rel=0.15) or name == "many"
+    for training in (False, True):
+        for step in methods.layer_steps(model, 8, torch.float32, training):
+            found = step()
+            grads = found if training else (found,)
+            assert all(torch.isfinite(t).all() for t in grads if t is not None)
+            assert not training or sum(t is not None for t in found) >= 2
+
+
+def test_a_missed_goal_is_said() -> None:
+    row = {"median_us": 1.0, "over_cram": 1.0}
+    cell = {"name": "methods/forward/x", "rows": {"cram": row, "slow": {"median_us": 2.0, "over_cram": 2.0}}}
+    environment = {"machine": "m", "cpu": "c", "threads": 1, "commit": "0", "load": 0.0, "load_after": 0.0}
+    page = "\n".join(methods.lines({"environment": environment, "cases": [cell]}))
+    assert "Worst: 2.00 x, slow, methods/forward/x: **missed**" in page
+    cell["rows"]["slow"]["over_cram"] = 1.2
+    assert "1.20 x, slow, methods/forward/x: holds" in "\n".join(
+        methods.lines({"environment": environment, "cases": [cell]})
+    )

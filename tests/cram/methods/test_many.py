@@ -1,0 +1,125 @@
+"""MAny: what acts in training and at inference, what is stored, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cram import attach
+from cram.attach import Cram
+from cram.methods.many import RHO
+from tests.cram import factories, learning
+
+MODELS = ("llava", "qwen2_5_vl", "internvl")
+
+
+def learnt(family: str, tasks: int = 2) -> tuple[Any, Cram]:
+    """A model of a family after tasks whose LoRAs are random."""
+    clip = factories.clip_model()
+    model = factories.llava(clip=clip) if family == "llava" else factories.MODELS[family]()
+    cram = attach(model, learning.config(method="many", dropout=0.0), factories.clip_encoder(model, clip))
+    for task in range(tasks):
+        learn(cram, f"task{task}")
+    return model.eval(), cram
+
+
+def learn(cram: Cram, task: str) -> None:
+    cram.method.begin_task(task, 5)
+    randomise(cram)
+    cram.method.end_task()
+
+
+def randomise(cram: Cram) -> None:
+    parameters = cram.method.before_step(0)
+    assert parameters is not None
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def logits(model: Any, family: str, images: int = 0) -> Tensor:
+    with torch.no_grad():
+        return model(**factories.inputs(family, images=images, rows=2)).logits
+
+
+def folded(model: Any, family: str, cram: Cram, updates: dict[str, Tensor]) -> Tensor:
+    """Logits of the base model with an update [D_out, D_in] added to every adapted weight."""
+    kept = {path: module.base.weight.clone() for path, module in cram.modules.items()}
+    for path, module in cram.modules.items():
+        module.base.weight += updates[path]
+    with cram.disabled():
+        found = logits(model, family)
+    for path, module in cram.modules.items():
+        module.base.weight.copy_(kept[path])
+    return found
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_at_inference_the_batch_optimum_acts(family: str) -> None:
+    model, cram = learnt(family, tasks=3)
+    updates = {}
+    for path, module in cram.modules.items():
+        parts = [(a.double(), 2.0 * b.double()) for a, b in module.factors(range(3))]
+        gram = sum(a.T @ a for a, _ in parts) + RHO * torch.eye(module.in_features, dtype=torch.float64)
+        target = sum(b @ a @ a.T @ a for a, b in parts)
+        updates[path] = torch.linalg.solve(gram, target, left=False).float()
+    found = logits(model, family)
+    torch.testing.assert_close(found, folded(model, family, cram, updates), atol=1e-4, rtol=1e-4)
+    zero = {path: torch.zeros_like(update) for path, update in updates.items()}
+    assert (found - folded(model, family, cram, zero)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_in_training_the_newest_acts_alone() -> None:
+    model, cram = learnt("llava")
+    cram.method.begin_task("new", 5)
+    randomise(cram)
+    updates = {}
+    for path, module in cram.modules.items():
+        ((a, b),) = module.factors([2])
+        updates[path] = 2.0 * b @ a
+    found = logits(model.train(), "llava")
+    torch.testing.assert_close(found, folded(model, "llava", cram, updates), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_forced_expert_acts_alone() -> None:
+    model, cram = learnt("llava")
+    updates = {}
+    for path, module in cram.modules.items():
+        ((a, b),) = module.factors([0])
+        updates[path] = 2.0 * b @ a
+    with cram.forced("task0"):
+        found = logits(model, "llava")
+    torch.testing.assert_close(found, folded(model, "llava", cram, updates), atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_weight_has_the_sum_of_the_ranks_or_the_width() -> None:
+    _, cram = learnt("llava", tasks=5)
+    for module in cram.modules.values():
+        assert module.merged is not None and module.merged.num_experts == 1 and not module.merged.trained
+        assert module.merged.ranks == (min(20, module.in_features, module.out_features),)
+
+
+def test_projector_values_are_counted() -> None:
+    _, cram = learnt("llava")
+    mixed = cram.method.projector
+    assert mixed is not None
+    sizes = [linear.in_features + linear.out_features for linear in mixed.modules.values()]
+    assert cram.method.trained_values() == 2 * 4 * sum(sizes)
+
+
+def test_a_wrong_state_changes_nothing() -> None:
+    _, cram = learnt("llava")
+    state = {name: tensor.clone() for name, tensor in cram.method.state().items()}
+    with pytest.raises(ValueError, match=r"missing \['projector.prototypes'\]"):
+        cram.method.load_state({n: t + 1 for n, t in state.items() if n != "projector.prototypes"})
+    with pytest.raises(
+        ValueError, match=r"projector.linear_1.a must have shape \[2, 4, 24\], got \[1, 4, 24\]"
+    ):
+        cram.method.load_state({**state, "projector.linear_1.a": state["projector.linear_1.a"][:1]})
+    assert all(torch.equal(tensor, state[name]) for name, tensor in cram.method.state().items())
