@@ -39,9 +39,19 @@ CRAM_PAIRS inline __m512 dot(__m512 total, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
 }
 
+// The sums of four registers, in order.
+CRAM_PAIRS inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 // The last tile of a group of rows asks for the next group's lines: each row starts where no prefetcher has been.
-template <typename W, int Tokens, int Rows>
+template <typename W, int Tokens>
 CRAM_PAIRS inline void shrink_tile(const Shrink& s, int64_t t, int64_t j) {
+  constexpr int Rows = 4;
   const Half* x[Tokens];
   const W *w[Rows], *next[Rows];
   const bool ahead = t + Tokens >= s.tokens && j + Rows < s.count;
@@ -77,9 +87,9 @@ CRAM_PAIRS inline void shrink_tile(const Shrink& s, int64_t t, int64_t j) {
     }
   }
   for (int i = 0; i < Tokens && t + i < s.tokens; ++i) {
-    for (int r = 0; r < Rows && j + r < s.count; ++r) {
-      s.z[(t + i) * s.z_stride + j + r] = sum<16>(total[i][r]);
-    }
+    float* z = s.z + (t + i) * s.z_stride + j;
+    const __mmask8 rows = (1u << std::min<int64_t>(Rows, s.count - j)) - 1;
+    _mm_mask_storeu_ps(z, rows, sums(total[i][0], total[i][1], total[i][2], total[i][3]));
   }
 }
 
@@ -87,11 +97,11 @@ template <typename W>
 CRAM_PAIRS void shrink_rows(const Shrink& s) {
   for (int64_t j = 0; j < s.count; j += 4) {
     int64_t t = 0;
-    for (; t + 2 < s.tokens; t += 4) shrink_tile<W, 4, 4>(s, t, j);
+    for (; t + 2 < s.tokens; t += 4) shrink_tile<W, 4>(s, t, j);
     if (t + 1 < s.tokens) {
-      shrink_tile<W, 2, 4>(s, t, j);
+      shrink_tile<W, 2>(s, t, j);
     } else if (t < s.tokens) {
-      shrink_tile<W, 1, 4>(s, t, j);
+      shrink_tile<W, 1>(s, t, j);
     }
   }
 }
