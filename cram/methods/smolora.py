@@ -47,10 +47,10 @@ def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
     whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
     a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
     assert a is not None and bt is not None
-    owner = experts.expert_of_row
-    scores = (bt * fusion.repeat_interleave(experts.num_experts // 2, 0)[owner]).sum(1, keepdim=True)
-    rows = torch.zeros(experts.num_experts, a.shape[1], dtype=a.dtype, device=a.device)
-    return rows.index_add(0, owner, experts.scale * scores * a)
+    owner, half = experts.expert_of_row, experts.num_experts // 2
+    scores = (fusion @ bt.t()).repeat_interleave(half, 0)
+    own = owner == torch.arange(experts.num_experts, device=owner.device)[:, None]
+    return torch.where(own, experts.scale * scores, 0) @ a
 
 
 def fused_gates(x: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
