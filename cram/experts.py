@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cram.gating import LayerGating
 from cram.routing import Route
-from cram.siblings import Siblings
+from cram.siblings import Siblings, pays
 from cram_kernels import PackedExperts, expert_lora, pack_experts, visual_mean
 
 
@@ -154,21 +154,18 @@ class ExpertLinear(nn.Module):
         state, packed, base = self.state, self.acting, self.base
         if state.disabled or packed is None:
             return base(x)
-        gates = self._gates(x)
+        gates = self._gates(x, packed)
         if state.visual is not None:
             self.hidden = state.pool(x, state.visual.to(x.device))
-        if not self.training or not self.dropout or not packed.trained:
-            found = None
-            if self.siblings is not None and self.shares_gates:
-                found = self.siblings.output(self, x, gates)
-            if found is None:
-                found = expert_lora(x, base.weight, base.bias, packed, gates.to(x.device))
-            return found
-        # From torch's generator: checkpointing restores its state before it runs a layer again.
-        seed = int(torch.randint(2**31 - 1, ()))
-        return expert_lora(
-            x, base.weight, base.bias, packed, gates.to(x.device), dropout=self.dropout, seed=seed
-        )
+        dropped: dict[str, Any] = {}
+        if self.training and self.dropout and packed.trained:
+            # From torch's generator: checkpointing restores its state before it runs a layer again.
+            dropped = {"dropout": self.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
+        elif self.siblings is not None and pays(x) and self.shares_gates:
+            found = self.siblings.output(self, x, gates)
+            if found is not None:
+                return found
+        return expert_lora(x, base.weight, base.bias, packed, gates.to(x.device), **dropped)
 
     @property
     def acting(self) -> PackedExperts | None:
@@ -184,18 +181,17 @@ class ExpertLinear(nn.Module):
         """Whether the gates of what acts are the route's, which a layer's linears have in common."""
         return (self.gating is None or self.state.final) and self.acting is self.experts
 
-    def _gates(self, x: Tensor) -> Tensor:
+    def _gates(self, x: Tensor, acting: PackedExperts) -> Tensor:
         """The gates of what acts: 1 of the warm-up LoRA and of merged experts, else the gating's or the
         route's."""
-        acting, gates = self.acting, self.state.gates
-        if acting is not self.experts:
-            assert acting is not None
+        gates, gating = self.state.gates, self.gating
+        if acting is self.buffer or acting is self.merged:
             return self.state.one(x.device).expand(1, acting.gate_columns)
         if gates is None:
             raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
-        if self.gating is None or self.state.final:
+        if gating is None or self.state.final:
             return gates[self.layer]
-        return self.gating(x, gates[self.layer].to(x.device), self.state)
+        return gating(x, gates[self.layer].to(x.device), self.state)
 
     def append(self, a: Tensor, b: Tensor, scale: float, trained: bool) -> None:
         """Appends an expert, a [r, D_in] and b [D_out, r]; the experts before it are frozen."""

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+# Where one call for several linears costs less than one each: it reads their input once there.
+DEVICES = ("cuda",)
+
+
+def pays(x: Tensor) -> bool:
+    """Whether an input's linears are computed together."""
+    return x.device.type in DEVICES
+
+
 class Siblings:
     """Up to three adapted linears of one decoder layer and the results that wait for their calls."""
 

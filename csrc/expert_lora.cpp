@@ -74,7 +74,7 @@ void whole_block(const Forward& f, const Gating& gate, const Factors& u, Range c
 
 void run(const Forward& f) {
   const Layer& layer = f.layer;
-  const Gating gate = gating(layer.gates, layer.owner, f.tokens, layer.scale, f.first, true, true);
+  const Gating gate = gating(layer, f.tokens, f.first, true, true);
   const int64_t rows = static_cast<int64_t>(gate.rows.size());
   const int64_t threads = threads_for(layer, f.tokens, f.few() ? layer.d_out : rows);
   const Blocks blocks = shrink_blocks(f.tokens, rows, f.keep != nullptr);
@@ -89,7 +89,7 @@ void run(const Forward& f) {
     const Range js = block(index % blocks.row_blocks(), blocks.row_step, rows);
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
     float* values = scratch(sums + (f.keep ? (ts.end - ts.begin) * layer.d_in : 0));
-    project(shrink, f.x, layer.d_in, f.down, gate, ts, js, f.keep, values, values + sums);
+    project(shrink, f.x, layer.d_in, f.down, gate.down, ts, js, f.keep, values, values + sums);
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* row = values + (t - ts.begin) * width;
       u.set(t, js.begin, std::min(js.end, gate.live), row, gate.of(t) + js.begin);

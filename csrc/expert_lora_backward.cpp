@@ -4,7 +4,7 @@
 //     dA = dZ^T drop(X)    dBt = U^T dY    U = Z o w          both for the last rows, which are trained
 //
 // The products over tokens are EXPANDs too: their factors are dZ^T and U^T, their rows the tokens. Tokens for which
-// all trained gates are 0 are left out of them.
+// all trained gates are 0 are left out of them. A shared A is trained whole, by the sum of dZ over all experts.
 
 #include "expert_lora_layer.h"
 #include "tasks.h"
@@ -75,6 +75,7 @@ struct Backward {
   const bool pairs;
   const Gating gate;
   const Trained trained;
+  const std::optional<Trained> everyone;  // all rows and the tokens that use them, for a shared A
   const int64_t rows, threads;
   const Blocks blocks;
   Factors dz, dz_t, u_t;
@@ -86,7 +87,7 @@ struct Backward {
   int64_t expands, grams_a, grams_b;
 
   static int64_t first_wanted(const Layer& layer, Needs need, int64_t tail) {
-    return need.gates ? 0 : need.a && !need.x ? tail : layer.rows;
+    return need.gates ? 0 : need.a && !need.x ? (layer.shared() ? 0 : tail) : layer.rows;
   }
 
   static ExpandTile expand_tile(bool pairs, const Matrix& w, bool half) {
@@ -100,13 +101,13 @@ struct Backward {
         x(matrix(x_in, "x")), z(matrix(z_in, "z")), down(matrix(layer.a, "a")), up(matrix(layer.bt, "bt")),
         dx(matrix(to.x, "dx")), da(matrix(to.a, "da")), db(matrix(to.b, "db")),
         kept_from(layer.rows - z_in.size(1)), pairs(dy.half && has_pairs()),
-        gate(gating(
-            layer.gates, layer.owner, tokens, layer.scale, first_wanted(layer, need, tail), need.x, need.gates)),
+        gate(gating(layer, tokens, first_wanted(layer, need, tail), need.x, need.gates)),
         trained(trained_rows(layer, tokens, need.a || need.b ? tail : layer.rows)),
+        everyone(layer.shared() && need.a ? std::optional(trained_rows(layer, tokens, 0)) : std::nullopt),
         rows(static_cast<int64_t>(gate.rows.size())),
         threads(threads_for(layer, tokens, std::max(rows, trained.rows))),
-        blocks(shrink_blocks(tokens, rows, false)), dz(tokens, need.x ? gate.live : 0, pairs),
-        dz_t(need.a ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), pairs),
+        blocks(shrink_blocks(tokens, rows, everyone.has_value())), dz(tokens, need.x ? gate.live : 0, pairs),
+        dz_t(rows_of_da(), static_cast<int64_t>(of_a().tokens.size()), pairs),
         u_t(need.b ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), pairs),
         products(need.gates ? tokens * layer.rows : 0),
         dgates(static_cast<float*>(to.gates.mutable_data_ptr())),
@@ -116,9 +117,13 @@ struct Backward {
         step_in(column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
         block_tokens(token_step(tokens, divided(layer.d_in, step_in), threads)) {
     expands = need.x && gate.live ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
-    grams_a = need.a && trained.rows ? divided(layer.d_in, step_in) : 0;
+    grams_a = rows_of_da() ? divided(layer.d_in, step_in) : 0;
     grams_b = need.b && trained.rows ? divided(layer.d_out, step_out) : 0;
   }
+
+  const Trained& of_a() const { return everyone ? *everyone : trained; }
+
+  int64_t rows_of_da() const { return !need.a ? 0 : everyone ? layer.a_rows : trained.rows; }
 
   void run() {
     two_phases(
@@ -131,9 +136,9 @@ struct Backward {
     const Range ts = block(index / blocks.row_blocks(), blocks.token_step, tokens);
     const Range js = block(index % blocks.row_blocks(), blocks.row_step, rows);
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
-    float* values = scratch(sums + layer.rows);
-    float* kept = values + sums;
-    if (width > 0) project(shrink, dy, layer.d_out, up, gate, ts, js, nullptr, values, nullptr);
+    float* values = scratch(sums + layer.rows + layer.a_rows);
+    float *kept = values + sums, *summed = kept + layer.rows;
+    if (width > 0) project(shrink, dy, layer.d_out, up, gate.rows, ts, js, nullptr, values, nullptr);
     const int32_t* of_row = gate.rows.data() + js.begin;
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* factor = gate.of(t) + js.begin;
@@ -145,8 +150,12 @@ struct Backward {
         products[t * layer.rows + of_row[j]] = kept[of_row[j] - kept_from] * row[j];
       }
       if (need.x) dz.set(t, js.begin, std::min(js.end, gate.live), row, factor);
-      for (int64_t j = 0; need.a && place >= 0 && j < width; ++j) {
-        if (of_row[j] >= tail) dz_t.set(of_row[j] - tail, place, factor[j] == 0 ? 0 : row[j] * factor[j]);
+      if (everyone) {
+        sum_experts(t, row, factor, width, summed);
+      } else {
+        for (int64_t j = 0; need.a && place >= 0 && j < width; ++j) {
+          if (of_row[j] >= tail) dz_t.set(of_row[j] - tail, place, factor[j] == 0 ? 0 : row[j] * factor[j]);
+        }
       }
       for (int64_t r = 0; factors_b && r < trained.rows; ++r) {
         const float w = trained.of(t)[r];
@@ -155,24 +164,34 @@ struct Backward {
     }
   }
 
+  // The columns of dZ of a token that reach the same row of a shared A, summed.
+  void sum_experts(int64_t token, const float* row, const float* factor, int64_t width, float* summed) {
+    const int32_t place = everyone->place[token];
+    if (place < 0) return;
+    std::fill(summed, summed + layer.a_rows, 0.0f);
+    for (int64_t j = 0; j < width; ++j) summed[gate.down[j]] += factor[j] == 0 ? 0 : row[j] * factor[j];
+    for (int64_t r = 0; r < layer.a_rows; ++r) dz_t.set(r, place, summed[r]);
+  }
+
   void second(int64_t index) {
     const int64_t across = divided(layer.d_in, step_in);
     if (index < expands) {
       const Range ts = block(index / across, block_tokens, tokens);
       const Range columns = block(index % across, step_in, layer.d_in);
-      return expand(expand_x, expand_kept, dz, down, gate.rows.data(), ts, columns, dx, keep);
+      return expand(expand_x, expand_kept, dz, down, gate.down.data(), ts, columns, dx, keep);
     }
     index -= expands;
-    if (index < grams_a) return gram(gram_a, dz_t, x, block(index, step_in, layer.d_in), da, keep);
+    if (index < grams_a) return gram(gram_a, dz_t, of_a(), rows_of_da(), x, block(index, step_in, layer.d_in), da, keep);
     index -= grams_a;
-    if (index < grams_b) return gram(gram_b, u_t, dy, block(index, step_out, layer.d_out), db, nullptr);
+    const Range columns = block(index, step_out, layer.d_out);
+    if (index < grams_b) return gram(gram_b, u_t, trained, trained.rows, dy, columns, db, nullptr);
     sum_gates();
   }
 
   // to [r, columns of the block] = factors [r, busy tokens] times those tokens' rows of `from`.
   void gram(
-      ExpandTile tile, const Factors& factors, const Matrix& from, Range columns, const Matrix& to,
-      const Keep* dropped) const {
+      ExpandTile tile, const Factors& factors, const Trained& busy, int64_t count, const Matrix& from, Range columns,
+      const Matrix& to, const Keep* dropped) const {
     const int64_t width = columns.end - columns.begin;
     Matrix of{from.at(0, columns.begin), from.stride, from.half};
     if (dropped) {
@@ -180,7 +199,7 @@ struct Backward {
       dropped->copy(of.data, of.stride, of.half, 0, tokens, columns.begin, width, memory);
       of = {reinterpret_cast<char*>(memory), width, of.half};
     }
-    tile({factors.at(0), trained.rows, of.data, of.stride, trained.tokens.data(), factors.count, width,
+    tile({factors.at(0), count, of.data, of.stride, busy.tokens.data(), factors.count, width,
           to.at(0, columns.begin), to.stride, false});
   }
 
@@ -219,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
   const Gradients to{
       need_x ? dense(torch::stable::matmul(dy, weight)) : empty(0, 0, dy.scalar_type()),
       empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
-      empty(need_a ? trained : 0, layer.d_in, a.scalar_type()),
+      empty(!need_a ? 0 : layer.shared() ? layer.a_rows : trained, layer.d_in, a.scalar_type()),
       empty(need_b ? trained : 0, layer.d_out, bt.scalar_type())};
   if (!tokens || !layer.rows) {
     for (Tensor each : {to.gates, to.a, to.b}) torch::stable::zero_(each);

@@ -152,9 +152,29 @@ struct Factors {
   }
 };
 
+// What every pass is given, contiguous. A row of Bt belongs to a row of A; with a shared A, to that of its place in its
+// expert.
+struct Layer {
+  Tensor a, bt, gates, owner;
+  int64_t d_in, d_out, rows, a_rows;
+  double scale;
+
+  Layer(const Tensor& a_in, const Tensor& bt_in, const Tensor& owner, const Tensor& gates_in, double scale)
+      : a(dense(a_in)), bt(dense(bt_in)), gates(dense(gates_in)), owner(owner), d_in(a.size(1)), d_out(bt.size(1)),
+        rows(bt.size(0)), a_rows(a.size(0)), scale(scale) {
+    STD_TORCH_CHECK(
+        owner.scalar_type() == ScalarType::Long && owner.is_contiguous() && owner.numel() == rows &&
+            gates.dim() == 2 && (a_rows == rows || (a_rows && rows == a_rows * gates.size(1))),
+        "a, bt and owner must have as many rows, or a those of each of the E experts, and gates must be [S, E]");
+  }
+
+  bool shared() const { return a_rows != rows; }
+};
+
 // Which packed rows take part, and the factor of each of them in each segment.
 struct Gating {
   std::vector<int32_t> rows;   // rows with a gate other than 0 somewhere, then the others that are wanted
+  std::vector<int32_t> down;   // their rows of A
   int64_t live;                // how many of the former
   std::vector<float> factors;  // [S, rows]
   int64_t segments, tokens;    // tokens of a segment
@@ -163,9 +183,9 @@ struct Gating {
 };
 
 // Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`.
-inline Gating gating(
-    const Tensor& gates, const Tensor& owner, int64_t tokens, double scale, int64_t first, bool before, bool dead) {
-  const int64_t count = owner.size(0), segments = gates.size(0), experts = gates.size(1);
+inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool before, bool dead) {
+  const Tensor &gates = layer.gates, &owner = layer.owner;
+  const int64_t count = layer.rows, segments = gates.size(0), experts = gates.size(1);
   STD_TORCH_CHECK(
       gates.scalar_type() == ScalarType::Float && segments > 0 && tokens % segments == 0,
       "gates must be float32 [S, E] with S dividing T = ", tokens, ", got S = ", segments);
@@ -184,12 +204,13 @@ inline Gating gating(
   for (int64_t r = first; dead && r < count; ++r) {
     if (!used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
   }
+  for (int32_t r : found.rows) found.down.push_back(static_cast<int32_t>(r % layer.a_rows));
   found.segments = segments;
   found.tokens = tokens / segments;
   found.factors.resize(segments * found.rows.size());
   float* factor = found.factors.data();
   for (int64_t s = 0; s < segments; ++s) {
-    for (int32_t r : found.rows) *factor++ = gate[s * experts + of_row[r]] * static_cast<float>(scale);
+    for (int32_t r : found.rows) *factor++ = gate[s * experts + of_row[r]] * static_cast<float>(layer.scale);
   }
   return found;
 }
@@ -222,17 +243,17 @@ inline float* scratch(int64_t floats) {
   return memory.data();
 }
 
-// SHRINK of one block of x by rows of w into z [tokens, rows of the block].
+// SHRINK of one block of x by some of the listed rows of w into z [tokens, rows of the block].
 inline void project(
-    ShrinkTile tile, const Matrix& x, int64_t depth, const Matrix& w, const Gating& gate, Range tokens, Range rows,
-    const Keep* keep, float* z, float* memory) {
+    ShrinkTile tile, const Matrix& x, int64_t depth, const Matrix& w, const std::vector<int32_t>& listed, Range tokens,
+    Range rows, const Keep* keep, float* z, float* memory) {
   Matrix from{x.at(tokens.begin, 0), x.stride, x.half};
   if (keep) {
     keep->copy(from.data, from.stride, from.half, tokens.begin, tokens.end - tokens.begin, 0, depth, memory);
     from = {reinterpret_cast<char*>(memory), depth, x.half};
   }
   const int64_t count = rows.end - rows.begin;
-  tile({from.data, from.stride, tokens.end - tokens.begin, w.data, w.stride, gate.rows.data() + rows.begin, count,
+  tile({from.data, from.stride, tokens.end - tokens.begin, w.data, w.stride, listed.data() + rows.begin, count,
         depth, z, count});
 }
 
@@ -263,22 +284,6 @@ inline void expand(
   unadded(call);
   keep->add(sums, tokens.begin, call.tokens, columns.begin, call.columns, to, y.stride, y.half);
 }
-
-// What every pass is given, contiguous.
-struct Layer {
-  Tensor a, bt, gates, owner;
-  int64_t d_in, d_out, rows;
-  double scale;
-
-  Layer(const Tensor& a_in, const Tensor& bt_in, const Tensor& owner, const Tensor& gates_in, double scale)
-      : a(dense(a_in)), bt(dense(bt_in)), gates(dense(gates_in)), owner(owner), d_in(a.size(1)), d_out(bt.size(1)),
-        rows(a.size(0)), scale(scale) {
-    STD_TORCH_CHECK(
-        owner.scalar_type() == ScalarType::Long && owner.is_contiguous() && owner.numel() == rows &&
-            bt.size(0) == rows && gates.dim() == 2,
-        "a, bt and owner must have as many rows, and gates must be [S, E]");
-  }
-};
 
 // Threads worth waking for so many tokens and rows.
 inline int64_t threads_for(const Layer& layer, int64_t tokens, int64_t rows) {

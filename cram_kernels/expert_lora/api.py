@@ -28,7 +28,11 @@ OP = Op(
     },
     {"triton": triton_missing, "native": native.missing},
 )
-SHARED_A = Op("expert_lora with a shared A", {"reference": reference.expert_lora, "cpu": cpu.expert_lora})
+SHARED_A = Op(
+    "expert_lora with a shared A",
+    {name: OP.impls[name] for name in ("reference", "cpu", "native")},
+    {"native": native.missing},
+)
 
 
 def expert_lora(

@@ -8,8 +8,9 @@ w are the gates of each packed row, times the scale. No intermediate of activati
 cast beforehand, and Python reads no gate. Sums run in float32; bfloat16 operands are multiplied in pairs
 where the CPU can. Saved: Z (all columns for gate gradients, else the trained ones), the gates, and x if the
 trained suffix needs it. Up to a few dozen tokens the forward computes the base linear too and writes Y once;
-beyond, torch does, and Y is read and written once more. Other bytes beyond the base linear: A and Bt once,
-X once more; 2 T R (D_in + D_out) FLOPs. Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
+beyond, torch does, and Y is read and written once more. With a shared A [r, D_in] row c of Bt belongs to row
+c mod r of A. Other bytes beyond the base linear: A and Bt once, X once more; 2 T R (D_in + D_out) FLOPs.
+Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def expert_lora(
         gates = gates.index_select(0, segments)
     if dropout:
         return torch.ops.cram.packed_expert_lora_forward.default(
-            x, weight, bias, a, bt, owner, gates, scale, a.shape[0], *words
+            x, weight, bias, a, bt, owner, gates, scale, bt.shape[0], *words
         )[0]
     return torch.ops.cram.packed_expert_lora.default(x, weight, bias, a, bt, owner, gates, scale)
 
@@ -107,8 +108,8 @@ class _ExpertLora(torch.autograd.Function):
         words: tuple[int, int, int],
     ) -> Tensor:
         _, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
-        tail = a.shape[0] - (trained_a.shape[0] if trained_a is not None else 0)
-        first = 0 if need_gates else tail if need_b else a.shape[0]
+        tail = bt.shape[0] - (trained_b.shape[0] if trained_b is not None else 0)
+        first = 0 if need_gates else tail if need_b else bt.shape[0]
         rows = gates if segments is None else gates.index_select(0, segments)
         y, z = torch.ops.cram.packed_expert_lora_forward.default(
             x, weight, bias, a, bt, owner, rows, scale, first, *words
@@ -162,7 +163,7 @@ def _fake_forward(
     first: int,
     *words: int,
 ) -> tuple[Tensor, Tensor]:
-    return _fake(x, weight), x.new_empty(x.shape[:-1].numel(), a.shape[0] - first)
+    return _fake(x, weight), x.new_empty(x.shape[:-1].numel(), bt.shape[0] - first)
 
 
 def _fake_backward(
@@ -184,10 +185,11 @@ def _fake_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    trained = a.shape[0] - tail
+    trained = bt.shape[0] - tail
+    of_a = trained if a.shape[0] == bt.shape[0] else a.shape[0]
     return (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else dy.new_empty(0, 0),
         gates.new_empty(gates.shape[0] if need_gates else 0, gates.shape[1]),
-        a.new_empty(trained if need_a else 0, a.shape[1]),
+        a.new_empty(of_a if need_a else 0, a.shape[1]),
         bt.new_empty(trained if need_b else 0, bt.shape[1]),
     )

@@ -104,4 +104,8 @@ OP = Op(
     {**{name: partial(_composed, name) for name in ("reference", "cpu", "native")}, "triton": _triton},
     {"triton": triton_missing, "native": native.missing},
 )
-SHARED_A = Op("routed_expert_lora with a shared A", {name: OP.impls[name] for name in ("reference", "cpu")})
+SHARED_A = Op(
+    "routed_expert_lora with a shared A",
+    {name: OP.impls[name] for name in ("reference", "cpu", "native")},
+    {"native": native.missing},
+)

@@ -91,4 +91,8 @@ OP = Op(
     },
     {"triton": triton_missing, "native": native.missing},
 )
-SHARED_A = Op("stacked_expert_lora with a shared A", {name: OP.impls[name] for name in ("reference", "cpu")})
+SHARED_A = Op(
+    "stacked_expert_lora with a shared A",
+    {name: OP.impls[name] for name in ("reference", "cpu", "native")},
+    {"native": native.missing},
+)

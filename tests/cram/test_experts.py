@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from cram import experts, siblings
+from cram import experts
 from cram.attach import Cram, attach
 from cram.config import CramConfig
-from cram_kernels import expert_lora, stacked_expert_lora
+from cram_kernels import expert_lora
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
 
@@ -203,7 +203,6 @@ def test_half_precision_base_with_float32_experts(
     expected = exact_model(**batch_of(processor)).logits
     with monkeypatch.context() as patched:
         patched.setattr(experts, "expert_lora", partial(expert_lora, impl="reference"))
-        patched.setattr(siblings, "stacked_expert_lora", partial(stacked_expert_lora, impl="reference"))
         plain = model(**batch).logits
     error, budget = ((found - expected).double().square().mean().sqrt() for found in (logits, plain))
     assert 0 < error <= 2 * budget

@@ -127,6 +127,7 @@ def test_only_gates_in_common_go_through_one_call(monkeypatch: pytest.MonkeyPatc
     model, processor, cram_ = gated()
     sizes: list[int] = []
     compute = cram.siblings.stacked_expert_lora
+    monkeypatch.setattr(cram.siblings, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(
         cram.siblings,
         "stacked_expert_lora",

@@ -23,6 +23,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return compute(x, layers, gates)
 
     monkeypatch.setattr(cram.siblings, "stacked_expert_lora", counted)
+    monkeypatch.setattr(cram.siblings, "DEVICES", ("cpu", "cuda"))
     return sizes
 
 

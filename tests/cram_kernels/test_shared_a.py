@@ -25,6 +25,7 @@ from cram_kernels.testing import (
     GATINGS,
     LayerInputs,
     assert_within_budget,
+    assert_within_rounding,
     layer_inputs,
     layer_oracle,
     layer_plain,
@@ -178,6 +179,41 @@ def test_error_budget(dtype: torch.dtype, expert_dtype: torch.dtype | None, gati
     actual = run_layer(inputs, impl)
     assert actual["y"].dtype == dtype and actual["da"].dtype == (expert_dtype or dtype)
     assert_within_budget(actual, layer_plain(inputs), layer_oracle(inputs))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("trained", [0, 1, 3, 4])
+@pytest.mark.parametrize("gating", GATINGS)
+def test_native_rounding(
+    gating: str, trained: int, dropout: float, dtypes: tuple[torch.dtype, torch.dtype | None]
+) -> None:
+    for tokens in (24, 600):
+        inputs = shared((9,) * 4, tokens, 130, 90, gating=gating, trained=trained, dtype=torch.float32)
+        inputs = inputs.to(*dtypes)
+        with poisoned_allocations():
+            found = run_layer(inputs, "native", dropout=dropout, seed=11)
+        keep = dropout_mask(11, *inputs.x.shape, dropout) if dropout else None
+        assert_within_rounding(found, inputs, keep, keep_scale(dropout) if dropout else 1.0)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_tokens_of_frozen_branches_alone_train_a(impl: str) -> None:
+    inputs = shared(trained=2, dtype=torch.float32)
+    gates = inputs.gates.clone()
+    gates[::2, 2:] = 0
+    inputs = replace(inputs, gates=gates)
+    assert_within_rounding(run_layer(inputs, impl), inputs)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_native_shapes(name: str) -> None:
+    inputs = shared(**SHAPES[name] | {"dtype": torch.float32})
+    with poisoned_allocations():
+        found = run_layer(inputs, "native")
+    assert_within_rounding(found, inputs)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -367,6 +403,6 @@ def test_auto_takes_what_can_and_a_request_is_refused(name: str) -> None:
         inputs = replace(inputs, gates=torch.full((4, 4), 0.25))
     y = CALLS[name](inputs, "auto")
     torch.testing.assert_close(y, layer_oracle(inputs)["y"].float(), rtol=1e-5, atol=1e-5)
-    for impl in ("triton", "native"):
-        with pytest.raises(NotImplementedError, match=rf"{name} with a shared A has no '{impl}'"):
-            CALLS[name](inputs, impl)
+    torch.testing.assert_close(CALLS[name](inputs, "native"), y)
+    with pytest.raises(NotImplementedError, match=rf"{name} with a shared A has no 'triton'"):
+        CALLS[name](inputs, "triton")
