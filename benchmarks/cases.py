@@ -152,7 +152,7 @@ _BOTH = ("float32", "bfloat16")
 
 CPU_QUICK = [
     *grid(("decode",), (_Q2, _Q7), (1, 8, 64), _BOTH),
-    *grid(("train",), (_Q2,), (8, 1024), ("bfloat16",)),
+    *grid(("train",), (_Q2,), (8, 1024), _BOTH),
     *grid(("routed",), (_Q2,), (8,), _BOTH),
     *grid(("gates",), ("LLaVA-1.5-7B",), (8,), ("float32",)),
 ]

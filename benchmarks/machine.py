@@ -28,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": machine_name(device),
         "device": device.type,
         "cpu": cpu_model(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),
@@ -56,12 +57,14 @@ def load() -> float:
 
 
 def machine_name(device: torch.device) -> str:
-    """Return the name of this machine's results: the GPU, or the CPU and its threads, and torch's version."""
+    """Return the name of this machine's results: the GPU, or the CPU, the instructions that torch uses there and
+    its threads; and torch's version."""
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
     else:
-        name = f"{cpu_model().lower()} {torch.get_num_threads()} threads"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        name = f"{cpu_model()} {instructions} {torch.get_num_threads()} threads".lower()
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") + f"-torch{release}"
 
 
@@ -100,27 +103,38 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, small: bool = False) -> Ceilings:
-    """Measure copy bandwidth and matmul rate on random data."""
+    """Measure copy bandwidth and matmul rate on random data.
+
+    Where a CPU has no fast bfloat16 product, its rate is that of float32, which a product by widening can reach.
+    """
     cuda = device.type == "cuda"
     elements = 2**16 if small else 2**30 if cuda else 2**25
     side = 128 if small else 8192 if cuda else 1536
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     runs = {"copy": lambda: target.copy_(source)}
-    for name, dtype in DTYPES.items():
-        if (
-            cuda or dtype is not torch.float16
-        ):  # a CPU has no fast half precision, and nothing is measured in it
-            width = side // 2 if dtype is torch.float32 else side
-            left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-            runs[name] = lambda a=left, b=right: a @ b
+    rated = [name for name in DTYPES if cuda or name in ("float32", "bfloat16")]
+    widened = not cuda and not fast_halves()
+    for name in rated:
+        if name == "bfloat16" and widened:
+            continue
+        width = side // 2 if name == "float32" else side
+        left, right = (torch.randn(width, width, device=device).to(DTYPES[name]) for _ in range(2))
+        runs[name] = lambda a=left, b=right: a @ b
     for run in runs.values():
         run()
     samplers = {name: Sampler(run, 1, "eager") for name, run in runs.items()}
     found = interleaved(samplers, device, Limits(0.3, 3, 20))
     widths = {name: side // 2 if name == "float32" else side for name in DTYPES}
     flops = {name: 2 * widths[name] ** 3 / found[name].median_us for name in DTYPES if name in found}
+    if widened:
+        flops["bfloat16"] = flops["float32"]
     return Ceilings(8 * elements / found["copy"].median_us, flops)
+
+
+def fast_halves() -> bool:
+    """Return whether torch multiplies bfloat16 at full speed on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _clocks() -> dict[str, str]:

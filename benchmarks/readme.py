@@ -42,8 +42,8 @@ def replaced(text: str, lines: list[str]) -> str:
 def section(results: dict[str, Any]) -> list[str]:
     """Return the table: time of each way over the time of the frozen base linear alone."""
     environment = results["environment"]
-    threads = f"{environment['threads']} threads"
-    where = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpu']}, {threads}"
+    cpu = f"{environment['cpu']} with {environment['instructions']}, {environment['threads']} threads"
+    where = environment["gpu"]["name"] if "gpu" in environment else cpu
     packages = environment["packages"]
     command = f"python -m benchmarks{' --quick' if results['suite'] == 'quick' else ''}"
     header = ["linear", "tokens", "type", *OTHERS.values(), "CRAM"]

@@ -145,7 +145,7 @@ def duration(us: float) -> str:
 
 def _setting(results: dict[str, Any]) -> str:
     e, c = results["environment"], results["ceilings"]
-    where = e["gpu"]["name"] if "gpu" in e else f"{e['cpu']}, {e['threads']} threads"
+    where = e["gpu"]["name"] if "gpu" in e else f"{e['cpu']}, {e['instructions']}, {e['threads']} threads"
     rates = ", ".join(f"{rate / 1e6:.3g} TFLOP/s {dtype}" for dtype, rate in c["flops_per_us"].items())
     versions = ", ".join(f"{name} {v}" for name, v in e["packages"].items() if v)
     return (

@@ -20,7 +20,7 @@ import torch
 Step = Callable[[], Any]
 # A sample lasts at least so long, far above what the clock resolves.
 SAMPLE_SECONDS = 2e-3
-WARM_CALLS = 3
+WARM_CALLS, WARM_SECONDS = 3, 0.3
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,11 @@ def sampler(
     """
     if device.type == "cuda" and captured:
         return Sampler(_graph(steps), len(steps), "graph")
+    deadline = time.perf_counter() + WARM_SECONDS
     for step in itertools.islice(itertools.cycle(steps), max(WARM_CALLS, len(steps))):
         step()
+        if time.perf_counter() > deadline:
+            break  # nothing is cold to a call of that length
     counted = itertools.count() if turns is None else turns
     return Sampler(lambda: steps[next(counted) % len(steps)](), 1, "eager")
 

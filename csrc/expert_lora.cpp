@@ -10,25 +10,18 @@
 // Deterministic: an element is computed by one thread, in an order that does not depend on the number of threads, and
 // on the number of tokens only by whose linear is the base.
 
+#include "expert_lora_base.h"
 #include "expert_lora_layer.h"
 #include "tasks.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <numeric>
 #include <optional>
 #include <tuple>
 
 namespace cram {
 namespace {
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Up to so many tokens the base linear is computed here too: its weight is read faster than by torch's linear, and y is
 // written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
@@ -118,7 +111,7 @@ Tensor forward(
     const Keep* keep, const Tensor* z) {
   const int64_t tokens = tokens_of(x);
   const bool few = is_few(x, weight, bias);
-  const Tensor y = few ? empty_rows_of(x, layer.d_out) : dense(linear(x, weight, bias));
+  const Tensor y = few ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias));
   if (!tokens || !(few || layer.rows)) return y;
   const Matrix none{};
   const Matrix from = matrix(x, "x"), to = matrix(y, "y");

@@ -6,6 +6,7 @@
 // The products over tokens are EXPANDs too: their factors are dZ^T and U^T, their rows the tokens. Tokens for which
 // all trained gates are 0 are left out of them. A shared A is trained whole, by the sum of dZ over all experts.
 
+#include "expert_lora_base.h"
 #include "expert_lora_layer.h"
 #include "tasks.h"
 
@@ -236,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
   const Tensor dy = dense(dy_in), z = dense(z_in);
   const int64_t tokens = tokens_of(dy), trained = layer.rows - tail;
   const Gradients to{
-      need_x ? dense(torch::stable::matmul(dy, weight)) : empty(0, 0, dy.scalar_type()),
+      need_x ? dense(base_gradient(dy, weight)) : empty(0, 0, dy.scalar_type()),
       empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
       empty(!need_a ? 0 : layer.shared() ? layer.a_rows : trained, layer.d_in, a.scalar_type()),
       empty(need_b ? trained : 0, layer.d_out, bt.scalar_type())};

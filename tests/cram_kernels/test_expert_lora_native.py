@@ -105,6 +105,13 @@ def test_error_budget(kind: str, gating: str) -> None:
     assert_within_budget(actual, layer_plain(inputs), layer_oracle(inputs))
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_error_budget_of_a_wide_base(kind: str) -> None:
+    """The weight is more than a block of what is widened where torch has no fast bfloat16 product."""
+    inputs = layer_inputs((4,), 66, 2100, 2100, segment_count=1).to(*DTYPES[kind])
+    assert_within_budget(run_layer(inputs, "native"), layer_plain(inputs), layer_oracle(inputs))
+
+
 def test_budget_catches_wrong_routing() -> None:
     inputs = layer_inputs((4, 9, 5, 8), 64, 32, 48).to(BF16)
     wrong = replace(inputs, gates=inputs.gates.roll(1, 0))
