@@ -151,7 +151,8 @@ class ExpertLinear(nn.Module):
         Raises:
             ValueError: If the module has experts and nothing has been routed.
         """
-        state, packed, base = self.state, self.acting, self.base
+        state, packed = self.state, self.acting
+        base: Any = self._modules["base"]
         if state.disabled or packed is None:
             return base(x)
         gates = self._gates(x, packed)
@@ -161,8 +162,8 @@ class ExpertLinear(nn.Module):
         if self.training and self.dropout and packed.trained:
             # From torch's generator: checkpointing restores its state before it runs a layer again.
             dropped = {"dropout": self.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
-        elif self.siblings is not None and pays(x) and self.shares_gates:
-            found = self.siblings.output(self, x, gates)
+        elif self.siblings is not None and pays(x):
+            found = self.siblings.output(self, packed, x, gates)
             if found is not None:
                 return found
         return expert_lora(x, base.weight, base.bias, packed, gates.to(x.device), **dropped)
@@ -171,10 +172,13 @@ class ExpertLinear(nn.Module):
     def acting(self) -> PackedExperts | None:
         """What acts beside the base linear: the warm-up LoRA while it exists, else the merged experts outside
         of training mode unless the route is final, else the experts."""
-        if self.buffer is not None:
-            return self.buffer
-        replaced = self.merged is not None and not self.training and not self.state.final
-        return self.merged if replaced else self.experts
+        # nn.Module finds a submodule by name after its own attributes, at a microsecond each.
+        find: Any = self._modules.get
+        buffer = find("buffer")
+        if buffer is not None:
+            return buffer
+        merged = None if self.training else find("merged")
+        return find("experts") if merged is None or self.state.final else merged
 
     @property
     def shares_gates(self) -> bool:
@@ -184,8 +188,8 @@ class ExpertLinear(nn.Module):
     def _gates(self, x: Tensor, acting: PackedExperts) -> Tensor:
         """The gates of what acts: 1 of the warm-up LoRA and of merged experts, else the gating's or the
         route's."""
-        gates, gating = self.state.gates, self.gating
-        if acting is self.buffer or acting is self.merged:
+        gates, gating = self.state.gates, self._modules.get("gating")
+        if acting is not self._modules.get("experts"):
             return self.state.one(x.device).expand(1, acting.gate_columns)
         if gates is None:
             raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")

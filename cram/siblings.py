@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cram_kernels import stacked_expert_lora
+from cram_kernels import PackedExperts, stacked_expert_lora
 
 if TYPE_CHECKING:
     from cram.experts import ExpertLinear
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-# Where one call for several linears costs less than one each: it reads their input once there.
+# Where one call for several linears costs less than one each also in training.
 DEVICES = ("cuda",)
 
 
 def pays(x: Tensor) -> bool:
     """Whether an input's linears are computed together."""
-    return x.device.type in DEVICES
+    return not torch.is_grad_enabled() or x.device.type in DEVICES
 
 
 class Siblings:
@@ -37,38 +37,42 @@ class Siblings:
     def __init__(self, members: Iterable[ExpertLinear]) -> None:
         self.members = tuple(members)
         self._made_from: tuple[Any, ...] = ()
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, tuple[PackedExperts, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out waiting results, which belong to a live autograd graph."""
         return {**self.__dict__, "_made_from": (), "_waiting": {}}
 
-    def output(self, linear: ExpertLinear, x: Tensor, gates: Tensor) -> Tensor | None:
-        """The output of one member for x and gates, or None if it must be computed alone."""
-        index = next(i for i, member in enumerate(self.members) if member is linear)
-        source = (x, gates, torch.is_grad_enabled(), *(member.experts for member in self.members))
+    def output(
+        self, linear: ExpertLinear, experts: PackedExperts, x: Tensor, gates: Tensor
+    ) -> Tensor | None:
+        """The output of one member with what acts in it, for x and gates, or None if it must be computed
+        alone."""
+        index = self.members.index(linear)
         if index == 0:
-            self._compute(source)
-        elif len(source) != len(self._made_from) or any(
-            a is not b for a, b in zip(source, self._made_from, strict=True)
-        ):
+            self._compute(x, gates)
+        if self._waiting.get(index, (None,))[0] is not experts or not self._made_from_these(x, gates):
             return None
-        found = self._waiting.pop(index, None)
+        found = self._waiting.pop(index)[1]
         if not self._waiting:
             self._made_from = ()
         return found
 
-    def _compute(self, source: tuple[Any, ...]) -> None:
-        x, gates, _, *packs = source
-        self._made_from, self._waiting = (), {}
+    def _made_from_these(self, x: Tensor, gates: Tensor) -> bool:
+        made_x, made_gates, differentiable = self._made_from
+        return made_x is x and made_gates is gates and differentiable == torch.is_grad_enabled()
+
+    def _compute(self, x: Tensor, gates: Tensor) -> None:
+        self._made_from, self._waiting = (x, gates, torch.is_grad_enabled()), {}
+        packs = [member.acting for member in self.members]
         if any(packed is None for packed in packs) or not all(m.shares_gates for m in self.members):
             return
         layers = [
             (member.base.weight, member.base.bias, packed)
             for member, packed in zip(self.members, packs, strict=True)
         ]
-        self._made_from = source
-        self._waiting = dict(enumerate(stacked_expert_lora(x, layers, gates.to(x.device))))
+        found = stacked_expert_lora(x, layers, gates.to(x.device))
+        self._waiting = dict(enumerate(zip(packs, found, strict=True)))
 
 
 def join_siblings(modules: Mapping[str, ExpertLinear]) -> None:

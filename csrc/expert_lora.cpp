@@ -16,6 +16,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -28,105 +29,169 @@ namespace {
 constexpr int64_t kFewTokens = 64, kFewHalfTokens = 32, kFewBytes = 1 << 20, kFewColumns = 128;
 
 // What a forward reads and writes. Without `base`, y holds the base linear's output already.
-struct Forward {
-  const Layer& layer;
-  const Keep* keep;
-  const int64_t tokens;
-  const Matrix x, down, up, y, base, bias, kept;
-  const int64_t first;  // the row of Z's first column
-  const bool pairs;
-
-  bool few() const { return base.data; }
+struct Operands {
+  Matrix x, down, up, y, base, bias, kept;
 };
 
-// One block of y: the base linear, the experts and the bias summed in float32, rounded once.
-void whole_block(const Forward& f, const Gating& gate, const Factors& u, Range columns) {
-  static const std::vector<int32_t> counted = [] {
-    std::vector<int32_t> rows(kFewColumns);
-    std::iota(rows.begin(), rows.end(), 0);
-    return rows;
-  }();
-  const int64_t width = columns.end - columns.begin;
-  float* sums = scratch(f.tokens * width);
-  const ShrinkTile shrink = f.pairs ? pairs_shrink(f.base.half) : wide_shrink(f.x.half, f.base.half);
-  shrink({f.x.data, f.x.stride, f.tokens, f.base.at(columns.begin, 0), f.base.stride, counted.data(), width,
-          f.x.stride, sums, width});
-  if (gate.live) {
-    const ExpandTile tile = f.pairs ? pairs_expand(f.up.half, false) : wide_expand(f.up.half, false);
-    tile({u.at(0), f.tokens, f.up.at(0, columns.begin), f.up.stride, gate.rows.data(), gate.live, width, sums, width,
-          true});
-  }
-  float added[kFewColumns] = {};
-  if (f.bias.data) Matrix{f.bias.at(0, columns.begin), width, f.bias.half}.copy(0, width, added);
-  for (int64_t t = 0; t < f.tokens; ++t) {
-    float* row = sums + t * width;
-    for (int64_t c = 0; c < width; ++c) row[c] += added[c];
-    f.y.write(t, columns.begin, width, row);
-  }
-}
+// One layer's tasks: SHRINK blocks, then blocks of y.
+class Forward {
+ public:
+  Forward(const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep)
+      : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), pairs_(to.x.half && has_pairs()),
+        gate_(gating(layer, tokens, first, true, true)), rows_(static_cast<int64_t>(gate_.rows.size())),
+        threads_(threads_for(layer, tokens, few() ? layer.d_out : rows_)),
+        blocks_(shrink_blocks(tokens, rows_, keep != nullptr)), u_(tokens, gate_.live, pairs_),
+        step_(few() ? kFewColumns : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
+        block_tokens_(few() ? tokens : token_step(tokens, across_, threads_)) {}
 
-void run(const Forward& f) {
-  const Layer& layer = f.layer;
-  const Gating gate = gating(layer, f.tokens, f.first, true, true);
-  const int64_t rows = static_cast<int64_t>(gate.rows.size());
-  const int64_t threads = threads_for(layer, f.tokens, f.few() ? layer.d_out : rows);
-  const Blocks blocks = shrink_blocks(f.tokens, rows, f.keep != nullptr);
-  Factors u(f.tokens, gate.live, f.pairs);
-  const ShrinkTile shrink = f.pairs ? pairs_shrink(f.down.half) : wide_shrink(f.x.half, f.down.half);
-  const ExpandTile tile = f.pairs ? pairs_expand(f.up.half, f.y.half) : wide_expand(f.up.half, f.y.half);
-  const int64_t step = f.few() ? kFewColumns : column_step(f.tokens, layer.d_out, threads);
-  const int64_t across = divided(layer.d_out, step);
-  const int64_t block_tokens = f.few() ? f.tokens : token_step(f.tokens, across, threads);
-  auto project_block = [&](int64_t index) {
-    const Range ts = block(index / blocks.row_blocks(), blocks.token_step, f.tokens);
-    const Range js = block(index % blocks.row_blocks(), blocks.row_step, rows);
+  int64_t threads() const { return threads_; }
+  int64_t projects() const { return rows_ ? blocks_.count() : 0; }
+  int64_t expands() const { return few() || gate_.live ? divided(tokens_, block_tokens_) * across_ : 0; }
+
+  void project_block(int64_t index) {
+    const Range ts = block(index / blocks_.row_blocks(), blocks_.token_step, tokens_);
+    const Range js = block(index % blocks_.row_blocks(), blocks_.row_step, rows_);
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
-    float* values = scratch(sums + (f.keep ? (ts.end - ts.begin) * layer.d_in : 0));
-    project(shrink, f.x, layer.d_in, f.down, gate.down, ts, js, f.keep, values, values + sums);
+    float* values = scratch(sums + (keep_ ? (ts.end - ts.begin) * layer_.d_in : 0));
+    project(shrink(to_.down), to_.x, layer_.d_in, to_.down, gate_.down, ts, js, keep_, values, values + sums);
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* row = values + (t - ts.begin) * width;
-      u.set(t, js.begin, std::min(js.end, gate.live), row, gate.of(t) + js.begin);
-      if (f.kept.data) f.kept.set(t, gate.rows.data() + js.begin, f.first, width, row);
+      u_.set(t, js.begin, std::min(js.end, gate_.live), row, gate_.of(t) + js.begin);
+      if (to_.kept.data) to_.kept.set(t, gate_.rows.data() + js.begin, first_, width, row);
     }
+  }
+
+  void expand_block(int64_t index) {
+    const Range ts = block(index / across_, block_tokens_, tokens_);
+    const Range columns = block(index % across_, step_, layer_.d_out);
+    if (few()) return whole_block(columns);
+    expand(expand_tile(to_.y.half), nullptr, u_, to_.up, gate_.rows.data(), ts, columns, to_.y, nullptr);
+  }
+
+ private:
+  bool few() const { return to_.base.data; }
+  ShrinkTile shrink(const Matrix& w) const { return pairs_ ? pairs_shrink(w.half) : wide_shrink(to_.x.half, w.half); }
+  ExpandTile expand_tile(bool half_y) const {
+    return pairs_ ? pairs_expand(to_.up.half, half_y) : wide_expand(to_.up.half, half_y);
+  }
+
+  // The base linear, the experts and the bias summed in float32, rounded once.
+  void whole_block(Range columns) {
+    static const std::vector<int32_t> counted = [] {
+      std::vector<int32_t> rows(kFewColumns);
+      std::iota(rows.begin(), rows.end(), 0);
+      return rows;
+    }();
+    const int64_t width = columns.end - columns.begin;
+    float* sums = scratch(tokens_ * width);
+    shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
+                      counted.data(), width, to_.x.stride, sums, width});
+    if (gate_.live) {
+      expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
+                          width, sums, width, true});
+    }
+    float added[kFewColumns] = {};
+    if (to_.bias.data) Matrix{to_.bias.at(0, columns.begin), width, to_.bias.half}.copy(0, width, added);
+    for (int64_t t = 0; t < tokens_; ++t) {
+      float* row = sums + t * width;
+      for (int64_t c = 0; c < width; ++c) row[c] += added[c];
+      to_.y.write(t, columns.begin, width, row);
+    }
+  }
+
+  const Layer& layer_;
+  const Operands to_;
+  const int64_t tokens_, first_;  // first_: the row of Z's first column
+  const Keep* const keep_;
+  const bool pairs_;
+  const Gating gate_;
+  const int64_t rows_, threads_;
+  const Blocks blocks_;
+  Factors u_;
+  const int64_t step_, across_, block_tokens_;
+};
+
+// All layers in one parallel region: every SHRINK, then every block of y.
+void run(std::vector<Forward>& layers) {
+  int64_t threads = 1, projects = 0, expands = 0;
+  for (const Forward& each : layers) {
+    threads = std::max(threads, each.threads());
+    projects += each.projects();
+    expands += each.expands();
+  }
+  auto project_block = [&](int64_t index) {
+    auto at = layers.begin();
+    for (; index >= at->projects(); ++at) index -= at->projects();
+    at->project_block(index);
   };
   auto expand_block = [&](int64_t index) {
-    const Range ts = block(index / across, block_tokens, f.tokens), columns = block(index % across, step, layer.d_out);
-    if (f.few()) return whole_block(f, gate, u, columns);
-    expand(tile, nullptr, u, f.up, gate.rows.data(), ts, columns, f.y, nullptr);
+    auto at = layers.begin();
+    for (; index >= at->expands(); ++at) index -= at->expands();
+    at->expand_block(index);
   };
-  const int64_t expands = f.few() || gate.live ? divided(f.tokens, block_tokens) * across : 0;
-  two_phases(threads, rows ? blocks.count() : 0, project_block, expands, expand_block);
+  two_phases(threads, projects, project_block, expands, expand_block);
 }
 
 bool is_few(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = x.scalar_type();
-  const int64_t tokens = tokens_of(x), most = type == ScalarType::Float ? kFewTokens : kFewHalfTokens;
+  const bool fast = type == ScalarType::BFloat16 && torch_multiplies_halves();
+  const int64_t tokens = tokens_of(x), most = fast ? kFewHalfTokens : kFewTokens;
   return tokens && tokens <= most && x.numel() * static_cast<int64_t>(x.element_size()) <= kFewBytes &&
       weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
 }
 
-// Y, and in z its columns of Z from `first` on, if there are any.
-Tensor forward(
-    const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first,
-    const Keep* keep, const Tensor* z) {
+struct Base {
+  Tensor weight;
+  std::optional<Tensor> bias;
+};
+
+// The y of each layer, and in z the columns of the first one's Z from `first` on, if there are any.
+std::vector<Tensor> forward(
+    const std::vector<Layer>& layers, const Tensor& x, const std::vector<Base>& bases, int64_t first, const Keep* keep,
+    const Tensor* z) {
   const int64_t tokens = tokens_of(x);
-  const bool few = is_few(x, weight, bias);
-  const Tensor y = few ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias));
-  if (!tokens || !(few || layer.rows)) return y;
-  const Matrix none{};
-  const Matrix from = matrix(x, "x"), to = matrix(y, "y");
-  STD_TORCH_CHECK(from.stride == layer.d_in && to.stride == layer.d_out, "x and weight must fit a and bt");
-  run({layer, keep, tokens, from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to,
-       few ? matrix(weight, "weight") : none, few && bias ? matrix(*bias, "bias") : none,
-       z ? matrix(*z, "z") : none, first, from.half && has_pairs()});
-  return y;
+  const Matrix none{}, from = matrix(x, "x");
+  std::vector<Tensor> made;
+  std::vector<Forward> passes;
+  passes.reserve(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    const auto& [weight, bias] = bases[i];
+    const bool few = is_few(x, weight, bias);
+    made.push_back(few ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias)));
+    if (!tokens || !(few || layer.rows)) continue;
+    const Matrix to = matrix(made.back(), "y");
+    STD_TORCH_CHECK(from.stride == layer.d_in && to.stride == layer.d_out, "x and weight must fit a and bt");
+    const Operands operands{
+        from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to, few ? matrix(weight, "weight") : none,
+        few && bias ? matrix(*bias, "bias") : none, z ? matrix(*z, "z") : none};
+    passes.emplace_back(layer, operands, tokens, std::min(first, layer.rows), keep);
+  }
+  if (!passes.empty()) run(passes);
+  return made;
 }
 
 Tensor packed_expert_lora(
     Tensor x_in, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor bt, Tensor owner, Tensor gates,
     double scale) {
   const Layer layer(a, bt, owner, gates, scale);
-  return forward(layer, dense(x_in), weight, bias, layer.rows, nullptr, nullptr);
+  return forward({layer}, dense(x_in), {{weight, bias}}, layer.rows, nullptr, nullptr)[0];
+}
+
+std::vector<Tensor> packed_expert_lora_stack(
+    Tensor x_in, std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> a,
+    std::vector<Tensor> bt, std::vector<Tensor> owners, Tensor gates, double scale) {
+  STD_TORCH_CHECK(
+      a.size() == weights.size() && bt.size() == weights.size() && owners.size() == weights.size() &&
+          (biases.empty() || biases.size() == weights.size()),
+      "each layer of a stack must have a weight, a, bt and owner, and a bias if another one has");
+  std::vector<Layer> layers;
+  std::vector<Base> bases;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    layers.emplace_back(a[i], bt[i], owners[i], gates, scale);
+    bases.push_back({weights[i], biases.empty() ? std::nullopt : std::optional(biases[i])});
+  }
+  return forward(layers, dense(x_in), bases, std::numeric_limits<int64_t>::max(), nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor> packed_expert_lora_forward(
@@ -135,8 +200,8 @@ std::tuple<Tensor, Tensor> packed_expert_lora_forward(
   const Layer layer(a, bt, owner, gates, scale);
   const Tensor x = dense(x_in), z = empty(tokens_of(x), layer.rows - first, x.scalar_type());
   const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
-  const Tensor y = forward(layer, x, weight, bias, first, keep ? &*keep : nullptr, first < layer.rows ? &z : nullptr);
-  return {y, z};
+  const Keep* const drop = keep ? &*keep : nullptr;
+  return {forward({layer}, x, {{weight, bias}}, first, drop, first < layer.rows ? &z : nullptr)[0], z};
 }
 
 }  // namespace
@@ -144,5 +209,6 @@ std::tuple<Tensor, Tensor> packed_expert_lora_forward(
 
 STABLE_TORCH_LIBRARY_IMPL(cram, CPU, m) {
   m.impl("packed_expert_lora", TORCH_BOX(&cram::packed_expert_lora));
+  m.impl("packed_expert_lora_stack", TORCH_BOX(&cram::packed_expert_lora_stack));
   m.impl("packed_expert_lora_forward", TORCH_BOX(&cram::packed_expert_lora_forward));
 }

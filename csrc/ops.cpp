@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cram, m) {
   m.def(
       "packed_expert_lora(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor gates, "
       "float scale) -> Tensor");
+  // The same for layers that read one x, with the same gates and scale; all have a bias or none.
+  m.def(
+      "packed_expert_lora_stack(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] a, Tensor[] bt, Tensor[] owners, "
+      "Tensor gates, float scale) -> Tensor[]");
   m.def(
       "packed_expert_lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, "
       "Tensor gates, float scale, int first, int dropped, SymInt row_word, SymInt pair_word) -> (Tensor y, Tensor z)");

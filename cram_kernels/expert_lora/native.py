@@ -1,4 +1,4 @@
-"""expert_lora in one native call each way, the base linear included.
+"""expert_lora and, without gradients, stacked_expert_lora in one native call each way, the base linear included.
 
     forward     Z = drop(X) A^T    U = Z o w    Y = X W0^T + b + U Bt
     backward    V = dY Bt^T    dZ = V o w    dX = dY W0 + drop(dZ A)    dg_e = s * sum of Z o V
@@ -15,6 +15,7 @@ Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,7 @@ def _ready() -> str | None:
 @cache
 def _register() -> None:
     torch.library.register_fake(NAME, _fake)
+    torch.library.register_fake(f"{NAME}_stack", _fake_stack)
     torch.library.register_fake(f"{NAME}_forward", _fake_forward)
     torch.library.register_fake(f"{NAME}_backward", _fake_backward)
 
@@ -67,16 +69,12 @@ def expert_lora(
     seed: int,
 ) -> Tensor:
     """Compute the layer natively; arguments as in `cram_kernels.expert_lora`, already checked."""
-    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
-    buffers: Any = experts._buffers
-    a, bt, owner, scale = buffers["a"], buffers["bt"], buffers["expert_of_row"], experts.scale
-    trained_a, trained_b = experts.trained_a, experts.trained_b
+    a, bt, owner = _storage(experts, x.dtype)
+    trained_a, trained_b, scale = experts.trained_a, experts.trained_b, experts.scale
     words = (0, 0, 0)
     if dropout:
         words = (dropped_lanes(dropout), *seed_words(seed))
         scale *= keep_scale(dropout)
-    if a.dtype not in DTYPES:
-        a, bt = a.to(x.dtype), bt.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
         return _ExpertLora.apply(
             x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, words
@@ -88,6 +86,44 @@ def expert_lora(
             x, weight, bias, a, bt, owner, gates, scale, bt.shape[0], *words
         )[0]
     return torch.ops.cram.packed_expert_lora.default(x, weight, bias, a, bt, owner, gates, scale)
+
+
+def stacked_expert_lora(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, PackedExperts]],
+    gates: Tensor,
+    segments: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> list[Tensor]:
+    """Compute layers that read one x; arguments as in `cram_kernels.stacked_expert_lora`, already checked.
+
+    With gradients, dropout, or a bias in some layers alone, one call a layer.
+    """
+    weights, biases, packs = ([layer[part] for layer in layers] for part in range(3))
+    biases = [bias for bias in biases if bias is not None]
+    trains = torch.is_grad_enabled() and (
+        x.requires_grad or gates.requires_grad or any(experts.trained_a is not None for experts in packs)
+    )
+    if trains or dropout or len(biases) not in (0, len(layers)):
+        return [expert_lora(x, *layer, gates, segments, dropout, seed) for layer in layers]
+    a, bt, owners = zip(*(_storage(experts, x.dtype) for experts in packs), strict=True)
+    if segments is not None:
+        gates = gates.index_select(0, segments)
+    found: list[Tensor] = torch.ops.cram.packed_expert_lora_stack.default(
+        x, weights, biases, a, bt, owners, gates, packs[0].scale
+    )
+    return found
+
+
+def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, Bt and the gate column of each packed row, in types that the kernels read."""
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    buffers: Any = experts._buffers
+    a, bt = buffers["a"], buffers["bt"]
+    if a.dtype not in DTYPES:
+        a, bt = a.to(dtype), bt.to(dtype)
+    return a, bt, buffers["expert_of_row"]
 
 
 class _ExpertLora(torch.autograd.Function):
@@ -149,6 +185,10 @@ _backward_once = once_differentiable(_backward)
 
 def _fake(x: Tensor, weight: Tensor, *factors: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_stack(x: Tensor, weights: Sequence[Tensor], *factors: Any) -> list[Tensor]:
+    return [_fake(x, weight) for weight in weights]
 
 
 def _fake_forward(

@@ -31,7 +31,8 @@ def stacked_expert_lora(
 ) -> tuple[Tensor, ...]:
     """Apply `expert_lora` for several layers that read the same x, with the same gates and dropout mask.
 
-    "triton" reads x once for all of them and adds to the gradient of x once.
+    "triton" reads x once for all of them and adds to the gradient of x once; "native" is one call without
+    gradients.
 
     Args:
         x: Input [..., D_in].
@@ -87,7 +88,7 @@ OP = Op(
         "reference": partial(_one_by_one, reference.expert_lora),
         "cpu": partial(_one_by_one, cpu.expert_lora),
         "triton": _triton,
-        "native": partial(_one_by_one, native.expert_lora),
+        "native": native.stacked_expert_lora,
     },
     {"triton": triton_missing, "native": native.missing},
 )
