@@ -57,8 +57,8 @@ def load() -> float:
 
 
 def machine_name(device: torch.device) -> str:
-    """Return the name of this machine's results: the GPU, or the CPU, the instructions that torch uses there and
-    its threads; and torch's version."""
+    """Return the name of this machine's results: the GPU, or the CPU, its instructions and threads; and
+    torch's version."""
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
@@ -105,7 +105,7 @@ def cache_bytes(device: torch.device) -> int:
 def ceilings(device: torch.device, small: bool = False) -> Ceilings:
     """Measure copy bandwidth and matmul rate on random data.
 
-    Where a CPU has no fast bfloat16 product, its rate is that of float32, which a product by widening can reach.
+    Where a CPU has no fast bfloat16 product, its rate is that of float32, which widening can reach.
     """
     cuda = device.type == "cuda"
     elements = 2**16 if small else 2**30 if cuda else 2**25

@@ -194,7 +194,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
         for name, row in cell["rows"].items()
         if "failed" in row
     ]
-    failed += [f"- {name}: not begun, out of time" for name in results["left_out"]]
+    failed += [f"- not begun: {name}" for name in results["left_out"]]
     return ["## Not measured", "", *failed, ""] if failed else []
 
 

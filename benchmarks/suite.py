@@ -43,8 +43,8 @@ LIMITS = {
     # Device time is short, and events resolve well: more cases rather than more samples.
     ("full", "cuda"): Limits(0.15, 7, 40),
 }
-# A case whose first candidate takes longer than so many seconds a call is left out: torch multiplies bfloat16 very
-# slowly on processors without instructions for it.
+# A case whose first candidate takes longer than so many seconds a call is left out: torch multiplies bfloat16
+# very slowly on processors without instructions for it.
 LONGEST_CALL, PROBE_TOKENS = {"toy": 60.0, "quick": 2.0, "full": 10.0}, 16
 # On a CPU the gate runs on fewer tokens: float64 products of the full size would outlast the benchmark.
 GATE_TOKENS = {"cpu": 64, "cuda": 8192}
@@ -86,12 +86,13 @@ def run(plan: Plan) -> dict[str, Any]:
         if case.name in done:
             continue
         if time.monotonic() > deadline:
-            results["left_out"].append(case.name)
+            results["left_out"].append(f"{case.name}: out of time")
             continue
         results["under_way"] = case.name
         _write(plan.out, results)
-        if plan.device.type == "cpu" and (call := base_seconds(case, plan.device)) > LONGEST_CALL[plan.suite]:
-            results["left_out"].append(f"{case.name}: one call of the first candidate takes about {call:.0f} s")
+        call = base_seconds(case, plan.device) if plan.device.type == "cpu" else 0.0
+        if call > LONGEST_CALL[plan.suite]:
+            results["left_out"].append(f"{case.name}: a call of the first candidate takes about {call:.0f} s")
             continue
         cell = measure(case, plan.device, LIMITS[plan.suite, plan.device.type], ceilings)
         results["cases"].append(cell)

@@ -43,9 +43,7 @@ class Siblings:
         """Copies leave out waiting results, which belong to a live autograd graph."""
         return {**self.__dict__, "_made_from": (), "_waiting": {}}
 
-    def output(
-        self, linear: ExpertLinear, experts: PackedExperts, x: Tensor, gates: Tensor
-    ) -> Tensor | None:
+    def output(self, linear: ExpertLinear, experts: PackedExperts, x: Tensor, gates: Tensor) -> Tensor | None:
         """The output of one member with what acts in it, for x and gates, or None if it must be computed
         alone."""
         index = self.members.index(linear)
@@ -64,10 +62,10 @@ class Siblings:
 
     def _compute(self, x: Tensor, gates: Tensor) -> None:
         self._made_from, self._waiting = (x, gates, torch.is_grad_enabled()), {}
-        packs = [member.acting for member in self.members]
-        if any(packed is None for packed in packs) or not all(m.shares_gates for m in self.members):
+        packs = [packed for member in self.members if (packed := member.acting) is not None]
+        if len(packs) < len(self.members) or not all(member.shares_gates for member in self.members):
             return
-        layers = [
+        layers: list[tuple[Tensor, Tensor | None, PackedExperts]] = [
             (member.base.weight, member.base.bias, packed)
             for member, packed in zip(self.members, packs, strict=True)
         ]

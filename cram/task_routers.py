@@ -61,12 +61,23 @@ class TaskRouters(LayerGating):
     def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
         """Gates [B, E] by the routers of the samples' tasks, which are the route's features [S, 1]."""
         assert state.features is not None
-        tasks = state.features.long().repeat_interleave(len(x) // len(state.features), 0)
+        tasks = state.features[:, 0].long()
+        if len(x) != len(tasks):
+            tasks = tasks.repeat_interleave(len(x) // len(tasks), 0)
         return state.once(self.path, lambda: self._gates(first_tokens(x, state.mask), tasks))
 
     def _gates(self, first: Tensor, tasks: Tensor) -> Tensor:
-        logits = torch.einsum("bd,ted->bte", first, self.routers())
-        gates = top_gates(logits.take_along_dim(tasks[:, :, None], 1)[:, 0], self.k)
+        gates = top_gates((self._own(tasks) @ first[:, :, None])[:, :, 0], self.k)
         if self.training:
             self.used += gates.detach().sum(0)
         return gates
+
+    def _own(self, tasks: Tensor) -> Tensor:
+        """The router [B, E, D_in] of each row's task."""
+        count = len(self.finished)
+        if self.router is None:
+            return self.finished.index_select(0, tasks)
+        if not count:
+            return self.router.expand(len(tasks), -1, -1)
+        finished = self.finished.index_select(0, tasks.clamp(max=count - 1))
+        return torch.where((tasks == count)[:, None, None], self.router, finished)

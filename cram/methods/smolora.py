@@ -18,7 +18,7 @@ routers start as in the other methods; each expert has rank `rank_max`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from cram.experts import ExpertLinear, LayerState
 from cram.gating import LayerGating
 from cram.methods.method import Method, new_lora
 from cram.routing import Query, Route
-from cram.sample_gates import token_means, top_gates
+from cram.sample_gates import token_means
 from cram_kernels import PackedExperts
 
 if TYPE_CHECKING:
@@ -47,19 +47,27 @@ def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
     whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
     a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
     assert a is not None and bt is not None
-    owner, half = experts.expert_of_row, experts.num_experts // 2
-    scores = (fusion @ bt.t()).repeat_interleave(half, 0)
-    own = owner == torch.arange(experts.num_experts, device=owner.device)[:, None]
-    return torch.where(own, experts.scale * scores, 0) @ a
+    half = len(bt) // 2
+    both = F.linear(bt, fusion)  # [E r, 2], of which each row needs its half's
+    scores = experts.scale * torch.cat([both[:half, 0], both[half:, 1]])
+    own = torch.diag_embed(
+        scores.view(experts.num_experts, -1).t(), 0, 0, 1
+    )  # [E, E, r]: each expert's alone
+    return own.flatten(1) @ a
 
 
-def fused_gates(x: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
-    """Token gates [B * T, E] of x [B, T, D_in] for one expert of each half, chosen [B, E] in {0, 1}."""
-    scores = F.linear(x, rows.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
-    used = chosen[:, None].expand(scores.shape)
-    own = scores.masked_fill(used == 0, 0).unflatten(-1, (2, -1)).sum(-1)
-    weights = own.softmax(-1).repeat_interleave(scores.shape[-1] // 2, -1)
-    return (weights * used.to(weights)).flatten(0, 1)
+def fused_gates(x: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+    """Token gates [B * T, E] of x [B, T, D_in]: a softmax over the experts not in others [B, E]."""
+    scores = F.linear(x, rows.to(x.dtype)).masked_fill(others[:, None], -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+
+
+def all_but(visual: Tensor, instruction: Tensor) -> Tensor:
+    """What leaves out all experts but one of each half, given by indices [B] in its half: bool [B, E]."""
+    chosen = torch.stack([visual, HALF + instruction], 1)
+    return torch.ones(len(visual), len(EXPERTS), dtype=torch.bool, device=visual.device).scatter(
+        1, chosen, False
+    )
 
 
 class SeparableGating(LayerGating):
@@ -74,6 +82,7 @@ class SeparableGating(LayerGating):
         self.register_buffer("visual_router", torch.zeros(HALF, linear.in_features))
         self.register_buffer("instruction_router", torch.zeros(HALF, text_dim))
         self.fusion = nn.Parameter(torch.zeros(2, linear.out_features), requires_grad=False)
+        self._folded: tuple[PackedExperts, Tensor] | None = None
 
     def reset(self) -> None:
         """The initial values of `nn.Linear`."""
@@ -89,12 +98,29 @@ class SeparableGating(LayerGating):
         assert experts is not None and features is not None
 
         def choose() -> Tensor:
-            visual = top_gates(token_means(x, state.mask) @ self.visual_router.t(), 1)
-            instruction = top_gates(features @ self.instruction_router.t(), 1)
-            return torch.cat([visual, instruction.repeat_interleave(len(x) // len(features), 0)], 1)
+            """The experts that each row leaves out [B, E]; a hard choice has no gradient."""
+            visual = (token_means(x.detach(), state.mask) @ self.visual_router.t()).argmax(-1)
+            instruction = (features @ self.instruction_router.t()).argmax(-1)
+            return all_but(visual, instruction.repeat_interleave(len(x) // len(features)))
 
-        rows = state.once(f"{name}.rows", lambda: fusion_rows(experts, self.fusion))
-        return fused_gates(x, state.once(f"{name}.chosen", choose), rows)
+        rows = self._rows(experts, state)
+        return fused_gates(x, state.once(f"{name}.others", choose), rows)
+
+    def _rows(self, experts: PackedExperts, state: LayerState) -> Tensor:
+        """`fusion_rows`, computed once for experts and fusion that are frozen."""
+        if experts.trained or self.fusion.requires_grad:
+            return state.once(f"{self._linear[0].name}.rows", lambda: fusion_rows(experts, self.fusion))
+        if (
+            self._folded is None
+            or self._folded[0] is not experts
+            or self._folded[1].device != experts.a.device
+        ):
+            self._folded = experts, fusion_rows(experts, self.fusion).detach()
+        return self._folded[1]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._folded = None
 
 
 class SMoLoraMethod(Method):

@@ -1,4 +1,4 @@
-"""expert_lora and, without gradients, stacked_expert_lora in one native call each way, the base linear included.
+"""expert_lora in one native call each way, the base linear included; stacked_expert_lora without gradients.
 
     forward     Z = drop(X) A^T    U = Z o w    Y = X W0^T + b + U Bt
     backward    V = dY Bt^T    dZ = V o w    dX = dY W0 + drop(dZ A)    dg_e = s * sum of Z o V
@@ -100,8 +100,9 @@ def stacked_expert_lora(
 
     With gradients, dropout, or a bias in some layers alone, one call a layer.
     """
-    weights, biases, packs = ([layer[part] for layer in layers] for part in range(3))
-    biases = [bias for bias in biases if bias is not None]
+    weights = [weight for weight, _, _ in layers]
+    biases = [bias for _, bias, _ in layers if bias is not None]
+    packs = [experts for _, _, experts in layers]
     trains = torch.is_grad_enabled() and (
         x.requires_grad or gates.requires_grad or any(experts.trained_a is not None for experts in packs)
     )

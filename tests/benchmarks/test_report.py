@@ -30,6 +30,7 @@ def results(*cells: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
             "machine": "some-machine",
             "device": device,
             "cpu": "some processor",
+            "instructions": "AVX2",
             "threads": 2,
             "python": "3.11",
             "packages": {"torch": "2.13", "triton": None},
@@ -38,7 +39,7 @@ def results(*cells: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         },
         "ceilings": {"bytes_per_us": 1e4, "flops_per_us": {"bfloat16": 1e6}},
         "cases": list(cells),
-        "left_out": ["late/case"],
+        "left_out": ["late/case: out of time"],
     }
 
 
@@ -79,7 +80,10 @@ def test_table_has_figures_failures_and_what_was_left_out() -> None:
     eager["rows"]["cram cpu"]["mode"] = "eager"
     text = "\n".join(report.lines(results(broken, eager)))
     assert "| 100 µs | 104 µs (+4%) |" in text and "| 2 ms | 3 ms* (+50%) |" in text
-    assert f"- {broken['name']}, peft: RuntimeError: no" in text and "- late/case: not begun" in text
+    assert (
+        f"- {broken['name']}, peft: RuntimeError: no" in text
+        and "- not begun: late/case: out of time" in text
+    )
     assert "| decode adds little at D 4096 | at most 10.0% | 50.0% |" in text
 
 
@@ -103,7 +107,7 @@ def test_a_busy_machine_is_named(before: float, after: float, device: str, busy:
 def test_compact_lines_are_short() -> None:
     shown = report.compact(results(cell(1, base=100, cram_cpu=104, released=300, loop=200)))
     assert f"{cell(1)['name']}  | 100 µs | cram cpu +4% | released +200%" in shown
-    assert shown[-1] == "not begun: late/case"
+    assert shown[-1] == "not begun: late/case: out of time"
 
 
 def test_interleaving_gives_every_candidate_the_same_samples() -> None:

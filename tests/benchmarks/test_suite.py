@@ -119,7 +119,15 @@ def test_resuming_skips_what_is_done_and_records_what_broke(
 
 def test_out_of_time_is_listed(tmp_path: Path) -> None:
     results = suite.run(Plan("toy", CPU, tmp_path, only="gates/", budget_seconds=-1.0))
-    assert results["left_out"] == ["gates/toy/toy/T3/float32"] and not results["cases"]
+    assert results["left_out"] == ["gates/toy/toy/T3/float32: out of time"] and not results["cases"]
+
+
+def test_a_case_whose_calls_take_too_long_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(suite.LONGEST_CALL, "toy", 0.0)
+    results = suite.run(Plan("toy", CPU, tmp_path, only="gates/"))
+    (reason,) = results["left_out"]
+    assert reason.startswith("gates/toy/toy/T3/float32: a call of the first candidate takes about 0 s")
+    assert not results["cases"]
 
 
 def test_unknown_case_is_refused(tmp_path: Path) -> None:

@@ -364,6 +364,8 @@ def test_operations_pass_opcheck() -> None:
     torch.library.opcheck(ops.packed_expert_lora.default, (*base, *factors))
     for first in (0, 13, 14):
         torch.library.opcheck(ops.packed_expert_lora_forward.default, (*base, *factors, first, 99, 5, 7))
+    lists = [inputs.weight] * 2, [inputs.bias] * 2, [experts.a] * 2, [experts.bt] * 2, [factors[2]] * 2
+    torch.library.opcheck(ops.packed_expert_lora_stack.default, (base[0], *lists, *factors[3:]))
     z = inputs.x.new_ones(24, 14)
     needs = [(True, True, True, True), (True, False, False, False), (False, False, True, True)]
     for need in needs:
@@ -381,6 +383,9 @@ def test_operations_refuse_what_does_not_fit() -> None:
         op(*base, experts.a, experts.bt[1:], experts.expert_of_row, inputs.gates, 1.0)
     with pytest.raises(RuntimeError, match="a must be float32 or bfloat16"):
         op(*base, experts.a.double(), experts.bt, experts.expert_of_row, inputs.gates, 1.0)
+    with pytest.raises(RuntimeError, match="each layer of a stack must have a weight, a, bt and owner"):
+        packs = [experts.a], [experts.bt], [experts.expert_of_row]
+        torch.ops.cram.packed_expert_lora_stack(inputs.x, [inputs.weight] * 2, [], *packs, inputs.gates, 1.0)
     with pytest.raises(RuntimeError, match="x and weight must fit a and bt"):
         op(*base, experts.a[:, 1:], experts.bt, experts.expert_of_row, inputs.gates, 1.0)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cram_kernels import expert_lora, pack_experts, stacked_expert_lora
+from cram_kernels import expert_lora, native_libraries, pack_experts, stacked_expert_lora
+from cram_kernels.expert_lora import native
 from cram_kernels.testing import assert_within_budget, layer_inputs
 
+_MISSING = native_libraries()["cpu"]
 IMPLS = ("reference", "cpu", "triton", "native")
 WIDTHS, RANKS = (28, 12, 20), ((4, 9, 1), (2, 3, 16), (5, 0, 6))
 
@@ -55,6 +57,28 @@ def test_equals_layer_after_layer(count: int, trained: int, dropout: float, impl
         run(False, count, "reference", dropout, trained),
         run(False, count, "reference", dropout, trained, torch.float64),
     )
+
+
+@pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
+@pytest.mark.parametrize("biased", [(True, True, True), (False, False, False), (True, False, True)])
+@pytest.mark.parametrize("tokens", [3, 24, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_inference_has_the_bits_of_each_layer(
+    dtype: torch.dtype, tokens: int, biased: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call where all have a bias or none; one expert is unused, another has no row."""
+    layers, _ = make_layers(3, dtype=dtype)
+    layers = [(w, b if own else None, e) for (w, b, e), own in zip(layers, biased, strict=True)]
+    inputs = layer_inputs((1, 1, 1), tokens, 20, segment_count=3).to(dtype)
+    gates = inputs.gates * torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        expected = [expert_lora(inputs.x, *layer, gates, impl="native") for layer in layers]
+        alone: list[Tensor] = []
+        one = native.expert_lora
+        monkeypatch.setattr(native, "expert_lora", lambda *given: alone.append(one(*given)) or alone[-1])
+        found = stacked_expert_lora(inputs.x, layers, gates, impl="native")
+    assert len(alone) == (0 if len(set(biased)) == 1 else 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -15,8 +15,8 @@ from csrc import build
 
 AVX512, PAIRS = '__builtin_cpu_supports("avx512f")', '__builtin_cpu_supports("avx512bf16")'
 TORCH = "answer = ask_torch()"
-# What the library must believe, by the set that it then takes; none of them multiplies pairs. A CPU without AVX-512
-# runs its code too: the compiler splits wide vectors.
+# What the library must believe, by the set that it then takes; none of them multiplies pairs. A CPU without
+# AVX-512 runs its code too: the compiler splits wide vectors.
 BELIEFS: dict[str, dict[str, str]] = {
     "avx512": {AVX512: "true", 'target("avx512f,avx2': 'target("avx2', PAIRS: "false"},
     "avx2": {AVX512: "false", PAIRS: "false", TORCH: "answer = false"},

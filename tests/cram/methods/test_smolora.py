@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cram.experts import ExpertLinear, LayerState
 from cram.methods.smolora import EXPERTS, HALF, SeparableGating, fused_gates, fusion_rows
 from cram.routing import Route
-from cram.sample_gates import token_means, top_gates
+from cram.sample_gates import token_means
 from cram_kernels import expert_lora, pack_experts
 from tests.cram import learning
 from tests.cram.golden_cases import assert_complete, golden_names, load
@@ -39,11 +39,12 @@ def test_the_layer_is_that_of_the_released_code(name: str, impl: str) -> None:
     experts = pack_experts(list(a), list(b), case["config"]["scaling"], trained=len(a))
     fusion = torch.cat([data["param.fc_vu"], data["param.fc_if"]]).requires_grad_()
     x = data["in.x"].clone().requires_grad_()
-    visual = top_gates(token_means(x, None) @ data["param.vu_gate"].t(), 1)
-    instruction = top_gates(instruction_features(case, data) @ data["param.ins_gate"].t(), 1)
-    chosen = torch.cat([visual, instruction.expand(len(x), -1)], 1)
-    assert torch.equal(chosen, data["out.router"][:, 0])
-    gates = fused_gates(x, chosen, fusion_rows(experts, fusion))
+    visual = (token_means(x, None) @ data["param.vu_gate"].t()).argmax(1)
+    instruction = (instruction_features(case, data) @ data["param.ins_gate"].t()).argmax(1)
+    chosen = torch.stack([visual, len(a) // 2 + instruction.expand(len(x))], 1)
+    used = F.one_hot(chosen, len(a)).sum(1)
+    assert torch.equal(used, data["out.router"][:, 0])
+    gates = fused_gates(x, used == 0, fusion_rows(experts, fusion))
     y = expert_lora(x, data["param.weight"], data.get("param.bias"), experts, gates, impl=impl)
     exact = x.dtype == torch.float64
     budget = {"atol": 1e-10, "rtol": 1e-9} if exact else {"atol": 2e-5, "rtol": 1e-4}
@@ -115,12 +116,13 @@ def test_a_decode_step_keeps_the_experts_and_fuses_its_own_token() -> None:
     route = Route(torch.ones(1, 2, 8), torch.full((2,), -1), features, memory=memory)
     state.begin(route, decoding=True)
     gates = linear.gating(step, torch.ones(2, 8), state)
-    chosen = memory["a.q_proj.chosen"]
-    assert torch.equal(gates != 0, chosen != 0) and torch.equal(gates.sum(1), torch.ones(2))
-    expected = fused_gates(step, chosen, fusion_rows(linear.experts, linear.gating.fusion))
+    others = memory["a.q_proj.others"]
+    assert torch.equal(gates == 0, others) and torch.equal(others.sum(1), torch.full((2,), 6))
+    torch.testing.assert_close(gates.sum(1), torch.ones(2))
+    expected = fused_gates(step, others, fusion_rows(linear.experts, linear.gating.fusion))
     torch.testing.assert_close(gates, expected)
-    alone = top_gates(token_means(step, None) @ linear.gating.visual_router.t(), 1)
-    assert not torch.equal(alone, chosen[:, :HALF])
+    alone = (token_means(step, None) @ linear.gating.visual_router.t()).argmax(1)
+    assert others.gather(1, alone[:, None]).all()
 
 
 def test_copies_read_their_own_experts() -> None:
