@@ -24,6 +24,7 @@ from benchmarks.timing import Limits
 CANDIDATES = ("base", "released", "peft", "packed", "cram cpu", "cram triton", "cram native")
 MASTER_BYTES = 4  # experts and centroids are kept in float32
 TYPICAL_RANK = 7
+UNIT = 10  # experts; fewer add less than two medians differ
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def curves(device: torch.device, size: str) -> list[Curve]:
     start = Case("decode", f"square-{width}", "q", "10x8", tokens, tokens, "bfloat16")
     most = 8192 if cuda else 1024
     step = 1 if size == "full" else 2
-    experts = (1, 4) if size == "toy" else (1, 2, 4, 8, 10, 16, 32, 64)[::step] + (100, 1000)
+    few = (1, 10, 64) if size == "quick" else (1, 2, 4, 8, 10, 16, 32, 64)
+    experts = (1, 4) if size == "toy" else (*few, 100, 1000)
     ranks = (2, 4) if size == "toy" else (1, 2, 4, 8, 16, 32, 64)[::step]
     counts = (1, 8) if size == "toy" else tuple(t for t in (1, 8, 64, 256, 1024, 8192) if t <= most)[::step]
     widths = (32, 64) if size == "toy" else (512, 1024, 2048, 4096, 8192)[::step]
@@ -78,7 +80,7 @@ def expert_bytes(case: Case) -> float:
 
 
 def growth(cells: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float, float]]:
-    """Return (experts, time, bytes) beyond the first cell's, the last two as multiples of the second cell's.
+    """Return (experts, time, bytes) beyond the first cell's, the last two in multiples of `UNIT` experts'.
 
     Against the first cell rather than the base linear, which a layer with few experts can undercut; time as a
     share of the base linear's in the same cell.
@@ -88,13 +90,12 @@ def growth(cells: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float,
         for cell in cells
         if (share := added(cell, name, "base")) is not None
     ]
-    if len(points) < 2 or points[1][1] <= points[0][1]:
+    unit = next(((s, b) for value, s, b in points[1:] if value >= UNIT), points[-1][1:] if points else None)
+    if unit is None or unit[0] <= points[0][1]:
         return []
-    (_, first_share, first_bytes), (_, share, moved) = points[:2]
-    return [
-        (value, (s - first_share) / (share - first_share), (b - first_bytes) / (moved - first_bytes))
-        for value, s, b in points[1:]
-    ]
+    _, first_share, first_bytes = points[0]
+    share, moved = unit[0] - first_share, unit[1] - first_bytes
+    return [(value, (s - first_share) / share, (b - first_bytes) / moved) for value, s, b in points[1:]]
 
 
 def model_bytes(model: str, tasks: int) -> int:
@@ -122,11 +123,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     table = growth(found["curves"][0]["cells"], name)
     if table:
         shown += [
-            f"## Time of {name} and bytes of the experts beyond the first row's, in multiples of the next",
+            f"## Time of {name} and bytes of the experts beyond the first row's, over those of {UNIT} experts",
             "",
         ]
         shown += ["| experts | time | bytes |", "|---|---|---|"]
-        shown += [f"| {value} | {us:.1f} x | {moved:.0f} x |" for value, us, moved in table] + [""]
+        shown += [f"| {value} | {us:.1f} x | {moved:.1f} x |" for value, us, moved in table] + [""]
     shown += [f"## Memory of a whole model (modelled: rank {TYPICAL_RANK}, float32, q, k, v and o)", ""]
     shown += ["| model | 10 tasks | 100 tasks | 1000 tasks |", "|---|---|---|---|"]
     for model in (m for m in MODELS if m != "toy"):

@@ -93,7 +93,7 @@ def test_curves_vary_one_number() -> None:
     assert experts.values[-1] == 1000 and {case.tokens for case in experts.cases} == {8}
 
 
-def test_growth_is_in_multiples_of_the_second_point() -> None:
+def test_growth_is_in_multiples_of_ten_experts() -> None:
     def cell(experts: int, us: float) -> dict[str, object]:
         case = Case("decode", "square-64", "q", f"{experts}x8", 8, 8, "bfloat16")
         return {
@@ -103,7 +103,7 @@ def test_growth_is_in_multiples_of_the_second_point() -> None:
         }
 
     found = scaling.growth([cell(1, -10.0), cell(4, -4.0), cell(10, 2.0)], "cram cpu")
-    assert [(value, round(us, 6), moved) for value, us, moved in found] == [(4, 1.0, 1.0), (10, 2.0, 3.0)]
+    assert [(value, round(us, 6), moved) for value, us, moved in found] == [(4, 0.5, 1 / 3), (10, 1.0, 1.0)]
     assert scaling.growth([cell(1, 1.0), cell(10, 1.0)], "cram cpu") == []
 
 
