@@ -123,7 +123,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     table = growth(found["curves"][0]["cells"], name)
     if table:
         shown += [
-            f"## Time of {name} and bytes of the experts beyond the first row's, over those of {UNIT} experts",
+            f"## Time of {name} and bytes of the experts beyond the first row's; {UNIT} experts are 1",
             "",
         ]
         shown += ["| experts | time | bytes |", "|---|---|---|"]
