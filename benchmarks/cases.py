@@ -163,7 +163,7 @@ CPU_FULL = [
     *grid(("forward",), (_Q2, _Q7), (128, 1024), _BOTH),
     *grid(("forward",), (_Q7,), (1024,), ("bfloat16",), ("trigap-groups", "64x8")),
     *grid(("train",), (_Q2, _Q7), (8, 64, 1024), _BOTH),
-    *grid(("train",), (_Q2,), (1024,), ("bfloat16",), ("ucit", "trigap-groups", "64x8"), compiled=True),
+    *grid(("train",), (_Q2,), (1024,), _BOTH, ("ucit", "trigap-groups", "64x8"), compiled=True),
     *grid(("routed",), (_Q2, _Q7), (1, 8, 1024), _BOTH),
     *grid(STACKED_OPS, ("Qwen3-VL-2B.q+k+v",), (8, 1024)),
     *grid(GATE_OPS, ("LLaVA-1.5-7B",), (1, 8, 64), ("float32",)),

@@ -45,7 +45,7 @@ LIMITS = {
 }
 # A case whose first candidate takes longer than so many seconds a call is left out: torch multiplies bfloat16
 # very slowly on processors without instructions for it.
-LONGEST_CALL, PROBE_TOKENS = {"toy": 60.0, "quick": 2.0, "full": 1.5}, 16
+LONGEST_CALL, PROBE_TOKENS = {"toy": 60.0, "quick": 2.0, "full": 1.5}, 64
 # On a CPU the gate runs on fewer tokens: float64 products of the full size would outlast the benchmark.
 GATE_TOKENS = {"cpu": 64, "cuda": 8192}
 

@@ -55,6 +55,13 @@ def test_a_goal_is_judged_at_its_worst_cell() -> None:
     assert "training step over the base's, T 1024" not in found
 
 
+def test_what_adds_nothing_adds_less() -> None:
+    run = results(cell(1, base=100, cram_cpu=40, released=101), cell(8, base=100, cram_cpu=110, released=160))
+    found = {goal.text: goal for goal in goals.checked(run)}
+    less = found["adds less than the released loop, T to 64"]
+    assert less.found == "6.0 x less" and less.holds and less.where.startswith(run["cases"][1]["name"])
+
+
 def test_goals_take_the_implementation_that_auto_takes() -> None:
     both = cell(1, base=100, cram_cpu=150, cram_native=101)
     assert goals.ours(both, "cpu") == "cram native"
