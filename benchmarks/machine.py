@@ -103,7 +103,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, small: bool = False) -> Ceilings:
-    """Measure copy bandwidth and matmul rate on random data.
+    """Measure copy bandwidth and matmul rate on random data: the 10th percentile of the times.
 
     Where a CPU has no fast bfloat16 product, its rate is that of float32, which widening can reach.
     """
@@ -118,18 +118,16 @@ def ceilings(device: torch.device, small: bool = False) -> Ceilings:
     for name in rated:
         if name == "bfloat16" and widened:
             continue
-        width = side // 2 if name == "float32" else side
-        left, right = (torch.randn(width, width, device=device).to(DTYPES[name]) for _ in range(2))
+        left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
         runs[name] = lambda a=left, b=right: a @ b
     for run in runs.values():
         run()
     samplers = {name: Sampler(run, 1, "eager") for name, run in runs.items()}
     found = interleaved(samplers, device, Limits(0.3, 3, 20))
-    widths = {name: side // 2 if name == "float32" else side for name in DTYPES}
-    flops = {name: 2 * widths[name] ** 3 / found[name].median_us for name in DTYPES if name in found}
+    flops = {name: 2 * side**3 / found[name].low_us for name in DTYPES if name in found}
     if widened:
         flops["bfloat16"] = flops["float32"]
-    return Ceilings(8 * elements / found["copy"].median_us, flops)
+    return Ceilings(8 * elements / found["copy"].low_us, flops)
 
 
 def fast_halves() -> bool:
