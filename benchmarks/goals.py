@@ -185,7 +185,7 @@ def _check(goal: Goal, measured: list[tuple[float, Cell]]) -> Checked:
         "share": lambda v: f"{v:.0%}",
         "us": lambda v: f"{v:.1f} µs",
         "x": lambda v: f"{v:.2f} x",
-        "less": lambda v: f"{v:.1f} x less",
+        "less": lambda v: f"{v:.1f} x less" if v < inf else "nothing added",
     }[goal.unit]
     holds = value >= goal.bound if at_least else value <= goal.bound
     wanted = f"at {'least' if at_least else 'most'} {show(goal.bound)}"

@@ -166,7 +166,9 @@ def draw(file: Path, found: dict[str, Any]) -> Path:
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
         low, high = axis.get_ylim()
-        ticks = [t for t in (1, 1.2, 1.5, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
+        fine = (1.2, 1.5) if high < 10 * low else ()
+        decades = [factor * 10**power for power in (-2, -1, 0, 1, 2) for factor in (1, 2, 5)]
+        ticks = [t for t in (*decades, *fine) if low <= t <= high]
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.axhline(1, color="black", linewidth=1)
         axis.grid(alpha=0.3)

@@ -60,6 +60,8 @@ def test_what_adds_nothing_adds_less() -> None:
     found = {goal.text: goal for goal in goals.checked(run)}
     less = found["adds less than the released loop, T to 64"]
     assert less.found == "6.0 x less" and less.holds and less.where.startswith(run["cases"][1]["name"])
+    (less,) = [goal for goal in goals.checked(results(run["cases"][0])) if "released" in goal.text]
+    assert less.found == "nothing added" and less.holds
 
 
 def test_goals_take_the_implementation_that_auto_takes() -> None:
