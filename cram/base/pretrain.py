@@ -34,6 +34,7 @@ IMAGE_FEATURE_NORM = 10.0
 CLIP_STEPS, CLIP_RATE = 3200, 2e-3
 CLIP_BATCH, CONTRAST_EVERY = 128, 3
 FORMAT_STEPS, FORMAT_RATE = 600, 5e-4
+HELD_OUT = 2048  # examples
 
 
 class Losses:
@@ -244,7 +245,7 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, examples: int, seed
     """Train and save the base with `training.json` (data, steps, loss, held-out accuracy)."""
     torch.manual_seed(seed)
     started = time.time()
-    rows, held_rows = draw_rows(seed, examples, 2), draw_rows(seed + 1, 2048, 2)
+    rows, held_rows = draw_rows(seed, examples, 2), draw_rows(seed + 1, HELD_OUT, 2)
     tokenizer = train_tokenizer(
         [f"USER: {IMAGE}\n{row.question} ASSISTANT: {row.answer} {row.caption}" for row in rows[:8000]]
         + [" ".join(WORDS)] * 200

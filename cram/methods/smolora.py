@@ -28,7 +28,7 @@ from cram.experts import ExpertLinear, LayerState
 from cram.gating import LayerGating
 from cram.methods.method import Method, new_lora
 from cram.routing import Query, Route
-from cram.sample_gates import token_means
+from cram.sample_gates import token_means, top_gates
 from cram_kernels import PackedExperts
 
 if TYPE_CHECKING:
@@ -39,20 +39,14 @@ EXPERTS = tuple(f"{half}{index}" for half in ("visual", "instruction") for index
 
 
 def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
-    """Rows scale A_e^T B_e^T I, with the half's I in fusion [2, D_out]: row e times x is expert e's score.
-
-    Returns:
-        [E, D_in]; gradients reach trained experts and `fusion`.
-    """
+    """Rows scale A_e^T B_e^T I [E, D_in], the half's I in fusion [2, D_out]: row e times x is e's score."""
     whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
     a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
     assert a is not None and bt is not None
     half = len(bt) // 2
     both = F.linear(bt, fusion)  # [E r, 2], of which each row needs its half's
     scores = experts.scale * torch.cat([both[:half, 0], both[half:, 1]])
-    own = torch.diag_embed(
-        scores.view(experts.num_experts, -1).t(), 0, 0, 1
-    )  # [E, E, r]: each expert's alone
+    own = torch.diag_embed(scores.view(experts.num_experts, -1).t(), 0, 0, 1)  # [E, E, r]
     return own.flatten(1) @ a
 
 
@@ -60,14 +54,6 @@ def fused_gates(x: Tensor, others: Tensor, rows: Tensor) -> Tensor:
     """Token gates [B * T, E] of x [B, T, D_in]: a softmax over the experts not in others [B, E]."""
     scores = F.linear(x, rows.to(x.dtype)).masked_fill(others[:, None], -torch.inf)
     return scores.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
-
-
-def all_but(visual: Tensor, instruction: Tensor) -> Tensor:
-    """What leaves out all experts but one of each half, given by indices [B] in its half: bool [B, E]."""
-    chosen = torch.stack([visual, HALF + instruction], 1)
-    return torch.ones(len(visual), len(EXPERTS), dtype=torch.bool, device=visual.device).scatter(
-        1, chosen, False
-    )
 
 
 class SeparableGating(LayerGating):
@@ -98,10 +84,11 @@ class SeparableGating(LayerGating):
         assert experts is not None and features is not None
 
         def choose() -> Tensor:
-            """The experts that each row leaves out [B, E]; a hard choice has no gradient."""
-            visual = (token_means(x.detach(), state.mask) @ self.visual_router.t()).argmax(-1)
-            instruction = (features @ self.instruction_router.t()).argmax(-1)
-            return all_but(visual, instruction.repeat_interleave(len(x) // len(features)))
+            """Whether a row leaves an expert out [B, E]; a hard choice has no gradient."""
+            visual = token_means(x.detach(), state.mask) @ self.visual_router.t()
+            instruction = features @ self.instruction_router.t()
+            instruction = instruction.repeat_interleave(len(x) // len(features), 0)
+            return torch.cat([top_gates(visual, 1), top_gates(instruction, 1)], 1) == 0
 
         rows = self._rows(experts, state)
         return fused_gates(x, state.once(f"{name}.others", choose), rows)
@@ -110,13 +97,11 @@ class SeparableGating(LayerGating):
         """`fusion_rows`, computed once for experts and fusion that are frozen."""
         if experts.trained or self.fusion.requires_grad:
             return state.once(f"{self._linear[0].name}.rows", lambda: fusion_rows(experts, self.fusion))
-        if (
-            self._folded is None
-            or self._folded[0] is not experts
-            or self._folded[1].device != experts.a.device
-        ):
-            self._folded = experts, fusion_rows(experts, self.fusion).detach()
-        return self._folded[1]
+        owner, rows = self._folded or (None, self.fusion)
+        if owner is not experts or rows.device != experts.a.device:
+            rows = fusion_rows(experts, self.fusion).detach()
+            self._folded = experts, rows
+        return rows
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

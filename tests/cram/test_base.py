@@ -93,6 +93,7 @@ def test_pretraining_writes_a_loadable_base(monkeypatch: pytest.MonkeyPatch, tmp
     for name in ("CLIP_STEPS", "FORMAT_STEPS"):
         monkeypatch.setattr(pretrain, name, 2)
     monkeypatch.setattr(pretrain, "CLIP_BATCH", 8)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 256)
     pretrain.pretrain(tmp_path, steps=2, batch=8, rate=1e-3, examples=400, seed=1)
     facts = json.loads((tmp_path / "training.json").read_text())
     assert facts["steps"] == {"clip": 2, "llava": 2, "formats": 2}

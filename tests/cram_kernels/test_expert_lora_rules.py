@@ -45,7 +45,7 @@ def saved_bytes(inputs: LayerInputs, experts: PackedExperts, gates: Tensor, drop
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_saved_bytes(dropout: float, gates_need_grad: bool, master: bool) -> None:
     """Ten experts of ranks 4 to 9, the last trained: Z and small things, nothing of activation size."""
-    ranks, tokens, width = (4, 5, 6, 7, 8, 9, 4, 6, 8, 9), 1024, 2048
+    ranks, tokens, width = (4, 5, 6, 7, 8, 9, 4, 6, 8, 9), 1024, 512
     inputs = layer_inputs(ranks, tokens, width, width, segment_count=8)
     inputs = inputs.to(torch.bfloat16, torch.float32 if master else None)
     inputs.x.requires_grad_()
