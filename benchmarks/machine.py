@@ -113,11 +113,8 @@ def ceilings(device: torch.device, small: bool = False) -> Ceilings:
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     runs = {"copy": lambda: target.copy_(source)}
-    rated = [name for name in DTYPES if cuda or name in ("float32", "bfloat16")]
     widened = not cuda and not fast_halves()
-    for name in rated:
-        if name == "bfloat16" and widened:
-            continue
+    for name in DTYPES if cuda else ("float32",) if widened else ("float32", "bfloat16"):
         left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
         runs[name] = lambda a=left, b=right: a @ b
     for run in runs.values():

@@ -68,8 +68,8 @@ def expert_lora(
         impl: "auto" (the first that can run of "native", "cpu" for CPU tensors and "triton", "cpu" for CUDA
             tensors), "reference", "cpu" (rank-packed eager operations, right on any device), "native" (CPU
             tensors, one call each way; bfloat16, float32) or "triton" (CUDA devices, or CPU tensors under
-            Triton's interpreter; bfloat16, float16, float32). Experts with a shared A have "reference" and
-            "cpu" alone.
+            Triton's interpreter; bfloat16, float16, float32). Experts with a shared A have no
+            "triton".
 
     Returns:
         y [..., D_out] in x.dtype. Inside an autocast region x, weight and bias are cast to the region's dtype

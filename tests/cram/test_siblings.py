@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -72,6 +73,11 @@ def test_results_go_only_to_what_they_were_computed_from(stacks: list[int]) -> N
         q(x)
     assert k(x.clone().requires_grad_()).requires_grad
     assert len(stacks) == 2
+    with torch.no_grad():
+        q(x)
+        k.experts = copy.deepcopy(k.experts)
+        k.experts.bt.mul_(2)
+        torch.testing.assert_close(k(x), alone(k, x))
 
 
 def test_training_with_dropout_draws_one_mask_a_linear(stacks: list[int]) -> None:

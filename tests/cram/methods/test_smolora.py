@@ -125,6 +125,25 @@ def test_a_decode_step_keeps_the_experts_and_fuses_its_own_token() -> None:
     assert others.gather(1, alone[:, None]).all()
 
 
+def test_frozen_rows_are_folded_once_for_what_they_were_made_from() -> None:
+    linear, state = gated_linear()
+    gating, x, features = linear.gating, torch.randn(2, 3, 6), torch.randn(2, 3)
+    linear.experts = linear.experts.freeze()
+    gating.requires_grad_(False)
+    begin(state, features)
+
+    def rows() -> Tensor:
+        linear(x)
+        return gating._rows(linear.experts, state)
+
+    first = rows()
+    assert rows() is first and "a.q_proj.rows" not in state.memory
+    gating.load_state_dict({**gating.state_dict(), "fusion": torch.randn_like(gating.fusion)})
+    torch.testing.assert_close(rows(), fusion_rows(linear.experts, gating.fusion))
+    linear.set_experts([(torch.randn(2, 6), torch.randn(5, 2)) for _ in EXPERTS], 2.0, 0)
+    torch.testing.assert_close(rows(), fusion_rows(linear.experts, gating.fusion))
+
+
 def test_copies_read_their_own_experts() -> None:
     linear, _ = gated_linear()
     copied = copy.deepcopy(linear)
