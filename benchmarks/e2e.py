@@ -187,7 +187,7 @@ def built(work: Work, stream: str) -> dict[str, Variant]:
 
 def train_step(variant: Variant, work: Work) -> Callable[[], Tensor]:
     """Return one optimiser step as a function."""
-    from cram.training import answer_loss
+    from cram.learning.training import answer_loss
 
     optimizer = torch.optim.AdamW(variant.parameters, lr=1e-4) if variant.parameters else None
 

@@ -49,7 +49,7 @@ SHAPES = {
 def equal_rank_config(method: str) -> Any:
     """A configuration at which the method's experts have about TASKS * ROWS rows in every module."""
     from cram import CramConfig
-    from cram.entries import BUDGETS
+    from cram.compare.entries import BUDGETS
     from cram.methods import METHODS
 
     rank = BUDGETS[METHODS[method].budget].rank(ROWS, TASKS, TASKS * ROWS)
@@ -60,7 +60,7 @@ def equal_rank_config(method: str) -> Any:
 def grown(base: Any, method: str, device: torch.device) -> Any:
     """A model on the base's weights whose method has learnt all tasks but the last, which is in training."""
     from cram import attach
-    from cram.routing import Query
+    from cram.routing.query import Query
 
     model = shared_copy(base)
     dims = {"image_dim": QUERY_WIDTH, "text_dim": QUERY_WIDTH}
@@ -82,7 +82,7 @@ def grown(base: Any, method: str, device: torch.device) -> Any:
 
 def make_route(model: Any, samples: int, training: bool) -> Any:
     """The method's route of some samples, its gates a leaf."""
-    from cram.routing import Query, Route
+    from cram.routing.query import Query, Route
 
     handle, device = model.cram, model.device
     method = handle.method

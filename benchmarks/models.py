@@ -57,7 +57,7 @@ SIZES = {
 
 def demo(device: torch.device, dtype: torch.dtype, samples: int) -> Work:
     """The shipped base with samples of the built-in stream's first task."""
-    from cram.batches import collate, encode_sample, pad_id, training_batch
+    from cram.learning.batches import collate, encode_sample, pad_id, training_batch
     from cram.loading import Sources
     from cram.streams import load_stream
 

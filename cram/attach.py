@@ -1,7 +1,7 @@
 """Attaching experts to a model, and the handle `Cram` through which they are added, trained and routed.
 
 `attach` freezes the base model, wraps the target linears of its language model and hooks its forward (see
-`cram.forward`); `detach` gives back exactly the model that `attach` was given.
+`cram.model.hooks`); `detach` gives back exactly the model that `attach` was given.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cram.config import CramConfig
-from cram.encoders import ClipEncoder
-from cram.experts import ExpertLinear
-from cram.forward import RoutedForward
 from cram.methods import METHODS
-from cram.orthogonality import Penalty
+from cram.methods.parts.penalty import Penalty
+from cram.model.hooks import RoutedForward
+from cram.model.linear import ExpertLinear
+from cram.routing.clip import ClipEncoder
 
 Factors = tuple[Tensor, Tensor]
 
@@ -229,6 +229,18 @@ def detach(model: Any) -> None:
         raise ValueError(f"model must be attached, got a plain {type(model).__name__}")
     model.cram.release(model)
     del model.cram
+
+
+def attached(model: nn.Module) -> Cram:
+    """The model's `Cram`.
+
+    Raises:
+        ValueError: If `attach` has not been called on the model.
+    """
+    cram = getattr(model, "cram", None)
+    if not isinstance(cram, Cram):
+        raise ValueError(f"model must be attached (cram.attach), got a plain {type(model).__name__}")
+    return cram
 
 
 def _check_factors(path: str, a: Tensor, b: Tensor, weight: Tensor) -> None:

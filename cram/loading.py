@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cram.base import base_folder
-from cram.encoders import ClipEncoder
 from cram.families import FAMILIES
+from cram.routing.clip import ClipEncoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_CLIP = "openai/clip-vit-large-patch14-336"

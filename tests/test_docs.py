@@ -122,7 +122,7 @@ def test_readme_opens_with_the_two_commands() -> None:
 def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder where `base_folder()` is a tiny random model and the built-in stream is short."""
     import cram.base
-    import cram.compare
+    import cram.compare.comparison
     import cram.loading
     import cram.streams
     from cram.streams import builtin

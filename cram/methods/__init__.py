@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from cram.methods.base import Method
 from cram.methods.branchlora import BranchLoraMethod
 from cram.methods.cram import CramMethod
 from cram.methods.hide import HideMethod
 from cram.methods.isolated import IsolatedMethod
 from cram.methods.many import ManyMethod
-from cram.methods.method import Method
 from cram.methods.moelora import MoELoraMethod
 from cram.methods.olora import OLoraMethod
 from cram.methods.sequential import SequentialMethod

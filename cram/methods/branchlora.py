@@ -1,7 +1,7 @@
 """BranchLoRA (arXiv 2506.02041): one A, eight branches B_i, a router a task, two more branches frozen a task.
 
     y = W0 x + b + sum_i g_i scale B_i A dropout(x)        g = softmax over the two largest of W_t x_1
-    loss = cross-entropy + key loss (`cram.keys`)
+    loss = cross-entropy + key loss (`cram.methods.parts.task_keys`)
 
 x_1 is the first real token of the module's input. Each task has routers W_t and keys of its own. At test time
 a sample's task is the one whose keys are the most similar to its features; that task's routers act.
@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cram.keys import TaskKeys
-from cram.methods.method import Factors, Method, check_state, new_lora, trainable_parameters
-from cram.routing import Query, Route
-from cram.task_routers import TaskRouters
+from cram.methods.base import Factors, Method, check_state, new_lora, trainable_parameters
+from cram.methods.parts.task_keys import TaskKeys
+from cram.methods.parts.task_routers import TaskRouters
+from cram.routing.query import Query, Route
 
 if TYPE_CHECKING:
     from cram.attach import Cram

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cram.instantiate import instantiate_expert
-from cram.methods.method import Method
-from cram.routing import CentroidMean, Query, Route, warmup_steps
+from cram.methods.base import Method
+from cram.methods.parts.instantiate import instantiate_expert
+from cram.routing.means import CentroidMean
+from cram.routing.query import Query, Route
 
 if TYPE_CHECKING:
     from cram.attach import Cram
@@ -93,3 +94,16 @@ class CramMethod(Method):
         cram.add_expert(self._task, weights, group, centroid)
         cram.prepare_penalty()
         cram.locked_group = group
+
+
+def warmup_steps(max_steps: int, fraction: float) -> int:
+    """Optimiser steps that train the buffer: max(1, round(fraction * max_steps)), ties to even.
+
+    A fraction of 0 or less means no warm-up and gives -1, a step number that is never reached.
+
+    Raises:
+        ValueError: if ``max_steps`` is below 1.
+    """
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    return max(1, round(max_steps * fraction)) if fraction > 0 else -1

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram.methods.method import Factors, Method, check_state, new_lora
-from cram.routing import CentroidMean, Query, Route
+from cram.methods.base import Factors, Method, check_state, new_lora
+from cram.routing.means import CentroidMean
+from cram.routing.query import Query, Route
 from cram_kernels import pack_experts
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cram.methods.method import Method, new_lora
-from cram.routing import Query, Route
+from cram.methods.base import Method, new_lora
+from cram.routing.query import Query, Route
 
 
 class IsolatedMethod(Method):

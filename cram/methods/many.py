@@ -3,14 +3,14 @@
 There is no public code; the equations are the paper's, everything below is how they are read here.
 
 LPM: each task trains its own LoRA alone. After it, every module's LoRAs are merged by the recursion of
-`cram.merge`, in float64 on the CPU, and at inference the merged weight alone acts, on every sample and
+`parts.merge`, in float64 on the CPU, and at inference the merged weight alone acts, on every sample and
 without a router. Whether the regression is on the rows of A, on activations or on B is not public; rho is
 unknown. The bundle keeps the tasks' LoRAs and not the recursion's state: the merged weight is made of them
 again at loading, which takes no more than the algebra did.
 
 CPM: each task also trains a small LoRA on the projector's linears (a full copy of a 7B model's projector
 would be 21 million values a task), and the outputs of the tasks' projectors are mixed per image by visual
-prototypes, see `cram.projector`. Families whose projector is a part of the vision tower (Qwen's) do without.
+prototypes, see `parts.projector`. Families whose projector is a part of the vision tower (Qwen's) do without.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cram.merge import merge
-from cram.methods.method import Method, check_state, new_lora, uniform_route
-from cram.projector import MixedProjector
-from cram.routing import Query, Route
+from cram.methods.base import Method, check_state, new_lora, uniform_route
+from cram.methods.parts.merge import merge
+from cram.methods.parts.projector import MixedProjector
+from cram.routing.query import Query, Route
 from cram_kernels import pack_experts
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.experts import LayerState
-from cram.gating import LayerGating
-from cram.methods.method import Method, new_lora
+from cram.methods.base import Method, new_lora
+from cram.model.gating import LayerGating
+from cram.model.linear import LayerState
 
 if TYPE_CHECKING:
     from cram.attach import Cram

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cram.methods.method import Method, new_lora
+from cram.methods.base import Method, new_lora
 
 WEIGHT = 0.5
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cram.methods.method import Method, new_lora
+from cram.methods.base import Method, new_lora
 
 EXPERT = "sequential"
 

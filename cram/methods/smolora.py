@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.experts import ExpertLinear, LayerState
-from cram.gating import LayerGating
-from cram.methods.method import Method, new_lora
-from cram.routing import Query, Route
-from cram.sample_gates import token_means, top_gates
+from cram.methods.base import Method, new_lora
+from cram.model.gating import LayerGating, token_means, top_gates
+from cram.model.linear import ExpertLinear, LayerState
+from cram.routing.query import Query, Route
 from cram_kernels import PackedExperts
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from cram.attach import Cram, attach
 from cram.config import CramConfig
-from cram.encoders import ClipEncoder
+from cram.routing.clip import ClipEncoder
 
 SPECIAL = {
     "<pad>": 0,
@@ -323,3 +323,10 @@ def _stretch(model: Any) -> Any:
                 weight.mul_(5)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def fresh() -> tuple[Any, Any]:
+    """A plain LLaVA and an encoder that reuses its vision tower."""
+    clip = clip_model()
+    model = llava(clip=clip)
+    return model, clip_encoder(model, clip)

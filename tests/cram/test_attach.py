@@ -12,7 +12,7 @@ from torch import nn
 
 from cram.attach import Cram, attach, detach
 from cram.config import CramConfig
-from cram.experts import ExpertLinear
+from cram.model.linear import ExpertLinear
 from tests.cram import factories
 
 FAMILIES = list(factories.MODELS)

@@ -12,13 +12,14 @@ import pytest
 import cram
 from cram import cli, demo, loading
 from cram.atomic import read_json
-from cram.cli import main, parse_config
-from cram.progress import ProgressBar, clock
-from cram.scoring.schema import validate_report
-from tests.cram import factories, learning
-from tests.cram.test_learner import files, timeless
+from cram.cli import main
+from cram.commands.options import parse_config
+from cram.console import ProgressBar, clock
+from cram.report.schema import validate_report
+from tests.cram import factories, runs
+from tests.cram.runs import files, timeless
 
-CONFIG = [f"{key}={value}" for key, value in learning.SETTINGS.items()]
+CONFIG = [f"{key}={value}" for key, value in runs.SETTINGS.items()]
 FAMILIES = list(factories.MODELS)
 
 
@@ -28,10 +29,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     factories.save_clip(folder / "clip", factories.clip_model())
     for name in FAMILIES:
-        learning.save_checkpoint(name, folder / name)
+        runs.save_checkpoint(name, folder / name)
     clip = factories.clip_model()
     factories.llava(clip=clip).save_pretrained(folder / "llava")
-    learning.write_stream(folder / "data")
+    runs.write_stream(folder / "data")
     return folder
 
 
@@ -148,7 +149,7 @@ def test_faulty_data_is_one_line_before_anything_is_written(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = learning.write_stream(tmp_path / "data")
+    file = runs.write_stream(tmp_path / "data")
     damage(file.parent)
     refused(train(place, tmp_path / "run", stream=str(file)), words, tmp_path, capsys)
 

@@ -2,7 +2,7 @@
 
 A question reads its answer off the scene, so it goes with every style. A format fixes the last sentence of
 the instruction, the scorer and the length of an answer. The wordings are such that the base's text features,
-under the joining rule of `cram/grouping.py`, make one instruction group of each format.
+under the joining rule of `cram/routing/groups.py`, make one instruction group of each format.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cram import load, save
 from cram.methods.branchlora import BRANCHES, frozen_after, pool_order
-from cram.routing import Query
-from tests.cram import factories, learning
+from cram.routing.query import Query
+from tests.cram import factories, runs
 
 
 def test_two_branches_freeze_a_task_and_two_never() -> None:
@@ -36,7 +36,7 @@ def weights(cram: Any) -> list[dict[str, tuple[Tensor, Tensor]]]:
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A learner after two tasks, with the pool as it was after the first in `first`."""
-    made = learning.learner(tmp_path_factory.mktemp("run"), "branchlora")
+    made = runs.learner(tmp_path_factory.mktemp("run"), "branchlora")
     made.learn(0)
     made.first = weights(made.cram)
     made.first_state = copy.deepcopy(made.method.state())

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from cram import attach
 from cram.attach import Cram
-from cram.experts import ExpertLinear, LayerState
 from cram.methods.hide import TEMPERATURE, anchor_gates, fused
-from cram.routing import CentroidMean, Query, Route
+from cram.model.linear import ExpertLinear, LayerState
+from cram.routing.means import CentroidMean
+from cram.routing.query import Query, Route
 from cram_kernels import pack_experts
-from tests.cram import factories, learning
+from tests.cram import factories, runs
 from tests.cram.factories import QUESTIONS, image, prompt
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
@@ -127,7 +128,7 @@ def learnt(tasks: int) -> tuple[Any, Any, Cram]:
     """A LLaVA after tasks whose LoRAs and anchors are random."""
     clip = factories.clip_model()
     model, processor = factories.llava(clip=clip), factories.llava_processor()
-    config = learning.config(method="hide", dropout=0.0)
+    config = runs.config(method="hide", dropout=0.0)
     cram = attach(model, config, factories.clip_encoder(model, clip), processor)
     for task in range(tasks):
         cram.method.begin_task(f"task{task}", 5)

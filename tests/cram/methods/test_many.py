@@ -11,7 +11,7 @@ from torch import Tensor
 from cram import attach
 from cram.attach import Cram
 from cram.methods.many import RHO
-from tests.cram import factories, learning
+from tests.cram import factories, runs
 
 MODELS = ("llava", "qwen2_5_vl", "internvl")
 
@@ -20,7 +20,7 @@ def learnt(family: str, tasks: int = 2) -> tuple[Any, Cram]:
     """A model of a family after tasks whose LoRAs are random."""
     clip = factories.clip_model()
     model = factories.llava(clip=clip) if family == "llava" else factories.MODELS[family]()
-    cram = attach(model, learning.config(method="many", dropout=0.0), factories.clip_encoder(model, clip))
+    cram = attach(model, runs.config(method="many", dropout=0.0), factories.clip_encoder(model, clip))
     for task in range(tasks):
         learn(cram, f"task{task}")
     return model.eval(), cram

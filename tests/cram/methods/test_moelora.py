@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cram.experts import LayerState
 from cram.methods.moelora import EXPERTS, TokenRouter
+from cram.model.linear import LayerState
 from cram_kernels import expert_lora, pack_experts
-from tests.cram import learning
+from tests.cram import runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 
@@ -45,7 +45,7 @@ def test_the_layer_is_that_of_the_released_code(name: str) -> None:
 
 
 def test_every_task_trains_all_experts_and_routers_further(tmp_path: Path) -> None:
-    made = learning.learner(tmp_path / "run", "moelora")
+    made = runs.learner(tmp_path / "run", "moelora")
     cram = made.cram
     torch.manual_seed(0)
     made.method.begin_task("colour", 5)

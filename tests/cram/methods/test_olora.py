@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cram.methods.olora import WEIGHT, overlap
-from tests.cram import learning
+from tests.cram import runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 
@@ -65,7 +65,7 @@ def test_the_penalty_is_that_of_another_port() -> None:
 
 
 def test_the_first_task_has_no_penalty_and_older_loras_stay(tmp_path: Path) -> None:
-    made = learning.learner(tmp_path / "run", "olora")
+    made = runs.learner(tmp_path / "run", "olora")
     cram, method = made.cram, made.method
     method.begin_task("colour", 5)
     assert method.extra_loss() is None

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.experts import ExpertLinear, LayerState
 from cram.methods.smolora import EXPERTS, HALF, SeparableGating, fused_gates, fusion_rows
-from cram.routing import Route
-from cram.sample_gates import token_means
+from cram.model.gating import token_means
+from cram.model.linear import ExpertLinear, LayerState
+from cram.routing.query import Route
 from cram_kernels import expert_lora, pack_experts
-from tests.cram import learning
+from tests.cram import runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 
@@ -152,7 +152,7 @@ def test_copies_read_their_own_experts() -> None:
 
 def test_every_task_trains_experts_and_fusion_and_no_router(tmp_path: Path) -> None:
     """A hard gate has no gradient, so the routers of the released code stay as they start, and so do ours."""
-    made = learning.learner(tmp_path / "run", "smolora")
+    made = runs.learner(tmp_path / "run", "smolora")
     cram = made.cram
     made.learn(0)
     first = copy.deepcopy({path: module.gating.state_dict() for path, module in cram.modules.items()})

@@ -244,8 +244,8 @@ def test_registry_knows_the_streams() -> None:
 def test_each_format_is_one_instruction_group(stream: Stream) -> None:
     """The wordings' aim: CRAM's groups are the formats, every test question finds its group, six suffice."""
     from cram.config import CramConfig
-    from cram.grouping import InstructionGroups
     from cram.loading import Sources
+    from cram.routing.groups import InstructionGroups
 
     encoder = Sources("builtin").load("cpu")[2]
     groups = InstructionGroups(CramConfig(max_groups=10))

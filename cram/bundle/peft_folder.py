@@ -1,0 +1,105 @@
+"""One expert as a plain PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+Every module has its own rank, so `rank_pattern` and `alpha_pattern` name each module by its full path and
+`target_modules` lists exactly the modules with a rank; by PEFT's rule for names a bare `q_proj` would reach
+the vision tower too. PEFT, and whatever reads PEFT folders, loads an expert without this package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from cram.atomic import read_json
+from cram.bundle.tensors import Spec, read_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+def adapter_config(ranks: Mapping[str, int], scale: float, base: str | None) -> dict[str, Any]:
+    """PEFT's LoRA configuration for modules of the given ranks, each with alpha = scale * rank."""
+    used = {name: rank for name, rank in ranks.items() if rank > 0}
+    common = Counter(used.values()).most_common(1)[0][0] if used else 1
+    alpha = {name: _integer(scale * rank) for name, rank in used.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": _integer(scale * common),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(used),
+        "rank_pattern": used,
+        "alpha_pattern": alpha,
+    }
+
+
+def _integer(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def adapter_spec(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> Spec:
+    """Names and shapes of the tensors of an expert; `shapes` holds (D_in, D_out) of each module."""
+    spec: Spec = {}
+    for name, rank in ranks.items():
+        if rank > 0:
+            spec[f"{PREFIX}{name}.lora_A.weight"] = (rank, shapes[name][0])
+            spec[f"{PREFIX}{name}.lora_B.weight"] = (shapes[name][1], rank)
+    return spec
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Factors], scale: float, base: str | None) -> None:
+    """Write one expert.
+
+    Args:
+        folder: An existing, empty folder.
+        weights: Per module path A [r, D_in] and B [D_out, r]; rank 0 leaves the module out.
+        scale: What B A is multiplied by, alpha / r in PEFT.
+        base: Name of the base model for `base_model_name_or_path`.
+    """
+    ranks = {name: a.shape[0] for name, (a, _) in weights.items()}
+    tensors = {}
+    for name, (a, b) in weights.items():
+        if a.shape[0] > 0:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+    (folder / CONFIG_FILE).write_text(json.dumps(adapter_config(ranks, scale, base), indent=2) + "\n")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_adapter(
+    folder: Path, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], scale: float
+) -> dict[str, Factors]:
+    """Read one expert, checking names, shapes, scale and finiteness against what is expected.
+
+    Returns:
+        Per module path A [r, D_in] and B [D_out, r] in fp32; empty factors where the rank is 0.
+
+    Raises:
+        ValueError: If anything differs; the message lists both name sets where names differ.
+    """
+    expected = adapter_config(ranks, scale, None)
+    stored = read_json(folder / CONFIG_FILE)
+    if not isinstance(stored, dict) or {**stored, "base_model_name_or_path": None} != expected:
+        raise ValueError(f"{folder / CONFIG_FILE} must agree with cram.json, got {stored!r:.200}")
+    tensors = read_tensors(folder / WEIGHTS_FILE, adapter_spec(ranks, shapes))
+    weights = {}
+    for name, rank in ranks.items():
+        d_in, d_out = shapes[name]
+        empty = (torch.zeros(0, d_in), torch.zeros(d_out, 0))
+        key = f"{PREFIX}{name}.lora_"
+        weights[name] = (tensors[f"{key}A.weight"], tensors[f"{key}B.weight"]) if rank > 0 else empty
+    return weights

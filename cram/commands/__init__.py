@@ -1,0 +1,1 @@
+"""The subcommands of `cram`, a module each."""

@@ -1,0 +1,66 @@
+"""`cram compare`: methods and ablations, seed by seed, on one stream."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cram.commands.options import add_data, add_device, add_dtype, parse_config
+from cram.compare.board import run_comparison
+from cram.compare.comparison import (
+    FULL_SEEDS,
+    QUICK,
+    QUICK_SEEDS,
+    QUICK_TESTS,
+    SMALL_BASE,
+    Comparison,
+)
+from cram.compare.entries import ABLATIONS, entries
+from cram.loading import BUILTIN, Sources
+from cram.methods import METHODS
+from cram.report.page import write_page
+from cram.report.table import print_table, write_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    out = "folder; a stopped comparison goes on (default: runs/compare)"
+    parser.add_argument("--out", default="runs/compare", help=out)
+    parser.add_argument("--model", default="builtin", help="as in train (default: builtin)")
+    parser.add_argument("--stream", default="builtin", help="as in train (default: builtin)")
+    parser.add_argument("--clip", help="as in train")
+    parser.add_argument("--methods", nargs="*", metavar="M", help="some of them (default: all)")
+    parser.add_argument("--ablations", nargs="*", metavar="A", help="of CRAM; without names all of them")
+    parser.add_argument("--seeds", type=int, metavar="N", help="default: 3, quick 2")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and test samples")
+    jobs = "runs at once, which share the threads"
+    parser.add_argument("--jobs", default=1, type=int, metavar="N", help=jobs)
+    parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="of all methods")
+    add_data(parser)
+    add_dtype(parser)
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run what is not done yet; print the table, write table and page."""
+    quick = arguments.quick
+    defaults = {**(SMALL_BASE if arguments.model == BUILTIN else {}), **(QUICK if quick else {})}
+    methods = tuple(METHODS) if arguments.methods is None else arguments.methods
+    ablations = tuple(ABLATIONS) if arguments.ablations == [] else arguments.ablations or ()
+    out = Path(arguments.out)
+    comparison = Comparison(
+        out=out,
+        entries=tuple(entries(methods, ablations)),
+        seeds=(QUICK_SEEDS if quick else FULL_SEEDS) if arguments.seeds is None else arguments.seeds,
+        config=parse_config(arguments.config, arguments.stream, {}, defaults),
+        sources=Sources(arguments.model, arguments.clip, arguments.dtype),
+        stream=arguments.stream,
+        limit=arguments.limit,
+        data_root=arguments.data_root,
+        tests=QUICK_TESTS if quick else None,
+        device=arguments.device,
+    )
+    report = run_comparison(comparison, arguments.jobs)
+    print_table(report)
+    print(f"table: {write_table(out, report)}")
+    print(f"report: {write_page(out)}")

@@ -1,0 +1,35 @@
+"""`cram eval`: test the newest state of a run, by default on the tasks that it has learnt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cram.commands.options import add_data, add_device
+from cram.learning.evaluate import evaluate_run
+from cram.learning.run_folder import newest_bundle, read_run
+from cram.loading import Sources
+from cram.streams import Stream, load_stream
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--stream", help="another stream (default: the tasks the run has learnt)")
+    add_data(parser)
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Test, and write predictions and accuracies into the run folder."""
+    folder = Path(arguments.run)
+    record = read_run(folder)
+    _, learnt = newest_bundle(folder)
+    given = {name: getattr(arguments, name) for name in ("stream", "limit", "data_root")}
+    settings = {**record["settings"], **{name: value for name, value in given.items() if value is not None}}
+    seed = record["identity"]["config"]["seed"]
+    stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
+    if arguments.stream is None:
+        stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))
+    sources = Sources(settings["model"], settings["clip"], settings["dtype"])
+    evaluate_run(folder, stream, *sources.load(arguments.device))

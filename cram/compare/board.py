@@ -1,0 +1,103 @@
+"""Executes the runs of a comparison, one after another or side by side, and keeps its report up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+
+from cram.atomic import write_json
+from cram.compare.comparison import Comparison, Run
+from cram.compare.processes import Job, run_side_by_side
+from cram.console import ProgressBar
+from cram.report.schema import MethodReport, Report, validate_report
+from cram.streams import Stream
+
+
+def run_comparison(comparison: Comparison, jobs: int = 1, shown: bool = True) -> Report:
+    """Execute every run that is not done and write one report.
+
+    Args:
+        comparison: What to run.
+        jobs: Runs at once, each in a process of its own with its share of the threads; with 1 all run here.
+        shown: Whether progress is printed.
+
+    Raises:
+        ValueError: If `jobs` is not positive, or a run's folder belongs to another configuration.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    stream = comparison.load_stream(0)
+    board = Board(comparison, stream, jobs, shown)
+    if jobs == 1:
+        for run in board.runs:
+            if run.seed and run.entry == comparison.entries[0]:
+                stream = comparison.load_stream(run.seed)
+            board.announce(run)
+            run.execute(stream, shown)
+            board.update({run.name})
+    else:
+        waiting = [
+            Job(run.name, run.execute, (), run.after.name if run.after else None) for run in board.runs
+        ]
+        run_side_by_side(waiting, jobs, board.update)
+    assert board.report is not None
+    return board.report
+
+
+class Board:
+    """How far the runs of a comparison are, and the report over those that are done.
+
+    Attributes:
+        runs: Seed by seed, in the order of the entries.
+        report: The newest report; None before the first run is done.
+    """
+
+    def __init__(self, comparison: Comparison, stream: Stream, jobs: int, shown: bool) -> None:
+        self.runs = [Run(comparison, e, seed) for seed in range(comparison.seeds) for e in comparison.entries]
+        self.report: Report | None = None
+        self._comparison, self._stream_name = comparison, stream.name
+        self._jobs, self._shown = jobs, shown
+        self._done: set[str] = set()
+        before = self._tasks_done()
+        self._before = before
+        self._bar = ProgressBar("compare", len(self.runs) * len(stream.tasks) - before, shown and jobs > 1)
+
+    def announce(self, run: Run) -> None:
+        """Say which run begins, and once something has been timed, when all will be done."""
+        self._bar.done = self._tasks_done() - self._before
+        left = f"; all: {self._bar.line('tasks')}" if self._bar.done else ""
+        if self._shown:
+            print(f"== run {len(self._done) + 1} of {len(self.runs)}: {run.name}{left}", flush=True)
+
+    def update(self, done: Set[str]) -> None:
+        """Count the finished tasks, and write the report if further runs are `done` (by name)."""
+        if self._bar.shown and (fresh := self._tasks_done() - self._before - self._bar.done):
+            self._bar.advance(fresh, f"{len(self._done | done)} of {len(self.runs)} runs done")
+        if done - self._done:
+            self._done |= done
+            self._write()
+
+    def _tasks_done(self) -> int:
+        return sum(run.tasks_done for run in self.runs)
+
+    def _write(self) -> None:
+        """Report the seeds of which every run is done; before there is one, what the first seed has."""
+        seeds = {str(seed): self._methods(seed) for seed in range(self._comparison.seeds)}
+        whole = {seed: found for seed, found in seeds.items() if len(found) == len(self._comparison.entries)}
+        shown = whole or {"0": seeds["0"]}
+        if not shown.get("0"):
+            return
+        settings = {
+            **self._comparison.settings,
+            "jobs": self._jobs,
+            "threads": max(1, torch.get_num_threads() // self._jobs),
+            "config": self._comparison.config.to_dict(),
+        }
+        found = {"methods": shown["0"]} if len(shown) == 1 else {"seeds": shown}
+        self.report = validate_report({"stream": self._stream_name, **found, "settings": settings})
+        write_json(self._comparison.out / "report.json", self.report)
+
+    def _methods(self, seed: int) -> dict[str, MethodReport]:
+        done = [run for run in self.runs if run.seed == seed and run.name in self._done]
+        return {run.entry.name: run.report() for run in done}

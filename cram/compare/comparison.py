@@ -1,0 +1,188 @@
+"""Methods x seeds on one stream, each a run folder of `ContinualLearner`, and one report over all of them.
+
+    OUT/seeds/<seed>/<entry>/     one run folder each, with comparison.json: what only a comparison measures
+    OUT/report.json               all of them together, rewritten after each
+
+A comparison that was stopped goes on where it was. Runs may go side by side, each in a process of its own;
+results then differ by nothing but the rounding of sums that another number of threads splits differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from cram.atomic import read_json, write_json
+from cram.compare.entries import ABLATED, Entry
+from cram.compare.inference_time import measure_inference
+from cram.config import CramConfig
+from cram.families import family_of, match_linears
+from cram.learning.learner import ContinualLearner
+from cram.learning.run_folder import newest_bundle
+from cram.loading import BUILTIN, Sources
+from cram.methods import METHODS
+from cram.report.schema import MethodReport, Report, Stored, validate_report
+from cram.streams import Stream, load_stream
+
+EXTRA = "comparison.json"
+# The built-in base is a thousandth of a real one and takes a larger step; an epoch of its stream is 80 steps.
+SMALL_BASE: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 16, "eval_batch_size": 128}
+# Half of that and a quarter of the tests: about a minute a run on two cores.
+QUICK: dict[str, Any] = {"max_steps": 40}
+QUICK_TESTS, QUICK_SEEDS, FULL_SEEDS = 64, 2, 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on what.
+
+    Attributes:
+        out: Folder of the comparison.
+        entries: See `cram.compare.entries.entries`.
+        seeds: The seeds 0 .. seeds - 1; a seed decides the built-in stream's pictures and all training.
+        config: The configuration that the entries change; its own seed is not used.
+        sources: Where base and CLIP come from.
+        stream: See `load_stream`, also for `limit` and `data_root`.
+        tests: Test samples a task at most; None keeps all.
+        device: See `load_model`.
+    """
+
+    out: Path
+    entries: tuple[Entry, ...]
+    seeds: int
+    config: CramConfig
+    sources: Sources = Sources(BUILTIN)
+    stream: str = BUILTIN
+    limit: int | None = None
+    data_root: str | None = None
+    tests: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tests"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run folder keeps beside the configuration, enough for `cram eval`."""
+        names = ("stream", "limit", "data_root", "tests")
+        sources = {name: getattr(self.sources, name) for name in ("model", "clip", "dtype")}
+        return {**sources, **{name: getattr(self, name) for name in names}}
+
+    def load_stream(self, seed: int) -> Stream:
+        """The stream of a seed, its test splits cut to `tests` samples."""
+        stream = load_stream(self.stream, seed, self.limit, self.data_root)
+        if self.tests is None:
+            return stream
+        return Stream(
+            stream.name, tuple(replace(task, test=task.test[: self.tests]) for task in stream.tasks)
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry with one seed."""
+
+    comparison: Comparison
+    entry: Entry
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Entry and seed."""
+        return f"{self.entry.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.comparison.out / "seeds" / str(self.seed) / self.entry.folder
+
+    @property
+    def after(self) -> Run | None:
+        """The run of CRAM that decides its size, if there is one."""
+        if not self.entry.follows_cram or Entry(ABLATED) not in self.comparison.entries:
+            return None
+        return replace(self, entry=Entry(ABLATED))
+
+    @property
+    def tasks_done(self) -> int:
+        """Tasks that have been learnt and tested."""
+        return len(list(self.folder.glob("tasks/[0-9]*/result.json")))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything has been measured."""
+        return (self.folder / EXTRA).is_file()
+
+    def execute(self, stream: Stream | None = None, shown: bool = False) -> None:
+        """Learn, test and measure what is missing.
+
+        Args:
+            stream: Of this seed, if it is there already.
+            shown: Whether the learner's progress is printed.
+        """
+        comparison = self.comparison
+        stream = stream or comparison.load_stream(self.seed)
+        model, processor, encoder = comparison.sources.load(comparison.device)
+        average = None if self.after is None else equal_rank(model, comparison.config, self.after.folder)
+        changes = self.entry.changes(comparison.config, len(stream.tasks), average)
+        config = CramConfig.from_dict({**comparison.config.to_dict(), **changes, "seed": self.seed})
+        learner = ContinualLearner(
+            model,
+            processor,
+            stream,
+            config,
+            self.entry.method,
+            out=self.folder,
+            encoder=encoder,
+            progress=shown,
+            settings=comparison.settings,
+        )
+        learner.run()
+        if not self.is_done:
+            inference = measure_inference(learner)
+            entry = {
+                "method": self.entry.method,
+                "changes": changes,
+                "told_task": METHODS[self.entry.method].told_task,
+                "note": self.entry.note,
+            }
+            write_json(self.folder / EXTRA, {"entry": entry, "inference": inference})
+
+    def report(self) -> MethodReport:
+        """What the run's folder says, once it is done."""
+        report: Report = validate_report(read_json(self.folder / "report.json"))
+        method = report["methods"][self.entry.method]
+        method.update(read_json(self.folder / EXTRA))
+        method["stored"] = stored(self.folder)
+        return method
+
+
+def equal_rank(model: Any, config: CramConfig, folder: Path) -> int:
+    """The rank at which one LoRA has as many trained values as CRAM's average task added, rounded.
+
+    Args:
+        model: The base, not attached.
+        config: Names the adapted linears.
+        folder: A finished run of CRAM.
+    """
+    counts = read_json(folder / "report.json")["methods"][ABLATED]["parameters"]["per_task"].values()
+    linears = match_linears(model, family_of(model), config.target_projections).modules.values()
+    per_rank = sum(linear.in_features + linear.out_features for _, linear in linears)
+    return max(1, round(sum(counts) / len(counts) / per_rank))
+
+
+def stored(folder: Path) -> Stored:
+    """Size of a run's newest bundle."""
+    bundle, _ = newest_bundle(folder)
+    values = 0
+    for file in sorted(bundle.rglob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            values += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    sizes = (file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+    return {"values": values, "bundle_bytes": sum(sizes)}

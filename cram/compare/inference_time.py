@@ -1,0 +1,63 @@
+"""How much longer an adapted model takes to answer than the bare base, measured in the run itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from cram.attach import detach
+from cram.learning.batch_route import batch_route
+from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, collate, pad_id, to_model
+from cram.learning.learner import ContinualLearner
+from cram.report.schema import Inference
+
+REPEATS = 5
+MOST_SAMPLES = 16
+
+
+@torch.no_grad()
+def measure_inference(learner: ContinualLearner) -> Inference:
+    """Time `generate` with the method and without, on one batch of the last task; the model ends detached.
+
+    Both make the same number of tokens, whatever they say, and the first call of each is not counted.
+
+    Args:
+        learner: After its run.
+    """
+    model, task = learner.model, learner.stream.tasks[-1]
+    split = EncodedSplit(learner.processor, task.test, Budget(CACHE_BYTES))
+    indices = list(range(min(MOST_SAMPLES, learner.config.eval_batch_size, len(task.test))))
+    padding = pad_id(learner.processor.tokenizer)
+    batch = to_model(collate([split.example(index) for index in indices], padding, left=True), model)
+
+    def generate(routed: Callable[[], AbstractContextManager[Any]]) -> float:
+        started = time.monotonic()
+        with routed():
+            model.generate(
+                **batch,
+                max_new_tokens=task.max_new_tokens,
+                min_new_tokens=task.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=padding,
+            )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.monotonic() - started
+
+    def mean_time(routed: Callable[[], AbstractContextManager[Any]]) -> float:
+        times = [generate(routed) for _ in range(1 + REPEATS)]
+        return sum(times[1:]) / REPEATS
+
+    model.eval()
+    adapted = mean_time(lambda: batch_route(model, learner.method, task.name, split, indices))
+    detach(model)
+    base = mean_time(nullcontext)
+    return {"adapted": adapted, "base": base, "samples": len(indices), "tokens": task.max_new_tokens}

@@ -1,0 +1,1 @@
+"""Training and evaluation over a stream of tasks, in a run folder."""

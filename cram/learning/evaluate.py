@@ -1,0 +1,69 @@
+"""Testing a finished or unfinished run again: its newest state on its own or on another stream."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cram.atomic import write_json
+from cram.attach import attach
+from cram.bundle.bundle import load
+from cram.config import CramConfig
+from cram.console import ProgressBar
+from cram.learning.answers import answer_task
+from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
+from cram.learning.run_folder import newest_bundle, read_run, write_predictions
+from cram.routing.clip import ClipEncoder
+from cram.scoring.scorers import score
+from cram.streams.types import Stream
+
+
+def evaluate_run(
+    run: Path, stream: Stream, model: nn.Module, processor: Any, encoder: ClipEncoder, progress: bool = True
+) -> dict[str, float]:
+    """Test the newest state of a run on every task of a stream.
+
+    Writes `eval/<stream>/` in the run folder: predictions, and `result.json` with accuracies and routing.
+
+    Args:
+        run: The run folder.
+        stream: The tasks to test on.
+        model: The run's base model, not attached.
+        processor: Its processor.
+        encoder: The CLIP that routes.
+        progress: Whether progress and accuracies are printed.
+
+    Returns:
+        Task -> accuracy.
+
+    Raises:
+        ValueError: If the run has no trained task, its newest bundle is damaged or of another base, or a
+            method that needs the true task has not learnt one of the stream's.
+    """
+    identity = read_run(run)["identity"]
+    bundle, learnt = newest_bundle(run)
+    config = CramConfig.from_dict({**identity["config"], "method": identity["method"]})
+    method = attach(model, config, encoder, processor).method
+    load(model, bundle)
+    out = run / "eval" / stream.name
+    started = time.monotonic()
+    accuracies: dict[str, float] = {}
+    routing = {}
+    with ProgressBar(f"test on {stream.name}", sum(len(task.test) for task in stream.tasks), progress) as bar:
+        for task in stream.tasks:
+            split = EncodedSplit(processor, task.test, Budget(CACHE_BYTES))
+            answers, routes = answer_task(model, processor, method, task, split, bar)
+            write_predictions(out / "predictions" / f"{task.name}.jsonl", task.test, answers)
+            by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
+            accuracies[task.name] = float(score(task.scorer, by_id, task.test))
+            if routes is not None:
+                routing[task.name] = routes
+    result = {"learnt": learnt, "accuracies": accuracies, "routing": routing}
+    write_json(out / "result.json", {**result, "seconds": round(time.monotonic() - started, 3)})
+    if progress:
+        for name, accuracy in accuracies.items():
+            print(f"{name:24} {accuracy:6.2f}")
+    return accuracies

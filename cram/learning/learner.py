@@ -1,0 +1,225 @@
+"""Learns a stream task after task, tests on every task learnt so far, and goes on where it was stopped.
+
+A task is committed twice: when its training is done (a bundle) and when its evaluation is done (a result). A
+run that is killed and started again loads the newest bundle and repeats nothing that was committed; a task
+draws its randomness from (seed, task) alone, so the results are those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cram.atomic import write_json
+from cram.attach import attach, attached
+from cram.bundle.bundle import load, save
+from cram.bundle.format import check_expert_name
+from cram.config import CramConfig
+from cram.console import ProgressBar, clock
+from cram.learning.answers import answer_task
+from cram.learning.batch_route import batch_route
+from cram.learning.batches import Budget, EncodedSplit, pad_id
+from cram.learning.run_folder import RunFolder, model_identity, stream_identity, write_predictions
+from cram.learning.training import total_steps, train_task
+from cram.methods import METHODS, Method
+from cram.report.schema import Report, Routing
+from cram.scoring.scorers import SCORERS, score
+from cram.streams.types import Stream
+
+CACHE_BYTES = 4 << 30
+
+
+class ContinualLearner:
+    """Trains and tests one method on one stream, in one run folder.
+
+    Attributes:
+        model: The attached model.
+        cram: Its experts and router.
+        method: The method.
+        folder: The run folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        stream: Stream,
+        config: CramConfig,
+        method: str | None = None,
+        *,
+        out: str | Path,
+        encoder: Any = None,
+        progress: bool = True,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Check everything that can be checked before anything is written.
+
+        Args:
+            model: A model of a known family; attached without experts, or plain together with `encoder`.
+            processor: Its processor.
+            stream: The tasks.
+            config: The configuration; it decides all randomness.
+            method: A name in `cram.methods.METHODS`, in place of the configuration's.
+            out: The run folder: new, empty or of the same configuration.
+            encoder: The CLIP that routes; see `cram.loading.load_encoder`.
+            progress: Whether progress bars and accuracy rows are printed.
+            settings: Kept in the run folder and shown in the report beside the configuration.
+
+        Raises:
+            ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
+                not ready, or `out` belongs to another configuration.
+        """
+        config = replace(config, method=config.method if method is None else method)
+        if config.method not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
+        _check_stream(stream)
+        if encoder is not None:
+            attach(model, config, encoder, processor)
+        self.model: Any = model
+        self.cram = attached(model)
+        if self.cram.config != config or self.cram.num_experts:
+            raise ValueError(
+                "model must be attached with the run's configuration and no experts, got another"
+            )
+        self.processor, self.stream, self.config = processor, stream, config
+        self.method: Method = self.cram.method
+        self.folder = RunFolder(out, stream)
+        self._settings = {**(settings or {}), "config": config.to_dict()}
+        values = config.to_dict()
+        self._identity = {
+            "method": values.pop("method"),
+            "config": values,
+            "stream": stream_identity(stream),
+            "model": model_identity(self.cram, self.model),
+        }
+        self.folder.check_identity(self._identity)
+        self._shown = progress
+        self._padding = pad_id(processor.tokenizer)
+        self._interrupted = False
+        self._budget = Budget(CACHE_BYTES)
+        self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
+
+    def run(self) -> Report:
+        """Learn and test every task that is not finished yet, and write the report after each.
+
+        Returns:
+            The report, also `report.json` in the run folder.
+        """
+        if self._interrupted:
+            raise ValueError(
+                "run must start from a fresh model after an interrupted training, got its learner"
+            )
+        finished, trained = self._resume()
+        report = self._report() if finished and finished == trained else None
+        for index in range(finished, len(self.stream.tasks)):
+            if index >= trained:
+                self.learn(index)
+            self.evaluate(index)
+            report = self._report()
+        assert report is not None
+        return report
+
+    def learn(self, index: int) -> None:
+        """Train the method on a task and commit the state to its folder."""
+        task = self.stream.tasks[index]
+        name = f"{index + 1}/{len(self.stream.tasks)} {task.name}"
+        started = time.monotonic()
+        self._interrupted = True
+        split = EncodedSplit(self.processor, task.train, self._budget)
+        with ProgressBar(f"train {name}", total_steps(len(task.train), self.config), self._shown) as bar:
+            loss = train_task(
+                self.model,
+                self.method,
+                split.example,
+                lambda indices: batch_route(self.model, self.method, task.name, split, indices),
+                task=task.name,
+                num_samples=len(task.train),
+                padding=self._padding,
+                seed=task_seed(self.config.seed, index),
+                bar=bar,
+            )
+        split.release()
+        self.folder.write_identity(self._identity, self._settings)
+        self.folder.write_training(index, round(time.monotonic() - started, 3), loss)
+        save(self.model, self.folder.bundle(index))
+        self._interrupted = False
+
+    def evaluate(self, index: int) -> list[float]:
+        """Test on the tasks up to `index` and commit predictions and accuracies; returns the accuracies."""
+        tasks = self.stream.tasks[: index + 1]
+        started = time.monotonic()
+        accuracies: list[float] = []
+        routing: dict[str, Routing] = {}
+        samples = sum(len(task.test) for task in tasks)
+        with ProgressBar(f"test after {index + 1}", samples, self._shown) as bar:
+            for tested, task in enumerate(tasks):
+                split = self._tests[task.name]
+                answers, routes = answer_task(self.model, self.processor, self.method, task, split, bar)
+                write_predictions(self.folder.predictions(index, tested), task.test, answers)
+                by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
+                accuracies.append(float(score(task.scorer, by_id, task.test)))
+                if routes is not None:
+                    routing[task.name] = routes
+        seconds = time.monotonic() - started
+        result = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
+        self.folder.write_result(index, result)
+        self._say_row(accuracies, seconds)
+        return accuracies
+
+    def _resume(self) -> tuple[int, int]:
+        """Load the newest complete state unless the model has it; returns finished and trained tasks."""
+        finished, trained = self.folder.count()
+        while trained and (fault := self.folder.fault(trained - 1)):
+            trained -= 1
+            aside = self.folder.set_aside(trained)
+            self._say(
+                f"task {trained + 1} is damaged and learnt again ({fault}); its files are now in {aside}"
+            )
+        finished = min(finished, trained)
+        if trained and not self.cram.num_experts:
+            load(self.model, self.folder.bundle(trained - 1))
+            what = "trained" if trained > finished else "finished"
+            self._say(
+                f"resuming {self.folder.path}: task {trained} of {len(self.stream.tasks)} "
+                f"({self.stream.tasks[trained - 1].name}) is {what}"
+            )
+        return finished, trained
+
+    def _report(self) -> Report:
+        report = self.folder.report(self.method, self._settings)
+        write_json(self.folder.path / "report.json", report)
+        return report
+
+    def _say(self, text: str) -> None:
+        if self._shown:
+            print(text, flush=True)
+
+    def _say_row(self, accuracies: list[float], seconds: float) -> None:
+        names = [task.name for task in self.stream.tasks[: len(accuracies)]]
+        cells = "  ".join(f"{name} {accuracy:.1f}" for name, accuracy in zip(names, accuracies, strict=True))
+        mean = sum(accuracies) / len(accuracies)
+        self._say(f"after {names[-1]}: {cells}  mean {mean:.2f}  ({clock(seconds)})")
+
+
+def task_seed(seed: int, index: int) -> int:
+    """The seed of a task's training, the same wherever the run was interrupted."""
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _check_stream(stream: Stream) -> None:
+    for task in stream.tasks:
+        check_expert_name(task.name)
+        for split, samples in (("train", task.train), ("test", task.test)):
+            if not len(samples):
+                raise ValueError(f"task {task.name!r} must have {split} samples, got none")
+        ids = {sample.id for sample in task.test}
+        if len(ids) != len(task.test):
+            raise ValueError(f"test ids of task {task.name!r} must be unique, got repeated ones")
+        if task.scorer not in SCORERS:
+            raise ValueError(f"scorer of {task.name!r} must be one of {sorted(SCORERS)}, got {task.scorer!r}")

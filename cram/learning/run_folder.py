@@ -1,0 +1,257 @@
+"""The folder of a run: which configuration it belongs to, its finished tasks, its report.
+
+    run.json                    identity (configuration, method, stream, model) and settings of the run
+    tasks/01-<name>/            one folder a task, in order
+        training.json           seconds and loss of the training
+        bundle/                 the state after the task; its presence means that the training is done
+        predictions/02-<name>.jsonl   answers to the test samples of each task learnt so far
+        result.json             accuracies, routing; written last, its presence means that the task is done
+    report.json                 the report over the finished tasks
+
+Nothing of a finished task is ever written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cram.atomic import read_json, recover_folder, write_json, write_text
+from cram.attach import Cram
+from cram.bundle.bundle import expert_ranks
+from cram.bundle.format import MANIFEST, read_description
+from cram.methods import Method
+from cram.report.schema import MethodReport, Report, validate_report
+from cram.scoring.metrics import continual_metrics
+from cram.streams.types import Sample, Stream
+
+FORMAT_VERSION = 1
+RUN = "run.json"
+
+
+class RunFolder:
+    """Paths and records of one run.
+
+    Args:
+        path: The folder; created by the first write.
+        stream: The run's stream.
+    """
+
+    def __init__(self, path: str | Path, stream: Stream) -> None:
+        self.path = Path(path)
+        self.stream = stream
+
+    def task(self, index: int) -> Path:
+        """The folder of a task by its index from 0."""
+        return self.path / "tasks" / f"{index + 1:02d}-{self.stream.tasks[index].name}"
+
+    def bundle(self, index: int) -> Path:
+        """The bundle after a task."""
+        return self.task(index) / "bundle"
+
+    def is_trained(self, index: int) -> bool:
+        """Whether a task's training has been committed."""
+        recover_folder(self.bundle(index))
+        return (self.bundle(index) / MANIFEST).is_file()
+
+    def is_finished(self, index: int) -> bool:
+        """Whether a task has been trained and evaluated."""
+        return self.is_trained(index) and (self.task(index) / "result.json").is_file()
+
+    def count(self) -> tuple[int, int]:
+        """How many tasks, from the first on without a gap, are finished, and how many are trained."""
+        total = range(len(self.stream.tasks))
+        finished = next((i for i in total if not self.is_finished(i)), len(total))
+        trained = finished + int(finished < len(total) and self.is_trained(finished))
+        return finished, trained
+
+    def fault(self, index: int) -> str | None:
+        """What is wrong with the bundle after a task, or None; every file is compared with its sha256."""
+        try:
+            read_description(self.bundle(index))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def set_aside(self, index: int) -> Path:
+        """Rename a damaged task's folder, so that the task can be learnt again; returns the new path."""
+        aside = self.task(index).with_name(f"damaged-{self.task(index).name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        return self.task(index).rename(aside)
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Refuse a folder that belongs to another configuration.
+
+        Raises:
+            ValueError: Naming every difference, or if the folder holds something that is not a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out must be a folder, got the file {self.path}")
+        file = self.path / RUN
+        if not file.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"out must be new, empty or a run, got {self.path} with other files")
+            return
+        stored, wanted = _flat(read_run(self.path)["identity"]), _flat(identity)
+        if stored != wanted:
+            keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+            listed = ", ".join(f"{key} = {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+            raise ValueError(f"{self.path} belongs to another configuration: {listed}; choose another folder")
+
+    def write_identity(self, identity: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Write `run.json` unless it is there; `settings` do not decide whose folder it is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / RUN).is_file():
+            run = {"format": FORMAT_VERSION, "identity": identity, "settings": settings}
+            write_json(self.path / RUN, run)
+
+    def write_training(self, index: int, seconds: float, loss: float) -> None:
+        """Record a training; the bundle that follows commits it."""
+        self.task(index).mkdir(parents=True, exist_ok=True)
+        write_json(self.task(index) / "training.json", {"seconds": seconds, "loss": loss})
+
+    def predictions(self, index: int, tested: int) -> Path:
+        """The file with the answers to a task's test samples after task `index`."""
+        return self.task(index) / "predictions" / f"{tested + 1:02d}-{self.stream.tasks[tested].name}.jsonl"
+
+    def write_result(self, index: int, result: dict[str, Any]) -> None:
+        """Write a task's result, which finishes the task."""
+        write_json(self.task(index) / "result.json", result)
+
+    def report(self, method: Method, settings: dict[str, Any]) -> Report:
+        """The report over the finished tasks; the method's model is in the state after the last of them."""
+        cram = method.cram
+        finished, _ = self.count()
+        results = [read_json(self.task(index) / "result.json") for index in range(finished)]
+        trainings = [read_json(self.task(index) / "training.json") for index in range(finished)]
+        names = [task.name for task in self.stream.tasks[:finished]]
+        per_task_s = {name: training["seconds"] for name, training in zip(names, trainings, strict=True)}
+        matrix = [result["accuracies"] for result in results]
+        metrics = continual_metrics(matrix)
+        report: MethodReport = {
+            "tasks": names,
+            "matrix": matrix,
+            "last": metrics.last,
+            "avg": metrics.avg,
+            "mft": metrics.mft,
+            "bwt": metrics.bwt,
+            "forgetting": metrics.forgetting,
+            "parameters": {"total": 0, "per_task": trained_parameters(method, names)},
+            "seconds": {
+                "train": sum(per_task_s.values()),
+                "eval": sum(result["seconds"] for result in results),
+                "per_task": per_task_s,
+            },
+        }
+        report["parameters"]["total"] = sum(report["parameters"]["per_task"].values())
+        if method.routed:
+            owners = {name: cram.router.expert_names.index(name) for name in names}
+            report["ranks"] = {name: expert_ranks(cram, index) for name, index in owners.items()}
+            report["groups"] = {name: cram.router.expert_groups[index] for name, index in owners.items()}
+            report["routing"] = results[-1]["routing"]
+        return validate_report(
+            {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder.
+
+    Raises:
+        ValueError: If there is none, or it is of another format.
+    """
+    if not (folder / RUN).is_file():
+        raise ValueError(f"{folder} must be a run folder with a {RUN}, got none")
+    run = read_json(folder / RUN)
+    if not isinstance(run, dict) or run.keys() != {"format", "identity", "settings"}:
+        raise ValueError(f"{folder / RUN} must have the keys format, identity and settings, got {run!r:.200}")
+    if run["format"] != FORMAT_VERSION:
+        raise ValueError(f"format of {folder / RUN} must be {FORMAT_VERSION}, got {run['format']!r}")
+    return run
+
+
+def newest_bundle(folder: Path) -> tuple[Path, list[str]]:
+    """The newest bundle of a run, and the tasks that it has learnt.
+
+    Raises:
+        ValueError: If the folder is not a run, or no task has been trained yet.
+    """
+    names: list[str] = read_run(folder)["identity"]["stream"]["tasks"]
+    bundles = [folder / "tasks" / f"{index + 1:02d}-{name}" / "bundle" for index, name in enumerate(names)]
+    trained = [index for index, bundle in enumerate(bundles) if (bundle / MANIFEST).is_file()]
+    if not trained:
+        raise ValueError(f"{folder} must have a trained task, got none")
+    return bundles[trained[-1]], names[: trained[-1] + 1]
+
+
+def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[str]) -> None:
+    """Write the answers to a test split as JSON lines `{question_id, text}`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        json.dumps({"question_id": sample.id, "text": answer}, ensure_ascii=False)
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+    write_text(file, "".join(f"{row}\n" for row in rows))
+
+
+def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
+    """Trained values in use after the last task, by the task that added them.
+
+    An expert that carries a task's name is that task's, with its centroid where the method routes by it; all
+    else (a pool of experts, gatings, what the method keeps) is the first task's.
+    """
+    cram = method.cram
+    packs = [module.experts for module in cram.modules.values() if module.experts is not None]
+    total = sum(pack.a.numel() + pack.bt.numel() for pack in packs) + method.trained_values()
+    centroid = cram.router.num_layers * cram.encoder.image_dim if method.routed else 0
+    sizes = {name: module.in_features + module.out_features for name, module in cram.modules.items()}
+    counts = dict.fromkeys(tasks, 0)
+    for index, name in enumerate(cram.router.expert_names):
+        if name in counts:
+            values = sum(rank * sizes[path] for path, rank in expert_ranks(cram, index).items())
+            counts[name] = values + centroid
+            total -= values
+    counts[tasks[0]] += total
+    return counts
+
+
+def stream_identity(stream: Stream) -> dict[str, Any]:
+    """Name, tasks and a fingerprint of every sample's id, instruction and answers."""
+    digest = hashlib.sha256()
+    for task in stream.tasks:
+        digest.update(repr((task.name, task.scorer, task.max_new_tokens)).encode())
+        for split in (task.train, task.test):
+            for sample in split:
+                said = (sample.id, sample.instruction, sample.accepted, len(sample.images))
+                digest.update(repr(said).encode())
+    return {"name": stream.name, "tasks": [task.name for task in stream.tasks], "sha256": digest.hexdigest()}
+
+
+def model_identity(cram: Cram, model: Any) -> dict[str, Any]:
+    """Family, dtype, and a fingerprint of the first and the last adapted weight."""
+    digest = hashlib.sha256()
+    modules = list(cram.modules.values())
+    for module in (modules[0], modules[-1]):
+        digest.update(module.weight.detach().float().cpu().numpy().tobytes())
+    return {
+        "family": cram.family.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "modules": len(modules),
+        "encoder": [cram.encoder.text_dim, cram.encoder.image_dim],
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested objects by dotted path."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat.update(_flat(part, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

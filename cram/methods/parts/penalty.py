@@ -1,0 +1,181 @@
+"""The orthogonality penalty of the expert in training, over all modules of an attached model.
+
+Inputs are the layers' visual-token means and the current route. The bases depend only on older experts, which
+never change: each is extended by one expert at a time, so a task costs only its new expert, and a model that
+was loaded from a bundle arrives at the same bits as one that learnt all along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cram.config import CramConfig
+from cram.model.linear import ExpertLinear
+from cram.routing.router import Router
+from cram_kernels import orthogonality_penalty, orthonormal_basis
+
+Basis = Literal["output", "input"]
+
+
+class ModuleShape(NamedTuple):
+    """Where an adapted linear sits and its sizes."""
+
+    layer: int
+    in_features: int
+    out_features: int
+
+
+class PenaltyTerm(NamedTuple):
+    """One penalised expert: its module, the module whose input it sees, and the space of its basis."""
+
+    module: str
+    input_module: str
+    basis: Basis
+
+
+def penalty_terms(modules: Mapping[str, ModuleShape], config: CramConfig) -> list[PenaltyTerm]:
+    """Which experts are penalised, on which input and in which space.
+
+    Args:
+        modules: all adapted linears in execution order.
+        config: with ``released_code`` the released selection (one term per layer), else one term per module.
+
+    Raises:
+        ValueError: if the released selection pairs a linear with an input of another width.
+    """
+    if not config.released_code:
+        return [PenaltyTerm(name, name, "output") for name in modules]
+    first: dict[int, str] = {}
+    last: dict[int, str] = {}
+    for name, shape in modules.items():
+        first.setdefault(shape.layer, name)
+        last[shape.layer] = name
+    for layer, name in first.items():
+        if modules[name].in_features != modules[last[layer]].in_features:
+            raise ValueError(
+                f"released_code needs {name} and {last[layer]} to have inputs of equal width, "
+                f"got {modules[name].in_features} and {modules[last[layer]].in_features}"
+            )
+    return [PenaltyTerm(name, last[layer], _released_basis(modules[name])) for layer, name in first.items()]
+
+
+def _released_basis(shape: ModuleShape) -> Basis:
+    return "input" if shape.in_features == shape.out_features else "output"
+
+
+def history_columns(basis: Basis, older: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Columns whose span the penalty forbids, for ``orthonormal_basis``; detached.
+
+    Args:
+        basis: "output" for the columns of all b_j, "input" for the rows of all a_j (released, square).
+        older: (a_j [r_j, D_in], b_j [D_out, r_j]) of the group's older experts in one module.
+
+    Returns:
+        [D_out, k] with k the sum of the ranks; "input" is [D_in, k].
+
+    Raises:
+        ValueError: if there is no older expert, so that the module has no penalty.
+    """
+    if not older:
+        raise ValueError("older experts must not be empty, got none")
+    return torch.cat([b if basis == "output" else a.mT for a, b in older], dim=1).detach()
+
+
+class HistoryBases:
+    """Orthonormal bases of what the experts of one attached model span, kept from task to task.
+
+    Derived data: saved nowhere, made again from the experts where it is missing.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self._held: dict[tuple[str, Basis, int], tuple[list[int], Tensor]] = {}
+
+    def get(self, term: PenaltyTerm, module: ExpertLinear, experts: list[int]) -> Tensor:
+        """The basis [D, k] of some frozen experts of the term's module, extended by those not yet in it.
+
+        Args:
+            term: Module and space.
+            module: That module.
+            experts: One group's frozen experts in order; not empty.
+        """
+        key = (term.module, term.basis, experts[0])
+        covered, basis = self._held.get(key, ([], None))
+        if covered != experts[: len(covered)]:
+            covered, basis = [], None
+        for index in experts[len(covered) :]:
+            columns = history_columns(term.basis, module.factors([index]))
+            basis = orthonormal_basis(columns, None if basis is None else basis.to(columns.device))
+        assert basis is not None
+        self._held[key] = (list(experts), basis)
+        return basis.to(module.weight.device)
+
+
+class Penalty:
+    """Bases of one task and the value after a training forward.
+
+    Attributes:
+        needed: Whether the expert's group has older experts; otherwise the value is 0 and no input is pooled.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, ExpertLinear],
+        router: Router,
+        config: CramConfig,
+        bases: HistoryBases,
+    ) -> None:
+        """Brings the bases up to date.
+
+        Args:
+            modules: All adapted linears.
+            router: Groups and the current route.
+            config: The configuration.
+            bases: Those of earlier tasks, which are extended.
+
+        Raises:
+            ValueError: If no expert is in training.
+        """
+        if router.trained_centroid is None:
+            raise ValueError(
+                "prepare_penalty must follow add_expert(trained=True), got no expert in training"
+            )
+        self._modules, self._router, self._config = modules, router, config
+        older = router.experts_of(router.expert_groups[-1])[:-1]
+        shapes = {path: ModuleShape(m.layer, m.in_features, m.out_features) for path, m in modules.items()}
+        self._terms = penalty_terms(shapes, config) if older else []
+        self._bases = [bases.get(term, modules[term.module], older) for term in self._terms]
+        self._layers = torch.tensor([modules[term.module].layer for term in self._terms])
+        self.needed = bool(older) and config.penalty_weight > 0
+
+    def value(self) -> Tensor:
+        """The weighted penalty of the last training forward, a scalar; 0 if it is not needed."""
+        if not self.needed:
+            return torch.zeros((), device=self._router.frozen_centroids.device)
+        gamma = self._router.gamma()
+        hidden, trained_a, trained_b = [], [], []
+        for term in self._terms:
+            module, source = self._modules[term.module], self._modules[term.input_module].hidden
+            assert module.experts is not None and source is not None
+            assert module.experts.trained_a is not None and module.experts.trained_b is not None
+            hidden.append(source)
+            trained_a.append(module.experts.trained_a)
+            trained_b.append(module.experts.trained_b)
+        gammas = gamma[self._layers.to(gamma.device)]
+        value = orthogonality_penalty(
+            self._dropped(hidden), trained_a, trained_b, self._bases, gammas, scale=self._config.scale
+        )
+        return self._config.penalty_weight * value
+
+    def _dropped(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Dropout on every term's means, drawn for all of them at once."""
+        if not self._config.dropout:
+            return hidden
+        flat = F.dropout(torch.cat([each.flatten() for each in hidden]), self._config.dropout)
+        pieces = flat.split([each.numel() for each in hidden])
+        return [piece.view(each.shape) for piece, each in zip(pieces, hidden, strict=True)]

@@ -1,0 +1,153 @@
+"""A multimodal projector with a LoRA per task, whose outputs are mixed image by image (MAny's CPM).
+
+    w[n, t] = softmax_t(cos(v_n, mu_t) / T)        h_n = sum_t w[n, t] P_t(x_n)
+
+P_t is the frozen projector with the LoRA of task t on its linears, v_n a feature of image n and mu_t its mean
+over the training images of task t. v is CLIP's image feature where the encoder reuses the model's vision
+tower, from the same run of the tower; elsewhere the mean of the projector's input over the image's tokens,
+which tells the tasks apart less sharply. Outputs are mixed, not weights: the projector is not linear.
+
+While a task is trained its own LoRA acts alone. With E tasks the projector runs E times an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cram.model.linear import ExpertLinear, LayerState
+from cram.routing.means import CentroidMean
+from cram.routing.query import Route
+
+if TYPE_CHECKING:
+    from cram.attach import Cram
+
+Factors = tuple[Tensor, Tensor]
+
+
+class MixedProjector:
+    """The adapted linears, prototypes and hooks of one model's projector; its path in the model stays.
+
+    Attributes:
+        modules: Path inside the projector -> adapted linear.
+        prototypes: mu [E, D_v], a row a task; zeros for a task without images.
+    """
+
+    def __init__(self, cram: Cram, projector: nn.Module, tower: nn.Module, temperature: float) -> None:
+        """Wraps the projector's linears and hooks it; `release` undoes both."""
+        self._cram, self._projector, self._temperature = cram, projector, temperature
+        self._state = LayerState()
+        linears = [(path, part) for path, part in projector.named_modules() if isinstance(part, nn.Linear)]
+        self.modules: dict[str, ExpertLinear] = {}
+        for path, linear in linears:
+            adapted = ExpertLinear(linear, 0, f"projector.{path}", self._state, cram.config.dropout)
+            self.modules[path] = adapted.train(linear.training)
+            projector.set_submodule(path, adapted)
+        reused = cram.encoder.reuses_vision_tower
+        self.prototypes = torch.zeros(0, cram.encoder.image_dim if reused else linears[0][1].in_features)
+        self._mean = CentroidMean()
+        self._seen: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._hooks = [
+            projector.register_forward_pre_hook(self._before),
+            projector.register_forward_hook(self._mix),
+        ]
+        if reused:
+            self._hooks.append(tower.register_forward_hook(self._after_tower))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies leave out what belongs to a forward in progress."""
+        return {**self.__dict__, "_seen": None, "_weights": None}
+
+    def begin_task(self, weights: Mapping[str, Factors]) -> None:
+        """Adds a LoRA, a [r, D_in] and b [D_out, r] per linear, and trains it from here on."""
+        for path, linear in self.modules.items():
+            linear.append(*weights[path], scale=self._cram.config.scale, trained=True)
+        self.prototypes = F.pad(self.prototypes, (0, 0, 0, 1))
+        self._mean = CentroidMean()
+
+    def end_task(self) -> None:
+        """Ends the training of the newest LoRA."""
+        for linear in self.modules.values():
+            assert linear.experts is not None
+            linear.experts = linear.experts.freeze()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The factors in training."""
+        return [parameter for linear in self.modules.values() for parameter in linear.trainable()]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every LoRA, "<path>.a" [E, r, D_in] and "<path>.b" [E, D_out, r], and "prototypes" [E, D_v]."""
+        found = {"prototypes": self.prototypes}
+        for path, linear in self.modules.items():
+            if pairs := linear.factors(range(len(self.prototypes))):
+                found[f"{path}.a"] = torch.stack([a for a, _ in pairs]).float()
+                found[f"{path}.b"] = torch.stack([b for _, b in pairs]).float()
+        return found
+
+    def shapes(self, experts: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the state after a number of tasks with LoRAs of one rank."""
+        shapes: dict[str, tuple[int, ...]] = {"prototypes": (experts, self.prototypes.shape[1])}
+        for path, linear in self.modules.items():
+            r = min(rank, linear.in_features, linear.out_features)
+            shapes[f"{path}.a"] = (experts, r, linear.in_features)
+            shapes[f"{path}.b"] = (experts, linear.out_features, r)
+        return shapes if experts else {"prototypes": shapes["prototypes"]}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up a state of the right shapes; every LoRA is frozen."""
+        self.prototypes = tensors["prototypes"].clone()
+        for path, linear in self.modules.items():
+            pairs = zip(tensors.get(f"{path}.a", ()), tensors.get(f"{path}.b", ()), strict=True)
+            linear.set_experts(list(pairs), self._cram.config.scale, trained=0)
+
+    def release(self) -> None:
+        """Gives back the plain projector."""
+        for hook in self._hooks:
+            hook.remove()
+        for path, linear in self.modules.items():
+            self._projector.set_submodule(path, linear.base.train(linear.training))
+
+    def _after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._seen = self._cram.encoder.project(output.pooler_output)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Chooses the LoRA that the projector's own pass runs with, and the weights of all."""
+        x, seen = args[0], self._seen
+        self._seen = self._weights = None
+        if not len(self.prototypes) or self._cram.is_disabled:
+            self._state.begin(None, disabled=True)
+            return
+        features = x.detach().float().mean(1) if seen is None else seen
+        training = module.training and self._cram.in_training
+        if training:
+            self._mean.update(features)
+            self.prototypes[-1] = self._mean.mean()
+        else:
+            self._weights = mixing_weights(features, self.prototypes, self._temperature)
+        self._use(-1 if training else 0, x.device)
+
+    def _mix(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """The weighted sum over the tasks, in float32; the given output is the first task's."""
+        if self._weights is None:
+            return None
+        weights = self._weights.to(output.device)[:, :, None, None]
+        total = weights[:, 0] * output
+        for index in range(1, len(self.prototypes)):
+            self._use(index, output.device)
+            total = total + weights[:, index] * module.forward(*args)
+        return total.to(output.dtype)
+
+    def _use(self, index: int, device: torch.device) -> None:
+        gates = torch.eye(len(self.prototypes))[index]
+        self._state.begin(Route(gates[None, None], torch.tensor([-1])), device)
+
+
+def mixing_weights(features: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """softmax_t(cos(features[n], prototypes[t]) / temperature), [N, E]; an absent prototype has cosine 0."""
+    cosines = F.cosine_similarity(features[:, None], prototypes.to(features), dim=-1)
+    return torch.softmax(cosines / temperature, dim=-1)

@@ -1,0 +1,1 @@
+"""The attached model: adapted linears, hooks, and the state of a forward."""

@@ -1,0 +1,1 @@
+"""Reports: their schema, tables, plots and the page."""

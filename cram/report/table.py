@@ -1,0 +1,88 @@
+"""The Markdown table of a comparison: `report.json` -> `table.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cram.report.columns import Column, in_order, ranks, shown_columns, spread_text
+from cram.report.schema import METRIC_NAMES, Report, by_seed
+from cram.report.summary import MethodSummary, Spread, summarise
+
+
+def write_table(folder: Path, report: Report) -> Path:
+    """Write `table.md` into a folder; `report` must be valid.
+
+    Returns:
+        The file's path.
+    """
+    file = folder / "table.md"
+    file.write_text("\n".join(lines(report)) + "\n", encoding="utf-8")
+    return file
+
+
+def print_table(report: Report) -> None:
+    """Print the methods' metrics, mean over seeds."""
+    methods = in_order(summarise(report))
+    width = max(len(method.name) for method in methods)
+    print(" " * width + "".join(f"{name:>12}" for name in (*METRIC_NAMES, "parameters")))
+    for method in methods:
+        cells = "".join(f"{method.metrics[name].mean:12.2f}" for name in METRIC_NAMES)
+        print(f"{method.name:{width}}{cells}{round(method.parameters.mean):12,}")
+
+
+def lines(report: Report) -> list[str]:
+    """The file line by line: setting, methods, ablations, definitions, notes."""
+    methods = in_order(summarise(report))
+    columns = shown_columns(methods)
+    seeds = list(by_seed(report))
+    return [
+        f"# {report['stream']}: {len(methods[0].tasks)} tasks, {_seeds(len(seeds))}",
+        "",
+        _setting(report.get("settings", {})),
+        "",
+        *_table(methods, columns),
+        "",
+        *[f"- {column.definition}" for column in columns],
+        *_remarks(methods),
+        "",
+        *[f"- **{method.name}**: {method.note}" for method in methods if method.note],
+    ]
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds (mean ± sample standard deviation)"
+
+
+def _setting(settings: dict[str, Any]) -> str:
+    shown = {key: value for key, value in settings.items() if key != "config" and value is not None}
+    shown.update(
+        {key: settings["config"][key] for key in ("max_steps", "batch_size") if "config" in settings}
+    )
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+
+
+def _table(methods: Sequence[MethodSummary], columns: Sequence[Column]) -> list[str]:
+    place = ranks(methods)
+    heading = ["place", "method", *(column.label for column in columns)]
+    rows = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * len(columns)]
+    for method in methods:
+        first = [str(place.get(method.name, "–")), method.name]
+        cells = [_cell(column, column.value(method)) for column in columns]
+        rows.append("| " + " | ".join([*first, *cells]) + " |")
+    return rows
+
+
+def _cell(column: Column, value: Spread | None) -> str:
+    if value is None:
+        return "–"
+    spread = spread_text(column, value)
+    return column.show(value.mean) + (f" ± {spread}" if spread else "")
+
+
+def _remarks(methods: Sequence[MethodSummary]) -> list[str]:
+    """Who has no place, and why."""
+    told = [method.name for method in methods if method.told_task]
+    remarks = [f"- No place: {', '.join(told)}, told the task at test time."] if told else []
+    return remarks + (["- No place: ablations."] if any(method.ablation for method in methods) else [])

@@ -1,0 +1,210 @@
+"""The frozen CLIP that routing looks through: text features t for the groups, image features v for the gates.
+
+    t [D_t] = pooled output of CLIP's text model (not projected, not normalised), at most 77 tokens
+    v [D_q] = visual_projection(pooled output of CLIP's vision model), not normalised
+
+LLaVA's own vision tower is CLIP's vision model. Where the two are the same network (equal weights and
+shape), the tower's pooled output gives v exactly, without a second vision pass or a second copy of the
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cram.families import family_of
+from cram.routing.query import Query
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CACHED_TEXTS = 16_384  # at 768 floats a text, 50 MB
+IMAGES_A_PASS = 64
+LEGACY_END_ID = 2  # CLIP configs of old name this id wrongly; transformers then pools at the largest token id
+
+
+class ClipEncoder:
+    """CLIP features of instructions and images, in float32.
+
+    Attributes:
+        source: Folder or name that the CLIP weights came from.
+        text_dim: D_t.
+        image_dim: D_q.
+        reuses_vision_tower: Whether the vision network is the tower of the multimodal model.
+    """
+
+    def __init__(
+        self,
+        clip: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        model: nn.Module | None = None,
+        source: str = "",
+    ) -> None:
+        """Takes the parts of a loaded CLIP.
+
+        Args:
+            clip: A transformers `CLIPModel`; frozen here.
+            tokenizer: Its tokenizer.
+            image_processor: Its image processor.
+            model: The multimodal model whose vision tower may be reused.
+            source: Where the weights came from.
+        """
+        tower = _equal_tower(clip.vision_model, model)
+        self.source = source
+        self.reuses_vision_tower = tower is not None
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self._text_model = clip.text_model.float().requires_grad_(False).eval()
+        self._projection = clip.visual_projection.float().requires_grad_(False)
+        self._vision = clip.vision_model.float().requires_grad_(False).eval() if tower is None else tower
+        self._texts: dict[str, Tensor] = {}
+        self.text_dim = int(clip.config.text_config.hidden_size)
+        self.image_dim = int(self._projection.out_features)
+        self._max_tokens = int(clip.config.text_config.max_position_embeddings)
+        self._end_id = int(clip.config.text_config.eos_token_id)
+
+    @classmethod
+    def from_pretrained(cls, source: str, model: nn.Module | None = None) -> ClipEncoder:
+        """Loads CLIP from a folder or by name; with `model`, on its device and through its vision tower if
+        equal."""
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
+        if model is not None:
+            clip = clip.to(next(model.parameters()).device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return cls(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model, str(source))
+
+    def to(self, device: torch.device | str) -> ClipEncoder:
+        """Moves the encoder's own networks; a reused tower stays with its model."""
+        self._text_model.to(device)
+        self._projection.to(device)
+        if not self.reuses_vision_tower:
+            self._vision.to(device)
+        self._texts.clear()
+        return self
+
+    def encode(self, instructions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Query:
+        """The query of S samples: one instruction and any number of images each.
+
+        Raises:
+            ValueError: If the numbers of instructions and image lists differ, or a feature is not finite.
+        """
+        if len(instructions) != len(images):
+            raise ValueError(
+                f"images must be one list an instruction ({len(instructions)}), got {len(images)}"
+            )
+        v, has_image = self.encode_images(images)
+        return Query(self.encode_text(instructions).to(v.device), v, has_image)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Text features [S, D_t]; texts seen before come from a cache.
+
+        Raises:
+            ValueError: If there is no text, the tokenizer adds no end-of-text token, or a feature is not
+                finite.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+        known = {text: self._texts[text] for text in texts if text in self._texts}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, self._run_text(new), strict=True))
+            while self._texts and len(self._texts) + len(new) > CACHED_TEXTS:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts.update((text, known[text]) for text in new[-CACHED_TEXTS:])
+        return torch.stack([known[text] for text in texts])
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
+        """Mean image feature of each sample [S, D_q] (zeros without an image) and whether it has one, bool
+        [S].
+
+        Raises:
+            ValueError: If a feature is not finite.
+        """
+        flat = [image for sample in images for image in sample]
+        passes = []
+        for start in range(0, len(flat), IMAGES_A_PASS):
+            some = flat[start : start + IMAGES_A_PASS]
+            passes.append(
+                self.encode_pixels(self.image_processor(images=some, return_tensors="pt")["pixel_values"])
+            )
+        nothing = self._projection.weight.new_zeros(0, self.image_dim)
+        return mean_per_sample(torch.cat([nothing, *passes]), [len(sample) for sample in images])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Image features [N, D_q] of preprocessed images [N, 3, H, W]."""
+        weight = next(self._vision.parameters())
+        # `forward` and not the call: hooks on a reused tower belong to the multimodal model's own passes.
+        output = self._vision.forward(pixel_values=pixels.to(weight.device, weight.dtype))
+        return self.project(output.pooler_output)
+
+    @torch.no_grad()
+    def project(self, pooled: Tensor) -> Tensor:
+        """Image features [N, D_q] from pooled outputs [N, H] of the vision model.
+
+        Raises:
+            ValueError: On a wrong shape or features that are not finite.
+        """
+        if pooled.dim() != 2 or pooled.shape[1] != self._projection.in_features:
+            raise ValueError(f"pooled must be [N, {self._projection.in_features}], got {list(pooled.shape)}")
+        weight = self._projection.weight
+        return _finite(self._projection(pooled.to(weight.device, weight.dtype)), "image features")
+
+    def _run_text(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        ).to(self._projection.weight.device)
+        ids = tokens["input_ids"]
+        if self._end_id != LEGACY_END_ID and not bool((ids == self._end_id).any(1).all()):
+            raise ValueError(
+                f"tokenizer must end every text with the end-of-text id {self._end_id}, got none"
+            )
+        output = self._text_model(input_ids=ids, attention_mask=tokens["attention_mask"])
+        return _finite(output.pooler_output, "text features")
+
+
+def mean_per_sample(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Means [S, D] of consecutive runs of `counts[s]` rows of features [N, D], and which runs are not empty,
+    bool [S].
+
+    Raises:
+        ValueError: If the counts do not add up to N.
+    """
+    if sum(counts) != features.shape[0]:
+        raise ValueError(f"images must be {sum(counts)} in all, got {features.shape[0]} features")
+    sizes = torch.tensor(counts, device=features.device)
+    sample = torch.repeat_interleave(torch.arange(len(counts), device=features.device), sizes)
+    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, sample, features)
+    return sums / sizes.clamp(min=1)[:, None], sizes > 0
+
+
+def _finite(features: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"{what} must be finite, got NaN or Inf")
+    return features
+
+
+def _equal_tower(vision: nn.Module, model: nn.Module | None) -> Any:
+    """The model's vision tower if it is the same network as CLIP's vision model in the tower's dtype, else
+    None."""
+    if model is None or not family_of(model).clip_tower:
+        return None
+    tower: Any = model.get_submodule(family_of(model).vision_tower)
+    shape = ("hidden_size", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+    own: Any = vision.config
+    if any(getattr(tower.config, name, None) != getattr(own, name) for name in shape):
+        return None
+    ours, theirs = vision.state_dict(), tower.state_dict()
+    same = ours.keys() == theirs.keys() and all(
+        ours[key].shape == value.shape and torch.equal(ours[key].to(value.device, value.dtype), value)
+        for key, value in theirs.items()
+    )
+    return tower if same else None

@@ -1,0 +1,171 @@
+"""What a bundle holds of a method: described, checked as carefully as the rest, and absent in format 1."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cram import attach, load, save
+from cram.atomic import read_json, write_json
+from cram.config import CramConfig
+from cram.methods.moelora import EXPERTS
+from tests.cram import factories
+from tests.cram.bundle.damage import edit_json, edit_tensors, poison, resign
+from tests.cram.factories import fresh
+
+STATE = "method.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, encoder = fresh()
+    cram = attach(model, CramConfig(method="moelora", rank_max=2, buffer_rank=9, rank_min=1), encoder)
+    torch.manual_seed(2)
+    cram.method.begin_task("task", 5)
+    cram.method.end_task()
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "bundle"))
+
+
+def first(values: Any) -> str:
+    return str(next(iter(values)))
+
+
+def drop(folder: Path) -> None:
+    (folder / STATE).unlink()
+    edit_json("manifest.json", lambda d: d["files"].pop(STATE))(folder)
+
+
+def rename(folder: Path) -> None:
+    """A folder that agrees with itself and has another tensor than the method."""
+    tensors = load_file(folder / STATE)
+    tensors["elsewhere.weight"] = tensors.pop(sorted(tensors)[0])
+    consistent(folder, tensors)
+
+
+def widen(folder: Path) -> None:
+    tensors = load_file(folder / STATE)
+    name = sorted(tensors)[0]
+    tensors[name] = torch.zeros(9, tensors[name].shape[1])
+    consistent(folder, tensors)
+
+
+def consistent(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / STATE)
+    data = read_json(folder / "cram.json")
+    data["method"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    write_json(folder / "cram.json", data)
+    resign(folder)
+
+
+def link(folder: Path) -> None:
+    shutil.move(folder / STATE, folder.parent / STATE)
+    (folder / STATE).symlink_to(folder.parent / STATE)
+
+
+def shape_of_first(shape: Any) -> Callable[[Path], None]:
+    return edit_json("cram.json", lambda d: d["method"].update({first(d["method"]): shape}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "absent": (drop, "must list exactly the files"),
+    "a tensor less": (edit_tensors(STATE, lambda t: t.pop(first(t))), "7 of 8 match"),
+    "another shape": (shape_of_first([4, 4]), "must have shape"),
+    "no shape": (shape_of_first("big"), "must give names their shapes"),
+    "negative": (shape_of_first([-1, 4]), "must give names their shapes"),
+    "too many dimensions": (shape_of_first([1] * 9), "must give names their shapes"),
+    "long name": (
+        edit_json("cram.json", lambda d: d["method"].update({"x" * 501: [1]})),
+        "must give names their shapes",
+    ),
+    "NaN": (edit_tensors(STATE, poison(float("nan"))), "must be finite"),
+    "half precision": (
+        edit_tensors(STATE, lambda t: t.update({k: v.half() for k, v in t.items()})),
+        "must hold F32",
+    ),
+    "another method's names": (rename, r"method state must have 8 tensors.*\['elsewhere.weight'\]"),
+    "another method's shapes": (widen, r"method state .* must have shape \[8, 32\], got \[9, 32\]"),
+    "unknown method": (
+        edit_json("cram.json", lambda d: d["config"].update(method="x")),
+        "method must be one of",
+    ),
+    "formats that disagree": (edit_json("manifest.json", lambda d: d.update(format=1)), "must have the keys"),
+    "older description": (
+        edit_json("cram.json", lambda d: d.update(format=1)),
+        r"format of cram\.json must be 2 as in manifest\.json, got 1",
+    ),
+    "link": (link, "must not be a link"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_state_is_refused_and_the_model_stays_plain(copied: Path, name: str) -> None:
+    damage, message = DAMAGE[name]
+    damage(copied)
+    model, encoder = fresh()
+    before = {path: type(module) for path, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        load(model, copied, encoder)
+    assert not hasattr(model, "cram")
+    assert {path: type(module) for path, module in model.named_modules()} == before
+
+
+def test_an_attached_model_is_empty_again_after_a_refusal(copied: Path, saved: Path) -> None:
+    rename(copied)
+    model, encoder = fresh()
+    cram = attach(model, CramConfig(method="moelora", rank_max=2, buffer_rank=9, rank_min=1), encoder)
+    with pytest.raises(ValueError, match="method state must have 8 tensors"):
+        load(model, copied)
+    assert cram.num_experts == 0 and not len(cram.router.groups)
+    assert load(model, saved) is cram
+    assert cram.router.expert_names == list(EXPERTS)
+
+
+def test_states_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
+    model, encoder = fresh()
+    cram = attach(model, CramConfig(method="moelora", buffer_rank=9), encoder)
+    cram.method.state = lambda: {"count": torch.zeros(1, dtype=torch.int64)}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"count must be float32, got torch\.int64"):
+        save(model, tmp_path / "b")
+    cram.method.state = lambda: {"mean": torch.full((1,), torch.nan)}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="mean must be finite"):
+        save(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def as_format_1(folder: Path) -> None:
+    """The folder as it was written before methods kept anything."""
+    data = read_json(folder / "cram.json")
+    assert data.pop("method") == {} and data["config"].pop("method") == "cram"
+    write_json(folder / "cram.json", {**data, "format": 1})
+    resign(folder)
+    write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), "format": 1})
+
+
+@torch.no_grad()
+def test_format_1_is_read(tmp_path: Path) -> None:
+    model, processor, cram = factories.routed_llava()
+    save(model, tmp_path / "b")
+    as_format_1(tmp_path / "b")
+    batch = processor(
+        text=[factories.prompt(factories.QUESTIONS[0])], images=[factories.image(0)], return_tensors="pt"
+    )
+    expected = model(**batch).logits
+    other, encoder = fresh()
+    assert load(other, tmp_path / "b", encoder, processor).method.name == "cram"
+    assert torch.equal(other(**batch).logits, expected)
+    third, encoder = fresh()
+    attach(third, CramConfig.from_dict({**cram.config.to_dict(), "method": "olora"}), encoder, processor)
+    assert load(third, tmp_path / "b").method.name == "olora"

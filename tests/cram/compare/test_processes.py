@@ -1,0 +1,103 @@
+"""Processes side by side: order, threads, faults, and that none outlives the one that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cram.compare.processes import Job, run_side_by_side
+
+
+def note(folder: Path, name: str, wait_s: float = 0.0) -> None:
+    """Write begin and end of this call with the threads that it may use."""
+    started = time.monotonic()
+    time.sleep(wait_s)
+    (folder / name).write_text(f"{started} {time.monotonic()} {torch.get_num_threads()}")
+
+
+def fail(text: str) -> None:
+    raise ValueError(f"{text}\nsecond line")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep_on(folder: Path) -> None:
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    return [
+        Job("a", note, (folder, "a", 2.0)),
+        Job("b", note, (folder, "b", 0.0), after="a"),
+        Job("c", note, (folder, "c", 2.0)),
+    ]
+
+
+def test_jobs_share_time_and_threads_and_wait_for_what_they_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    seen: list[set[str]] = []
+    run_side_by_side(jobs_of(tmp_path), 2, lambda done: seen.append(set(done)))
+    times = {name: [float(v) for v in (tmp_path / name).read_text().split()] for name in "abc"}
+    assert times["b"][0] > times["a"][1], "b follows a"
+    assert times["c"][0] < times["a"][1], "a and c run at once"
+    assert [spent[2] for spent in times.values()] == [2, 2, 2]
+    assert seen[-1] == {"a", "b", "c"} and set() in seen
+
+
+def test_a_fault_is_named_and_stops_the_others(tmp_path: Path) -> None:
+    waiting = [Job("long", sleep_on, (tmp_path,)), Job("bad", fail, ("rank must be 3, got 4",))]
+    with pytest.raises(ValueError, match=r"^bad: rank must be 3, got 4$"):
+        run_side_by_side(waiting, 2, lambda done: None)
+    if (tmp_path / "pid").is_file():
+        assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_a_process_that_dies_is_reported() -> None:
+    with pytest.raises(ChildProcessError, match="process of dead must end with code 0, got -9"):
+        run_side_by_side([Job("dead", die, ())], 1, lambda done: None)
+
+
+def ended(pid: int, within_s: float = 20.0) -> bool:
+    """Whether a process ends in time."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not Path(f"/proc/{pid}").exists() or f"{pid} (python" not in _stat(pid) or ") Z " in _stat(pid):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _stat(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_processes_end_with_the_one_that_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cram.compare.processes import Job, run_side_by_side;"
+        "from tests.cram.compare.test_processes import sleep_on;"
+        "run_side_by_side([Job('long', sleep_on, (Path(sys.argv[1]),))], 1, lambda done: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    until = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() and time.monotonic() < until:
+        time.sleep(0.1)
+    child = int((tmp_path / "pid").read_text() or 0)
+    parent.kill()
+    parent.wait()
+    assert ended(child)
