@@ -32,7 +32,7 @@ clean:
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned: it decides between the CPU and the CUDA build, and every other requirement on it is then met.
-.venv/.installed-%: pyproject.toml $(wildcard csrc/*)
+.venv/.installed-%: pyproject.toml csrc/build.py $(wildcard csrc/*.[ch]* csrc/*/*.[ch]*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python must be >= 3.11, got {sys.version.split()[0]}")'
 	@echo "installing cram[$*] into .venv (once)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-# Program -> what it does; each is a module here with main(argv).
+# Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
     "e2e": "training step and generated tokens of whole models",
     "scaling": "how the cost grows with experts, ranks, tokens and width",
@@ -28,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in PROGRAMS:
-        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+        return importlib.import_module(f"benchmarks.programs.{argv[0]}").main(argv[1:])
     arguments = _parser().parse_args(argv)
     from benchmarks import machine, plots, report, suite
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = "toy" if arguments.toy else "quick" if arguments.quick else "full"
-    kept = results_folder() / machine.machine_name(device)
+    kept = machine.results_folder() / machine.machine_name(device)
     out = Path(arguments.out) if arguments.out else kept
     committed = report.load(kept / "results.json")
     plan = suite.Plan(size, device, out, arguments.only, arguments.seconds, arguments.resume)
@@ -43,11 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for picture in plots.write(out, results):
         print(f"plot: {picture}")
     return 0
-
-
-def results_folder() -> Path:
-    """Return where results go: $OUT if it is set, else benchmarks/results."""
-    return Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,6 +51,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def results_folder() -> Path:
+    """Return where results go: $OUT if it is set, else benchmarks/results."""
+    return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+
+
 def load() -> float:
     """Return how many processes wanted a core over the last minute, this one included."""
     return round(os.getloadavg()[0], 2)

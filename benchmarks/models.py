@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -53,6 +54,12 @@ SIZES = {
     "1b": Size(2048, 24, 16, 5504, (1024, 24, 336)),
     "7b": Size(4096, 32, 32, 11008, (1024, 24, 336)),
 }
+
+
+def shared_copy(model: Any) -> Any:
+    """Copy the modules but not the weights."""
+    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept).requires_grad_(False)
 
 
 def demo(device: torch.device, dtype: torch.dtype, samples: int) -> Work:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import goals, markdown
 from benchmarks.cases import GATE_OPS, LAYER_OPS, PART_OPS, STACKED_OPS
 
 BASES = {
@@ -32,19 +32,19 @@ HEADLINE = ("released", "peft", "packed")
 MOST_COMPACT = 80
 LEGEND = """Cells: median time; in layer tables also what is added to the frozen base linear, as a share.
 Every call finds its data cold in the last cache. \\* was called eagerly while the others ran as a CUDA graph.
-
-| candidate | is |
-|---|---|
-| base | the frozen linear alone |
-| released | the authors' loop over padded slots, two host reads an expert |
-| loop | expert by expert, without padding and host reads |
-| peft, peft-9 | one ungated PEFT LoRA of the experts' total rank, of rank 9 |
-| packed, compiled | two packed products in plain PyTorch, and torch.compile of it |
-| grouped | padded experts through grouped_mm |
-| concatenated | [x \\| U] [W0 \\| B] as one product, x already lying in the wider buffer |
-| cram (implementation) | this package: `expert_lora` |
-| one-op, stacked | `routed_expert_lora`, `stacked_expert_lora` |
-| floor | the larger of bytes / copy bandwidth and FLOPs / matmul rate, summed over the phases |"""
+"""
+MEANINGS = {
+    "base": "the frozen linear alone",
+    "released": "the authors' loop over padded slots, two host reads an expert",
+    "loop": "expert by expert, without padding and host reads",
+    "peft, peft-9": "one ungated PEFT LoRA of the experts' total rank, of rank 9",
+    "packed, compiled": "two packed products in plain PyTorch, and torch.compile of it",
+    "grouped": "padded experts through grouped_mm",
+    "concatenated": "[x \\| U] [W0 \\| B] as one product, x already lying in the wider buffer",
+    "cram (implementation)": "this package: `expert_lora`",
+    "one-op, stacked": "`routed_expert_lora`, `stacked_expert_lora`",
+    "floor": "the larger of bytes / copy bandwidth and FLOPs / matmul rate, summed over the phases",
+}
 
 
 def write(folder: Path, results: dict[str, Any], committed: dict[str, Any] | None = None) -> Path:
@@ -63,18 +63,15 @@ def lines(results: dict[str, Any], committed: dict[str, Any] | None = None) -> l
         shown += [_distance(results, committed), ""]
     checked = goals.checked(results)
     if checked:
-        shown += ["## Goals", "", "| goal | wanted | worst | where | holds |", "|---|---|---|---|---|"]
-        shown += [
-            f"| {g.text} | {g.wanted} | {g.found} | {g.where} | {'yes' if g.holds else '**no**'} |"
-            for g in checked
-        ]
-        shown.append("")
+        rows = [[g.text, g.wanted, g.found, g.where, "yes" if g.holds else "**no**"] for g in checked]
+        header = ["goal", "wanted", "worst", "where", "holds"]
+        shown += ["## Goals", "", *markdown.table(header, rows), ""]
     for op, title in TITLES.items():
         cells = [cell for cell in results["cases"] if cell["rows"] and cell["case"]["op"] == op]
         if cells:
             shown += [f"## {title}", "", *_table(cells, BASES[op]), ""]
     shown += _failures(results)
-    return [*shown, LEGEND]
+    return [*shown, LEGEND, *markdown.table(("candidate", "is"), list(MEANINGS.items()))]
 
 
 def compact(results: dict[str, Any]) -> list[str]:
@@ -109,13 +106,11 @@ def _table(cells: list[dict[str, Any]], base: str) -> list[str]:
     names += sorted(
         {n for cell in cells for n, row in cell["rows"].items() if "median_us" in row} - set(names)
     )
-    header = ["case", *names, "floor"]
-    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for cell in cells:
         label = cell["name"].split("/", 1)[1].replace("/", " ")
-        shown = [_cell(cell, name, base) for name in names]
-        rows.append("| " + " | ".join([label, *shown, _floor(cell)]) + " |")
-    return rows
+        rows.append([label, *(_cell(cell, name, base) for name in names), _floor(cell)])
+    return markdown.table(["case", *names, "floor"], rows)
 
 
 def _cell(cell: dict[str, Any], name: str, base: str) -> str:

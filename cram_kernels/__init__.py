@@ -10,7 +10,7 @@ from cram_kernels.expert_lora import api as _layer
 from cram_kernels.expert_lora import dropout_mask, expert_lora, routed_expert_lora, stacked_expert_lora
 from cram_kernels.expert_lora import routed as _routed
 from cram_kernels.expert_lora import stacked as _stacked
-from cram_kernels.native import native_libraries
+from cram_kernels.library import native_libraries
 from cram_kernels.orthogonality import api as _penalty
 from cram_kernels.orthogonality import orthogonality_penalty, orthonormal_basis, visual_mean
 from cram_kernels.packing import PackedExperts, pack_experts

@@ -56,13 +56,13 @@ def digest() -> str:
     """Return a digest of every source, by which a library tells what it was built from."""
     found = hashlib.sha256()
     for path in sources(*SUFFIXES):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
+        found.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
 
 def sources(*suffixes: str) -> list[Path]:
-    """Return this folder's files with one of the suffixes, in order of their names."""
-    return sorted(path for path in HERE.iterdir() if path.suffix in suffixes)
+    """Return the files under this folder with one of the suffixes, in order of their paths."""
+    return sorted(path for path in HERE.rglob("*") if path.suffix in suffixes)
 
 
 def torch_folder() -> Path:
@@ -104,7 +104,7 @@ def compile_cpu(torch: Path, target: Path) -> None:
     compiler = find_compiler()
     files = [str(path) for path in sources(".cpp")]
     if not files:
-        raise Unavailable(f"no C++ source is beside {Path(__file__).name}")
+        raise Unavailable(f"no C++ source is in the folder of {Path(__file__).name}")
     link = (f"-L{torch / 'lib'}", "-ltorch_cpu")
     call([compiler, *CXX_FLAGS, *DEFINES, f"-isystem{torch / 'include'}", "-shared", *files, *link], target)
 

@@ -10,7 +10,7 @@ where the CPU can. Saved: Z (all columns for gate gradients, else the trained on
 trained suffix needs it. Up to a few dozen tokens the forward computes the base linear too and writes Y once;
 beyond, torch does, and Y is read and written once more. With a shared A [r, D_in] row c of Bt belongs to row
 c mod r of A. Other bytes beyond the base linear: A and Bt once, X once more; 2 T R (D_in + D_out) FLOPs.
-Kernels: csrc/expert_lora.cpp and csrc/expert_lora_backward.cpp.
+Kernels: csrc/expert_lora/forward.cpp and backward.cpp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from cram_kernels.dispatch import constant_when_compiled
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
-from cram_kernels.native import library_missing
+from cram_kernels.library import library_missing
 from cram_kernels.packing import PackedExperts
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -9,7 +9,7 @@ M):
     dA = dP^T H    dBt = dC Q^T    dH = dP A    dgamma_b = |E_b|^2 / (B M)
 
 Saved: the wanted gradients, nothing else. Bytes: H, A and Q twice, Bt once, the gradients once; 2 r k D_out
-multiply-adds a module dominate. Kernels: csrc/orthogonality.cpp and csrc/orthogonality.cu.
+multiply-adds a module dominate. Kernels: csrc/orthogonality/cpu.cpp and cuda.cu.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cram_kernels.dispatch import constant_when_compiled
-from cram_kernels.native import DTYPES, native_missing
+from cram_kernels.library import DTYPES, native_missing
 
 NAME = "cram::orthogonality_penalty"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cram_kernels import available_impls, native_libraries
-from cram_kernels.native import LIBRARIES, REPORT, _load
+from cram_kernels.library import LIBRARIES, REPORT, _load
 from csrc import build
 from tests.csrc.symbols import allowed_symbols, foreign_symbols, undefined_symbols
 

@@ -43,7 +43,7 @@ def emulated_library(source: Path, folder: Path, name: str, changes: Mapping[str
     (folder / "schemas.cpp").write_text(schemas, encoding="utf-8")
     torch, target = build.torch_folder(), folder / f"{name}.so"
     command = [build.find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", *build.DEFINES]
-    paths = [f"-I{HEADERS}", f"-I{build.HERE}", f"-isystem{torch / 'include'}"]
+    paths = [f"-I{HEADERS}", f"-I{source.parent}", f"-isystem{torch / 'include'}"]
     files = [str(folder / "kernels.cpp"), str(folder / "schemas.cpp")]
     link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)]
     done = subprocess.run([*command, *paths, *files, *link], capture_output=True, text=True)

@@ -6,9 +6,9 @@
 // The products over tokens are EXPANDs too: their factors are dZ^T and U^T, their rows the tokens. Tokens for which
 // all trained gates are 0 are left out of them. A shared A is trained whole, by the sum of dZ over all experts.
 
-#include "expert_lora_base.h"
-#include "expert_lora_layer.h"
-#include "tasks.h"
+#include "../tasks.h"
+#include "base_linear.h"
+#include "layer.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,9 +1,9 @@
 // Where torch has no fast bfloat16 product, operands are widened to float32, the weight a block at a time, multiplied
 // by torch in float32, and the result is rounded once.
 
-#include "expert_lora_base.h"
+#include "base_linear.h"
 
-#include "expert_lora_layer.h"
+#include "layer.h"
 
 #include <torch/csrc/stable/library.h>
 

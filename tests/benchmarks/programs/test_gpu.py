@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, parts, sanitize, timing, tune
+from benchmarks import parts, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
-from benchmarks.gpu import Part
 from benchmarks.problem import make
+from benchmarks.programs import gpu, sanitize, tune
+from benchmarks.programs.gpu import Part
 
 
 def python(code: str, **options: object) -> Part:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
+from benchmarks.machine import ROOT
+from benchmarks.programs import readme
 
 
 def test_the_readme_shows_committed_results() -> None:
     text = readme.README.read_text()
-    files = sorted((Path(readme.__file__).parent / "results").glob("*/results.json"))
+    files = sorted((ROOT / "benchmarks/results").glob("*/results.json"))
     sections = [readme.section(json.loads(file.read_text())) for file in files]
     assert any(readme.replaced(text, section) == text for section in sections)
 

@@ -1,9 +1,9 @@
 // The dropout mask of expert_lora/dropout.py in C++; see the header.
 
-#include "expert_lora_dropout.h"
+#include "dropout.h"
 
-#include "expert_lora.h"
-#include "vector.h"
+#include "../vector.h"
+#include "products.h"
 
 #include <algorithm>
 

@@ -9,7 +9,6 @@ CLIP included).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, models
-from benchmarks.__main__ import results_folder
+from benchmarks import machine, markdown, models
 from benchmarks.baselines.loops import Released
 from benchmarks.cases import DTYPES, ranks_named
-from benchmarks.models import Work
+from benchmarks.models import Work, shared_copy
 from benchmarks.report import duration
 from benchmarks.timing import Limits, Sampler, interleaved
 
@@ -92,12 +90,6 @@ def draw_factors(work: Work, ranks: Sequence[int]) -> Factors:
             for r in ranks
         ]
     return found
-
-
-def shared_copy(model: Any) -> Any:
-    """Copy the modules but not the weights."""
-    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, kept).requires_grad_(False)
 
 
 def bare(work: Work, factors: Factors) -> Variant:
@@ -271,9 +263,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{shape}; commit {environment['commit']}, load {environment['load']}. Medians.",
         "",
-        "| " + " | ".join(HEADER) + " |",
-        "|---" * len(HEADER) + "|",
     ]
+    cells = []
     for name, row in rows.items():
         ratios = [f"{row['step_us'] / rows[other]['step_us']:.2f}" for other in ("bare", "peft")]
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] is not None else "–"
@@ -281,9 +272,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         if row["token_us"] is not None:
             speed = rows["bare"]["token_us"] / row["token_us"]
             answers = [duration(row["prompt_us"]), duration(row["token_us"]), f"{speed:.2f}"]
-        cells = [name, duration(row["step_us"]), *ratios, peak, *answers]
-        shown.append("| " + " | ".join(cells) + " |")
-    return shown
+        cells.append([name, duration(row["step_us"]), *ratios, peak, *answers])
+    return shown + markdown.table(HEADER, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default: by machine)")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out = arguments.out or results_folder() / machine.machine_name(device)
+    out = arguments.out or machine.results_folder() / machine.machine_name(device)
     out.mkdir(parents=True, exist_ok=True)
     dtype, samples = DTYPES[arguments.dtype], arguments.samples
     if arguments.model == "demo":

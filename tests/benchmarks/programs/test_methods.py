@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import methods
 from benchmarks.models import random_llava
+from benchmarks.programs import methods
 from cram.methods import METHODS
 
 CPU = torch.device("cpu")

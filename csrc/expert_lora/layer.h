@@ -4,8 +4,8 @@
 
 #pragma once
 
-#include "expert_lora.h"
-#include "expert_lora_dropout.h"
+#include "dropout.h"
+#include "products.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,7 +1,7 @@
 """The orthogonality penalty of a whole model, forward and backward, against the loops it replaces.
 
-    python -m benchmarks.penalty                     128 modules of 512 x 512 on the CPU
-    python -m benchmarks.penalty --device cuda       128 modules of 4096 x 4096
+    python -m benchmarks penalty                     128 modules of 512 x 512 on the CPU
+    python -m benchmarks penalty --device cuda       128 modules of 4096 x 4096
 
 All start from the means of the visual tokens, with a gradient for the expert and for gamma. Each must agree
 with float64 before it is timed; then they take turns, so none finds its data in the cache. "released" is the
@@ -152,7 +152,7 @@ def floor_ms(features: int, device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line of JSON for each candidate; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.penalty", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks penalty", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=FEATURES)
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args(argv)

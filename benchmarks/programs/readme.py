@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import goals, markdown
 from benchmarks.machine import ROOT
 
 README = ROOT / "README.md"
@@ -53,9 +53,7 @@ def section(results: dict[str, Any]) -> list[str]:
         f"`{command}` on {where} (torch {packages['torch']}): ten experts of rank 4 to 10 on one linear,",
         "median time divided by the time of the frozen linear alone.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown.table(header, rows),
     ]
 
 

@@ -8,8 +8,8 @@
 // z [B, D_out] is never formed: Q is read by the expert's few rows, twice, whatever the batch. 2 r k D_out
 // multiply-adds a module dominate. Determinism: fixed order inside a module, losses summed in module order.
 
+#include "../vector.h"
 #include "modules.h"
-#include "vector.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -3,8 +3,8 @@
 // SHRINK finds neighbours along the depth in memory. EXPAND interleaves the columns of two rows of w; a lane order
 // that the unpacking leaves behind is undone when y is written. float32 masters are rounded to bfloat16 on load.
 
-#include "expert_lora.h"
-#include "vector.h"
+#include "../vector.h"
+#include "products.h"
 
 #include <algorithm>
 

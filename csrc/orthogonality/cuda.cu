@@ -5,7 +5,7 @@
 //     middle    planes summed in order; E = s P C, energies, loss of the module, G, dP = G C^T, dC = P^T G
 //     combine   dBt = dC Q^T, dA = dP^T H, dH = dP A; one block adds the modules' losses in order
 //
-// Letters and formulas as in orthogonality.cpp. Bound by bytes: Q is read twice (it does not fit the cache between
+// Letters and formulas as in cpu.cpp. Bound by bytes: Q is read twice (it does not fit the cache between
 // the launches), H twice, A and Bt once (A again for dH), gradients are written once. Long sums are accumulated
 // in float32.
 //

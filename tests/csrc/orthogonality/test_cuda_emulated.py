@@ -19,7 +19,7 @@ from csrc import build
 from tests.cram_kernels.penalties import MIXED, Penalty, penalty_inputs, run_impl, run_oracle
 from tests.csrc.emulation import emulated_library
 
-SOURCE = build.HERE / "orthogonality.cu"
+SOURCE = build.HERE / "orthogonality/cuda.cu"
 # Beyond one slice of the long axis, one tile of rows, one chunk of weights, one block of each kernel.
 LARGE = ((1100, 8, 3, 33), (8, 2100, 17, 5), (600, 40, 9, 300), (40, 1028, 8, 64))
 SMALL_TABLE = {"kModules = CUDART_VERSION >= 12010 ? 224 : 28": "kModules = 3"}

@@ -1,6 +1,6 @@
 // SHRINK in float32 lanes, for float32 and bfloat16 operands, on any machine.
 
-#include "expert_lora_wide.h"
+#include "lanes.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floors, machine, plots, suite
-from benchmarks.__main__ import results_folder
+from benchmarks import floors, machine, markdown, plots, suite
 from benchmarks.cases import MODELS, QUERY_WIDTH, Case
 from benchmarks.goals import ours
 from benchmarks.report import added, duration
@@ -114,11 +113,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for curve in found["curves"]:
         names = [n for n in CANDIDATES if any("median_us" in c["rows"].get(n, {}) for c in curve["cells"])]
         shown += [f"## {curve['name'].capitalize()}", ""]
-        shown += ["| " + " | ".join([curve["name"], *names]) + " |", "|" + "---|" * (len(names) + 1)]
-        for cell in curve["cells"]:
-            cells = [_cell(cell, name) for name in names]
-            shown.append("| " + " | ".join([str(cell["value"]), *cells]) + " |")
-        shown.append("")
+        rows = [[str(cell["value"]), *(_cell(cell, name) for name in names)] for cell in curve["cells"]]
+        shown += [*markdown.table([curve["name"], *names], rows), ""]
     name = ours(found["curves"][0]["cells"][0], device)
     table = growth(found["curves"][0]["cells"], name)
     if table:
@@ -126,14 +122,16 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"## Time of {name} and bytes of the experts beyond the first row's; {UNIT} experts are 1",
             "",
         ]
-        shown += ["| experts | time | bytes |", "|---|---|---|"]
-        shown += [f"| {value} | {us:.1f} x | {moved:.1f} x |" for value, us, moved in table] + [""]
+        rows = [[str(value), f"{us:.1f} x", f"{moved:.1f} x"] for value, us, moved in table]
+        shown += [*markdown.table(["experts", "time", "bytes"], rows), ""]
     shown += [f"## Memory of a whole model (modelled: rank {TYPICAL_RANK}, float32, q, k, v and o)", ""]
-    shown += ["| model | 10 tasks | 100 tasks | 1000 tasks |", "|---|---|---|---|"]
-    for model in (m for m in MODELS if m != "toy"):
-        sizes = (f"{model_bytes(model, tasks) / 1e9:.2f} GB" for tasks in (10, 100, 1000))
-        shown.append("| " + " | ".join([model, *sizes]) + " |")
-    return shown
+    streams = (10, 100, 1000)
+    rows = [
+        [model, *(f"{model_bytes(model, tasks) / 1e9:.2f} GB" for tasks in streams)]
+        for model in MODELS
+        if model != "toy"
+    ]
+    return shown + markdown.table(["model", *(f"{tasks} tasks" for tasks in streams)], rows)
 
 
 def _cell(cell: dict[str, Any], name: str) -> str:
@@ -189,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = "toy" if arguments.toy else "quick" if arguments.quick else "full"
-    out = arguments.out or results_folder() / machine.machine_name(device)
+    out = arguments.out or machine.results_folder() / machine.machine_name(device)
     out.mkdir(parents=True, exist_ok=True)
     found = measure(device, size)
     (out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")

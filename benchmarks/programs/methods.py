@@ -25,11 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.__main__ import results_folder
+from benchmarks import machine, markdown
 from benchmarks.cases import DTYPES, QUERY_WIDTH
-from benchmarks.e2e import shared_copy
-from benchmarks.models import Size, random_llava
+from benchmarks.models import Size, random_llava, shared_copy
 from benchmarks.report import duration
 from benchmarks.timing import Limits, Step, interleaved, sampler
 
@@ -183,13 +181,12 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"Goal: at most {GOAL} x, in training from {LEAST_TRAINED} tokens on. Worst: {value:.2f} x, {worst}, "
         f"{where}: {'holds' if value <= GOAL else '**missed**'}.",
         "",
-        "| case | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
     ]
+    rows = []
     for cell in cells:
         found = [f"{duration(row['median_us'])} ({row['over_cram']:.2f})" for row in cell["rows"].values()]
-        shown.append(f"| {cell['name'].removeprefix('methods/')} | " + " | ".join(found) + " |")
-    return shown
+        rows.append([cell["name"].removeprefix("methods/"), *found])
+    return shown + markdown.table(["case", *names], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default: by machine)")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out = arguments.out or results_folder() / machine.machine_name(device)
+    out = arguments.out or machine.results_folder() / machine.machine_name(device)
     out.mkdir(parents=True, exist_ok=True)
     suite = "toy" if arguments.toy else "full"
     environment = machine.environment(device)

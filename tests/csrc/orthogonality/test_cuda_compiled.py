@@ -25,7 +25,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         pytest.skip(str(reason))
     target = tmp_path_factory.mktemp("cuda") / "orthogonality.o"
     command = [*build.cuda_command(nvcc, build.torch_folder()), "-Werror=all-warnings", "-Xptxas=-v", "-c"]
-    source = build.HERE / "orthogonality.cu"
+    source = build.HERE / "orthogonality/cuda.cu"
     done = subprocess.run([*command, str(source), "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target, done.stderr

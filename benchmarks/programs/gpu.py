@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, report
-from benchmarks.__main__ import results_folder
 
 TOTAL_SECONDS = 570.0
 TAIL_LINES = 6
@@ -165,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for all parts together")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default = results_folder() if "OUT" in os.environ else results_folder() / machine.machine_name(device)
+    results = machine.results_folder()
+    default = results if "OUT" in os.environ else results / machine.machine_name(device)
     out = (arguments.out or default).resolve()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"

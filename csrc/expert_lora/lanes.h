@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "expert_lora.h"
-#include "vector.h"
+#include "../vector.h"
+#include "products.h"
 
 #include <vector>
 

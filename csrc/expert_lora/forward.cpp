@@ -10,9 +10,9 @@
 // Deterministic: an element is computed by one thread, in an order that does not depend on the number of threads, and
 // on the number of tokens only by whose linear is the base.
 
-#include "expert_lora_base.h"
-#include "expert_lora_layer.h"
-#include "tasks.h"
+#include "../tasks.h"
+#include "base_linear.h"
+#include "layer.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,0 +1,1 @@
+"""The programs of `python -m benchmarks NAME`: each module has `main(argv)`."""
