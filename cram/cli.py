@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = _parser(words).parse_args(words)
+        arguments = parser_for(words).parse_args(words)
         quiet_transformers()
         _module(arguments.command).run(arguments)
     except KNOWN_ERRORS as error:
@@ -46,7 +46,7 @@ def _module(command: str) -> ModuleType:
     return import_module(f"cram.commands.{command}")
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for a command line; only the module of the subcommand in `words` is imported."""
     parser = argparse.ArgumentParser(prog="cram", description="Continual learning of multimodal models")
     parser.add_argument("--version", action="version", version=f"cram {__version__}")

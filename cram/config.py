@@ -24,6 +24,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tau_orth": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "warmup_fraction": (lambda v: 0 < v < 1, "in (0, 1)"),
     "buffer_rank": (lambda v: v >= 1, "at least 1"),
+    "rank": (lambda v: v >= 1, "at least 1"),
     "rank_min": (lambda v: v >= 0, "at least 0"),
     "rank_max": (lambda v: v >= 1, "at least 1"),
     "scale": (lambda v: v > 0, "positive"),
@@ -69,6 +70,7 @@ class CramConfig:
     rank_min: int = 4  # code: floor of an expert's rank per module
     rank_max: int = 9  # code: R_max, 9 on UCIT and 10 on TriGap
     # Low-rank layers.
+    rank: int = 9  # ours: rank of methods whose LoRAs have one size, as large as CRAM's largest on UCIT
     scale: float = 2.0  # code: LoRA alpha / r, the same for the buffer and for every rank
     dropout: float = 0.05  # code: LoRA dropout on the layer input
     penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
@@ -101,12 +103,12 @@ class CramConfig:
     @classmethod
     def ucit(cls, **changes: Any) -> CramConfig:
         """The released settings of the UCIT stream (six tasks), with ``changes`` on top."""
-        return cls.from_dict({"max_groups": 5, "rank_max": 9, **changes})
+        return cls.from_dict({"max_groups": 5, "rank_max": 9, "rank": 9, **changes})
 
     @classmethod
     def trigap(cls, **changes: Any) -> CramConfig:
         """The released settings of the TriGap stream (ten tasks), with ``changes`` on top."""
-        return cls.from_dict({"max_groups": 10, "rank_max": 10, **changes})
+        return cls.from_dict({"max_groups": 10, "rank_max": 10, "rank": 10, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values (tuples as lists)."""
@@ -123,6 +125,15 @@ class CramConfig:
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"config keys must be among {known}, got {unknown}")
         return cls(**values)
+
+
+def read_config(record: Mapping[str, Any]) -> CramConfig:
+    """A configuration from a bundle or a run, also of an older version, in which `rank_max` was every rank.
+
+    Raises:
+        ValueError: as ``CramConfig.from_dict``.
+    """
+    return CramConfig.from_dict({"rank": record.get("rank_max", CramConfig.rank), **record})
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -43,9 +43,9 @@ def check_make(arguments: list[str]) -> None:
 
 def check_cram(arguments: list[str]) -> None:
     """The command line accepts the arguments."""
-    from cram.cli import _parser
+    from cram.cli import parser_for
 
-    _parser().parse_args(arguments)
+    parser_for(arguments).parse_args(arguments)
 
 
 def check_pip(arguments: list[str]) -> None:

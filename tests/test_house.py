@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,88 @@ def plain_words(path: Path, text: str) -> Iterator[str]:
             yield f"line {text.count(chr(10), 0, match.start()) + 1}: {match.group(0)!r}"
 
 
+# The rooms of `cram`, from the ground up: a module may import its own room and rooms that stand before it.
+ROOMS = (
+    "atomic",
+    "console",
+    "config",
+    "families",
+    "scoring",
+    "streams",
+    "base",
+    "report",
+    "routing",
+    "loading",
+    "model",
+    "methods",
+    "attach",
+    "bundle",
+    "learning",
+    "serve",
+    "compare",
+    "commands",
+    "cli",
+)
+MAX_MODULES = 12
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module by its dotted name; None outside of `cram` and for the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "cram" and len(parts) > 1 else None
+
+
+def imports_downwards(path: Path, text: str) -> Iterator[str]:
+    """A room of `cram` imports no room above it."""
+    own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None or own.startswith("__"):
+        return
+    if own not in ROOMS:
+        yield f"{own} must be a room in the order {ROOMS}"
+        return
+    for module, name in imported_modules(path, text):
+        target = room_of(module if module != "cram" or name is None else f"cram.{name}")
+        if target in ROOMS and ROOMS.index(target) > ROOMS.index(own):
+            yield f"{own} must not import {target} above it"
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Every circle of an import graph that a walk in depth finds, as 'a -> b -> a'."""
+    state: dict[str, int] = {}
+    found: list[str] = []
+
+    def visit(module: str, path: list[str]) -> None:
+        state[module] = 1
+        for target in sorted(graph[module]):
+            if state.get(target) == 1:
+                found.append(" -> ".join([*path[path.index(target) :], target]))
+            elif target not in state:
+                visit(target, [*path, target])
+        state[module] = 2
+
+    for module in sorted(graph):
+        if module not in state:
+            visit(module, [module])
+    return found
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """Module -> modules of the same package that it imports, also for type checking alone."""
+    paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files(package, suffixes={".py"})}
+    names = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for module, imported in imported_modules(path, path.read_text(encoding="utf-8")):
+            full = f"{module}.{imported}"
+            target = full if full in names else module
+            if target in names and target != name:
+                graph[name].add(target)
+    return graph
+
+
 PYTHON_RULES: list[Rule] = [
     import_direction,
+    imports_downwards,
     implementations_apart,
     public_kernels_only,
     small_rooms,
@@ -204,7 +285,33 @@ def test_texts_keep_to_plain_words() -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("package", ["cram", "cram_kernels"])
+def test_no_import_goes_in_a_circle(package: str) -> None:
+    found = circles(import_graph(package))
+    assert not found, "\n".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a -> b -> c -> a"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def crowded(modules: list[Path]) -> list[str]:
+    """Folders with more modules side by side than a reader can tell apart."""
+    folders = Counter(path.parent for path in modules if not path.stem.startswith("__"))
+    return [f"{folder}: {count} modules" for folder, count in folders.items() if count > MAX_MODULES]
+
+
+def test_no_folder_of_cram_is_crowded() -> None:
+    assert not crowded(files("cram", suffixes={".py"}))
+    assert crowded([Path(f"cram/room/m{index}.py") for index in range(MAX_MODULES + 1)])
+
+
 BREACHES: list[tuple[Rule, str, str]] = [
+    (imports_downwards, "cram/model/linear.py", "from cram.methods import METHODS\n"),
+    (imports_downwards, "cram/routing/router.py", "from cram import attach\n"),
+    (imports_downwards, "cram/scoring/scorers.py", "from cram.streams.types import Sample\n"),
+    (imports_downwards, "cram/attic.py", "import torch\n"),
     (import_direction, "cram_kernels/packing.py", "from cram.config import CramConfig\n"),
     (import_direction, "cram/learning/learner.py", "import benchmarks.run\n"),
     (implementations_apart, "cram_kernels/expert_lora/cpu.py", "from .reference import expert_lora\n"),

@@ -135,7 +135,7 @@ def cram(work: Work, factors: Factors, penalty: bool = False) -> Variant:
     centroids = torch.randn(count, handle.encoder.image_dim)
     if work.routed:
         query = _query(handle, model, work)
-        handle.router.groups.observe("task", query.text)
+        handle.method.router.groups.observe("task", query.text)
         centroids = query.image.mean(0) + 0.1 * centroids.to(query.image.device)
     for e in range(count):
         weights = {path: pairs[e] for path, pairs in factors.items()}

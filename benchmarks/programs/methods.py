@@ -87,7 +87,7 @@ def make_route(model: Any, samples: int, training: bool) -> Any:
     features = torch.randn(2, samples, QUERY_WIDTH, device=device) / QUERY_WIDTH**0.5
     query = Query(features[0], features[1], torch.ones(samples, dtype=torch.bool, device=device))
     if method.told_task:
-        gates = method.gates(f"task{TASKS - 1}").expand(handle.router.num_layers, samples, -1)
+        gates = method.gates(f"task{TASKS - 1}").expand(handle.num_layers, samples, -1)
         route = Route(gates, torch.full((samples,), -1), final=True)
     else:
         route = method.route(query, training)

@@ -1,12 +1,12 @@
-"""A trained model's experts and router as a folder, written atomically and read with suspicion.
+"""A trained model's experts and method as a folder, written atomically and read with suspicion.
 
-    experts/<name>/adapter_config.json, adapter_model.safetensors    a plain PEFT LoRA folder an expert
-    cram.json             configuration, family, modules with shapes, experts with groups and ranks, groups
-    router.safetensors    centroids [L, E, D_q], prototypes [G, D_t]
-    method.safetensors    what the method keeps besides, if anything; names and shapes are in cram.json
+    experts/<name>/adapter_config.json, adapter_model.safetensors    a plain PEFT LoRA folder per expert
+    shared_a.safetensors  the A that all experts share, if they do; their folders then hold B alone
+    cram.json             configuration, family, modules with shapes, experts with ranks, the method's values
+    method.safetensors    the method's tensors, if any (CRAM: centroids [L, E, D_q], prototypes [G, D_t])
     manifest.json         format version, size and sha256 of every file above; written last
 
-Only safetensors and JSON are read, nothing outside the folder, nothing that the manifest does not list; every
+Only safetensors and JSON are read, nothing outside the folder, nothing that the manifest does not list. Every
 tensor's name and shape is checked against the base model before it is allocated, and NaN and infinity are
 refused. A model is changed only after everything has been checked.
 """
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cram.atomic import new_folder, write_json
-from cram.attach import Cram, attach, attached, detach
+from cram.attach import attach, attached, detach
 from cram.bundle.format import (
     DESCRIPTION,
     ENCODER_FIELDS,
@@ -31,17 +31,18 @@ from cram.bundle.format import (
     MANIFEST,
     METHOD,
     ROUTER,
+    SHARED_A,
     Description,
     check_expert_name,
     fingerprint,
     read_description,
 )
-from cram.bundle.peft_folder import read_adapter, write_adapter
+from cram.bundle.peft_folder import adapter_spec, read_adapter, write_adapter, write_factors
 from cram.bundle.tensors import read_tensors
 from cram.families import family_of, match_linears
-from cram.model.linear import ExpertLinear
+from cram.model.attached import AttachedModel
+from cram.model.factors import Factors
 from cram.routing.clip import ClipEncoder
-from cram_kernels import PackedExperts
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -61,25 +62,31 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"folder must be new, empty or a bundle, got {folder} with other files")
-    for name in cram.router.expert_names:
+    for name in cram.expert_names:
         check_expert_name(name)
+    state = cram.method.export_state()
+    tensors = _storable(state.tensors)
     with new_folder(folder) as partial:
-        for index, name in enumerate(cram.router.expert_names):
-            (partial / "experts" / name).mkdir(parents=True)
-            base = str(getattr(model.config, "_name_or_path", "")) or None
-            write_adapter(partial / "experts" / name, cram.expert_weights(index), cram.config.scale, base)
-        router = {"centroids": cram.router.centroids(), "prototypes": cram.router.groups.prototypes}
-        save_file(_storable(router), partial / ROUTER)
-        state = _storable(cram.method.state())
-        if state:
-            save_file(state, partial / METHOD)
-        write_json(partial / DESCRIPTION, _describe(cram, state))
+        _write_experts(cram, str(getattr(model.config, "_name_or_path", "")) or None, partial)
+        if tensors:
+            save_file(tensors, partial / METHOD)
+        write_json(partial / DESCRIPTION, _describe(cram, tensors, state.values))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         listed = {path.relative_to(partial).as_posix(): fingerprint(path) for path in files}
         write_json(partial / MANIFEST, {"format": FORMAT_VERSION, "files": listed})
 
 
-def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: Any = None) -> Cram:
+def _write_experts(cram: AttachedModel, base: str | None, folder: Path) -> None:
+    sides = "B" if cram.shares_a else "AB"
+    for index, name in enumerate(cram.expert_names):
+        weights = cram.expert_weights(index)
+        (folder / "experts" / name).mkdir(parents=True)
+        write_adapter(folder / "experts" / name, weights, cram.config.scale, base, sides)
+        if cram.shares_a and index == 0:
+            write_factors(folder / SHARED_A, weights, "A")
+
+
+def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: Any = None) -> AttachedModel:
     """Put a bundle's experts and router onto a base model.
 
     Args:
@@ -89,7 +96,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
         processor: See `attach`; unused where the model is attached.
 
     Returns:
-        The model's `Cram`, also `model.cram`.
+        The model's handle, also `model.cram`.
 
     Raises:
         ValueError: If the bundle is damaged, incomplete or of another base model; the model is unchanged.
@@ -97,66 +104,59 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     folder = Path(folder)
     description = read_description(folder)
     _check_base(model, description, folder)
-    scale = description.config.scale
-    weights = [
-        read_adapter(folder / "experts" / expert.name, expert.ranks, description.modules, scale)
-        for expert in description.experts
-    ]
-    router = read_tensors(folder / ROUTER, _router_spec(description))
-    state = read_tensors(folder / METHOD, description.method) if description.method else {}
     present = getattr(model, "cram", None)
     _check_target(present, description)
+    weights = _read_experts(folder, description)
+    state = read_tensors(folder / METHOD, description.tensors) if description.tensors else {}
+    legacy = read_tensors(folder / ROUTER, _router_spec(description)) if description.format < 3 else {}
     cram = present or attach(
         model, description.config, encoder or _named_encoder(description, model), processor
     )
-    before = cram.router.groups.export_state()
-    counts = torch.tensor(description.counts, dtype=torch.int64)
-    groups = {"prototypes": router["prototypes"], "counts": counts}
+    if cram.config.method == "cram":
+        state = {**state, **legacy}
+    before = cram.method.export_state()
     try:
-        cram.router.groups.import_state(groups, {"locks": description.locks})
-        for index, (expert, factors) in enumerate(zip(description.experts, weights, strict=True)):
-            cram.add_expert(expert.name, factors, expert.group, router["centroids"][:, index], trained=False)
-        cram.method.load_state(state)
+        cram.set_experts([expert.name for expert in description.experts], weights, trained=0)
+        cram.method.import_state(state, description.values)
     except ValueError:
         if present is None:
             detach(model)
         else:
             cram.set_experts((), (), 0)
-            cram.router.groups.import_state(*before)
+            cram.method.import_state(*before)
         raise
     return cram
 
 
-def expert_ranks(cram: Cram, index: int) -> dict[str, int]:
-    """Module path -> rank of one expert."""
-    return {name: _packed(linear).ranks[index] for name, linear in cram.modules.items()}
+def _read_experts(folder: Path, description: Description) -> list[dict[str, Factors]]:
+    """The factors of every expert; one A is the same tensor in all experts that share it."""
+    modules, scale, shared = description.modules, description.config.scale, None
+    if description.shared_a:
+        spec = adapter_spec(description.experts[0].ranks, modules, "A") if description.experts else {}
+        shared = read_tensors(folder / SHARED_A, spec)
+    return [
+        read_adapter(folder / "experts" / expert.name, expert.ranks, modules, scale, shared)
+        for expert in description.experts
+    ]
 
 
-def _packed(linear: ExpertLinear) -> PackedExperts:
-    if linear.experts is None:
-        raise ValueError(f"{linear.name} must have experts, got none")
-    return linear.experts
-
-
-def _describe(cram: Cram, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    router, encoder = cram.router, cram.encoder
-    modules = {
-        name: [linear.base.in_features, linear.base.out_features] for name, linear in cram.modules.items()
-    }
+def _describe(
+    cram: AttachedModel, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]
+) -> dict[str, Any]:
+    encoder = cram.encoder
     experts = [
-        {"name": name, "group": router.expert_groups[index], "ranks": expert_ranks(cram, index)}
-        for index, name in enumerate(router.expert_names)
+        {"name": name, "ranks": cram.expert_ranks(index)} for index, name in enumerate(cram.expert_names)
     ]
     return {
         "format": FORMAT_VERSION,
         "family": cram.family.name,
         "config": cram.config.to_dict(),
         "encoder": {name: kind(getattr(encoder, name)) for name, kind in ENCODER_FIELDS.items()},
-        "num_layers": router.num_layers,
-        "modules": modules,
+        "num_layers": cram.num_layers,
+        "modules": {path: [m.in_features, m.out_features] for path, m in cram.modules.items()},
         "experts": experts,
-        "groups": {"counts": router.groups.counts.tolist(), "locks": router.groups.locks},
-        "method": {name: list(tensor.shape) for name, tensor in state.items()},
+        "shared_a": cram.num_experts > 0 and cram.shares_a,
+        "method": {"tensors": {name: list(each.shape) for name, each in tensors.items()}, "values": values},
     }
 
 
@@ -170,7 +170,7 @@ def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _router_spec(description: Description) -> dict[str, tuple[int, ...]]:
-    experts, groups = len(description.experts), len(description.counts)
+    experts, groups = len(description.experts), len(description.values["counts"])
     image, text = description.encoder["image_dim"], description.encoder["text_dim"]
     return {
         "centroids": (description.num_layers, experts, image if experts else 0),
@@ -200,11 +200,11 @@ def _check_base(model: nn.Module, description: Description, folder: Path) -> Non
             raise ValueError(f"{name} must have (in, out) sizes {sizes} as in {folder}, got {found[name]}")
 
 
-def _check_target(cram: Cram | None, description: Description) -> None:
+def _check_target(cram: AttachedModel | None, description: Description) -> None:
     if cram is None:
         return
-    if cram.router.expert_names:
-        raise ValueError(f"model must have no experts yet, got {cram.router.expert_names}")
+    if cram.expert_names:
+        raise ValueError(f"model must have no experts yet, got {cram.expert_names}")
     config = description.config
     if description.format == 1:
         config = replace(config, method=cram.config.method)  # the format does not say which method made it

@@ -15,21 +15,23 @@ from typing import Any
 
 from cram.atomic import read_json, recover_folder
 from cram.bundle.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from cram.config import CramConfig
+from cram.config import CramConfig, read_config
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # 1 has no method state, and every bundle of it is read as CRAM's
+FORMAT_VERSION = 3
+# Formats 1 and 2 keep CRAM's centroids and prototypes in a file of their own, also for other methods (zeros
+# there); 1 does not say which method made it.
+READABLE = (1, 2, 3)
 MANIFEST, DESCRIPTION, ROUTER = "manifest.json", "cram.json", "router.safetensors"
-METHOD = "method.safetensors"
+METHOD, SHARED_A = "method.safetensors", "shared_a.safetensors"
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _FILE = re.compile(
-    rf"{re.escape(DESCRIPTION)}|{re.escape(ROUTER)}|{re.escape(METHOD)}|"
+    rf"{'|'.join(map(re.escape, (DESCRIPTION, ROUTER, METHOD, SHARED_A)))}|"
     rf"experts/{EXPERT_NAME.pattern}/({re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})"
 )
 _MAX_JSON_BYTES = 50_000_000
 _MAX_NAME, _MAX_DIMENSIONS = 500, 8
-# cram.json: field -> type, and the same for one entry of its lists and objects; format 1 has no "method".
-_FIELDS: dict[str, type] = {
+# cram.json: field -> type, by format, and the same for one entry of its lists and objects.
+_COMMON: dict[str, type] = {
     "format": int,
     "family": str,
     "config": dict,
@@ -37,8 +39,11 @@ _FIELDS: dict[str, type] = {
     "num_layers": int,
     "modules": dict,
     "experts": list,
-    "groups": dict,
-    "method": dict,
+}
+_FIELDS: dict[int, dict[str, type]] = {
+    1: {**_COMMON, "groups": dict},
+    2: {**_COMMON, "groups": dict, "method": dict},
+    3: {**_COMMON, "shared_a": bool, "method": dict},
 }
 ENCODER_FIELDS: dict[str, type] = {
     "source": str,
@@ -46,16 +51,16 @@ ENCODER_FIELDS: dict[str, type] = {
     "image_dim": int,
     "reuses_vision_tower": bool,
 }
-_EXPERT_FIELDS: dict[str, type] = {"name": str, "group": int, "ranks": dict}
+_EXPERT_FIELDS: dict[str, type] = {"name": str, "ranks": dict}
 _GROUP_FIELDS: dict[str, type] = {"counts": list, "locks": dict}
+_METHOD_FIELDS: dict[str, type] = {"tensors": dict, "values": dict}
 
 
 @dataclass(frozen=True)
 class ExpertEntry:
-    """One expert of a bundle: its instruction group and its rank in every module."""
+    """One expert of a bundle and its rank in every module."""
 
     name: str
-    group: int
     ranks: dict[str, int]
 
 
@@ -63,8 +68,17 @@ class ExpertEntry:
 class Description:
     """What `cram.json` says.
 
-    `modules` holds (D_in, D_out) by full module path, in model order; `method` the shapes of the tensors that
-    the method keeps, by name.
+    Attributes:
+        format: Format of the bundle.
+        config: The configuration, which names the method.
+        family: Model family.
+        encoder: The CLIP that routes; see `ENCODER_FIELDS`.
+        num_layers: Decoder layers.
+        modules: Full module path -> (D_in, D_out), in model order.
+        experts: The experts in order.
+        shared_a: Whether one A serves all experts of a module and stands in a file of its own.
+        tensors: Shapes of the tensors in `method.safetensors`, by name.
+        values: JSON values that the method keeps. Before format 3: those of CRAM's groups.
     """
 
     format: int
@@ -74,9 +88,15 @@ class Description:
     num_layers: int
     modules: dict[str, tuple[int, int]]
     experts: tuple[ExpertEntry, ...]
-    counts: tuple[int, ...]
-    locks: dict[str, int]
-    method: dict[str, tuple[int, ...]]
+    shared_a: bool
+    tensors: dict[str, tuple[int, ...]]
+    values: dict[str, Any]
+
+    def files(self) -> set[str]:
+        """The files of the bundle beside the manifest."""
+        found = {f"experts/{e.name}/{file}" for e in self.experts for file in (CONFIG_FILE, WEIGHTS_FILE)}
+        optional = ((ROUTER, self.format < 3), (METHOD, bool(self.tensors)), (SHARED_A, self.shared_a))
+        return found | {DESCRIPTION} | {file for file, present in optional if present}
 
 
 def check_expert_name(name: str) -> None:
@@ -103,13 +123,11 @@ def read_description(folder: Path) -> Description:
         if fingerprint(path) != entry:
             raise ValueError(f"{path} must match its entry in {MANIFEST}, got an altered file")
     data = read_json(folder / DESCRIPTION)
-    fields = {name: kind for name, kind in _FIELDS.items() if name != "method" or version > 1}
-    _check_fields(data, fields, DESCRIPTION)
+    _check_fields(data, _FIELDS[version], DESCRIPTION)
     if data["format"] != version:
         raise ValueError(f"format of {DESCRIPTION} must be {version} as in {MANIFEST}, got {data['format']}")
     description = _parse(data)
-    wanted = {f"experts/{e.name}/{file}" for e in description.experts for file in (CONFIG_FILE, WEIGHTS_FILE)}
-    wanted |= {DESCRIPTION, ROUTER, *([METHOD] if description.method else [])}
+    wanted = description.files()
     if wanted != listed.keys():
         raise ValueError(
             f"{folder / MANIFEST} must list exactly the files of the experts in {DESCRIPTION}, "
@@ -163,18 +181,44 @@ def _check_fields(value: Any, fields: dict[str, type], where: str) -> None:
 
 
 def _parse(data: dict[str, Any]) -> Description:
+    version = data["format"]
     _check_fields(data["encoder"], ENCODER_FIELDS, f"{DESCRIPTION}: encoder")
-    _check_fields(data["groups"], _GROUP_FIELDS, f"{DESCRIPTION}: groups")
     modules = {name: _sizes(name, shape) for name, shape in data["modules"].items()}
+    entry_fields = _EXPERT_FIELDS if version > 2 else {**_EXPERT_FIELDS, "group": int}
     for expert in data["experts"]:
-        _check_fields(expert, _EXPERT_FIELDS, f"{DESCRIPTION}: expert")
+        _check_fields(expert, entry_fields, f"{DESCRIPTION}: expert")
         check_expert_name(expert["name"])
         ranks = expert["ranks"]
         if ranks.keys() != modules.keys() or not all(type(r) is int and r >= 0 for r in ranks.values()):
             raise ValueError(
-                f"{DESCRIPTION}: ranks of {expert['name']} must be one a module, got {ranks!r:.200}"
+                f"{DESCRIPTION}: ranks of {expert['name']} must be one per module, got {ranks!r:.200}"
             )
-    config = CramConfig.from_dict(data["config"])
+    names = [expert["name"] for expert in data["experts"]]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{DESCRIPTION}: expert names must be unique, got {names}")
+    config = read_config(data["config"])
+    if version > 2:
+        _check_fields(data["method"], _METHOD_FIELDS, f"{DESCRIPTION}: method")
+        tensors, values = data["method"]["tensors"], data["method"]["values"]
+    else:
+        tensors, values = data.get("method", {}), _values_of_groups(data, config)
+    return Description(
+        format=version,
+        config=config,
+        family=data["family"],
+        encoder=data["encoder"],
+        num_layers=data["num_layers"],
+        modules=modules,
+        experts=tuple(ExpertEntry(each["name"], each["ranks"]) for each in data["experts"]),
+        shared_a=data.get("shared_a", False),
+        tensors={name: _state_shape(name, shape) for name, shape in tensors.items()},
+        values=values,
+    )
+
+
+def _values_of_groups(data: dict[str, Any], config: CramConfig) -> dict[str, Any]:
+    """CRAM's values from a bundle before format 3, which has them beside the method's."""
+    _check_fields(data["groups"], _GROUP_FIELDS, f"{DESCRIPTION}: groups")
     counts, locks = data["groups"]["counts"], data["groups"]["locks"]
     if len(counts) > config.max_groups or not all(type(count) is int and count >= 1 for count in counts):
         raise ValueError(
@@ -182,21 +226,8 @@ def _parse(data: dict[str, Any]) -> Description:
         )
     if not all(type(group) is int and 0 <= group < len(counts) for group in locks.values()):
         raise ValueError(f"{DESCRIPTION}: locks must name groups below {len(counts)}, got {locks}")
-    names = [expert["name"] for expert in data["experts"]]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{DESCRIPTION}: expert names must be unique, got {names}")
-    return Description(
-        format=data["format"],
-        config=config,
-        family=data["family"],
-        encoder=data["encoder"],
-        num_layers=data["num_layers"],
-        modules=modules,
-        experts=tuple(ExpertEntry(**expert) for expert in data["experts"]),
-        counts=tuple(counts),
-        locks=locks,
-        method={name: _state_shape(name, shape) for name, shape in data.get("method", {}).items()},
-    )
+    experts = [[expert["name"], expert["group"]] for expert in data["experts"]]
+    return {"experts": experts, "locks": locks, "counts": counts}
 
 
 def _state_shape(name: str, shape: Any) -> tuple[int, ...]:

@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 
 from cram.atomic import read_json
 from cram.bundle.tensors import Spec, read_tensors
+from cram.model.factors import Factors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def adapter_config(ranks: Mapping[str, int], scale: float, base: str | None) -> dict[str, Any]:
@@ -51,17 +50,26 @@ def _integer(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def adapter_spec(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> Spec:
-    """Names and shapes of the tensors of an expert; `shapes` holds (D_in, D_out) of each module."""
+def adapter_spec(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], sides: str = "AB") -> Spec:
+    """Names and shapes of the tensors of an expert.
+
+    Args:
+        ranks: Module path -> rank.
+        shapes: Module path -> (D_in, D_out).
+        sides: Which factors: "AB", or "A" or "B" alone.
+    """
     spec: Spec = {}
     for name, rank in ranks.items():
+        d_in, d_out = shapes[name]
+        both = {"A": (rank, d_in), "B": (d_out, rank)}
         if rank > 0:
-            spec[f"{PREFIX}{name}.lora_A.weight"] = (rank, shapes[name][0])
-            spec[f"{PREFIX}{name}.lora_B.weight"] = (shapes[name][1], rank)
+            spec.update({f"{PREFIX}{name}.lora_{side}.weight": both[side] for side in sides})
     return spec
 
 
-def write_adapter(folder: Path, weights: Mapping[str, Factors], scale: float, base: str | None) -> None:
+def write_adapter(
+    folder: Path, weights: Mapping[str, Factors], scale: float, base: str | None, sides: str = "AB"
+) -> None:
     """Write one expert.
 
     Args:
@@ -69,21 +77,40 @@ def write_adapter(folder: Path, weights: Mapping[str, Factors], scale: float, ba
         weights: Per module path A [r, D_in] and B [D_out, r]; rank 0 leaves the module out.
         scale: What B A is multiplied by, alpha / r in PEFT.
         base: Name of the base model for `base_model_name_or_path`.
+        sides: "AB"; "B" where A stands elsewhere, which PEFT does not read.
     """
     ranks = {name: a.shape[0] for name, (a, _) in weights.items()}
+    text = json.dumps(adapter_config(ranks, scale, base), indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n")
+    write_factors(folder / WEIGHTS_FILE, weights, sides)
+
+
+def write_factors(file: Path, weights: Mapping[str, Factors], sides: str) -> None:
+    """Write the factors of modules of rank 1 and more under PEFT's names; `sides` as in `adapter_spec`."""
     tensors = {}
     for name, (a, b) in weights.items():
+        both = {"A": a, "B": b}
         if a.shape[0] > 0:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    (folder / CONFIG_FILE).write_text(json.dumps(adapter_config(ranks, scale, base), indent=2) + "\n")
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            found = {f"{PREFIX}{name}.lora_{side}.weight": both[side] for side in sides}
+            tensors.update({key: tensor.detach().cpu().contiguous() for key, tensor in found.items()})
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def read_adapter(
-    folder: Path, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], scale: float
+    folder: Path,
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    scale: float,
+    shared_a: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Factors]:
     """Read one expert, checking names, shapes, scale and finiteness against what is expected.
+
+    Args:
+        folder: The expert's folder.
+        ranks: Module path -> rank.
+        shapes: Module path -> (D_in, D_out).
+        scale: The scale of every module.
+        shared_a: Tensors of A by PEFT's names where the folder has none.
 
     Returns:
         Per module path A [r, D_in] and B [D_out, r] in fp32; empty factors where the rank is 0.
@@ -95,7 +122,9 @@ def read_adapter(
     stored = read_json(folder / CONFIG_FILE)
     if not isinstance(stored, dict) or {**stored, "base_model_name_or_path": None} != expected:
         raise ValueError(f"{folder / CONFIG_FILE} must agree with cram.json, got {stored!r:.200}")
-    tensors = read_tensors(folder / WEIGHTS_FILE, adapter_spec(ranks, shapes))
+    sides = "AB" if shared_a is None else "B"
+    tensors = read_tensors(folder / WEIGHTS_FILE, adapter_spec(ranks, shapes, sides))
+    tensors = {**tensors, **(shared_a or {})}
     weights = {}
     for name, rank in ranks.items():
         d_in, d_out = shapes[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cram import __version__
-from cram.bundle.format import MANIFEST, read_description
+from cram.bundle.format import MANIFEST, Description, read_description
 from cram.families import FAMILIES, family_of, match_linears
 from cram.learning.run_folder import RUN, newest_bundle, read_run
 from cram_kernels import available_impls, native_libraries
@@ -82,9 +82,11 @@ def describe_bundle(path: Path) -> list[str]:
     lines = [
         f"bundle {path}",
         f"  method {description.config.method}, family {description.family}, "
-        f"{len(sizes)} linears in {description.num_layers} layers, "
-        f"{len(description.counts)} instruction groups",
+        f"{len(sizes)} linears in {description.num_layers} layers",
     ]
+    groups = instruction_groups(description)
+    if groups:
+        lines.append(f"  {len(set(groups.values()))} instruction groups with experts")
     total = 0
     for expert in description.experts:
         parameters = sum(rank * sizes[name] for name, rank in expert.ranks.items())
@@ -92,12 +94,20 @@ def describe_bundle(path: Path) -> list[str]:
         ranks = ", ".join(
             f"{rank} x {count}" for rank, count in sorted(Counter(expert.ranks.values()).items())
         )
-        lines.append(f"  {expert.name}: group {expert.group}, ranks {ranks}, {parameters:,} parameters")
+        group = f"group {groups[expert.name]}, " if expert.name in groups else ""
+        lines.append(f"  {expert.name}: {group}ranks {ranks}, {parameters:,} parameters")
     lines.append(f"  {len(description.experts)} experts, {total:,} parameters")
-    if description.method:
-        values = sum(math.prod(shape) for shape in description.method.values())
-        lines.append(f"  {len(description.method)} tensors of the method, {values:,} values")
+    if description.tensors:
+        values = sum(math.prod(shape) for shape in description.tensors.values())
+        lines.append(f"  {len(description.tensors)} tensors of the method, {values:,} values")
     return lines
+
+
+def instruction_groups(description: Description) -> dict[str, int]:
+    """Expert -> instruction group, in a bundle of CRAM."""
+    if description.config.method != "cram":
+        return {}
+    return {expert: group for expert, group in description.values["experts"]}
 
 
 def describe_model(path: Path) -> list[str]:

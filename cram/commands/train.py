@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or name of the base model, or builtin")
     parser.add_argument("--stream", required=True, help="builtin, ucit, trigap or a stream file")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder; a stopped run goes on")
-    parser.add_argument("--method", default="cram", help="name of the method (default: cram)")
+    parser.add_argument("--method", help="name of the method (default: cram)")
     parser.add_argument("--clip", help="folder or name of the CLIP that routes")
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="see CramConfig")
     parser.add_argument("--seed", type=int, help="decides all randomness (default: 0)")
@@ -30,10 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test after every task, and write the report."""
-    if arguments.method not in METHODS:
+    if arguments.method not in (None, *METHODS):
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {arguments.method!r}")
     checkpointing = True if arguments.gradient_checkpointing else None
-    options = {"seed": arguments.seed, "gradient_checkpointing": checkpointing}
+    options = {
+        "method": arguments.method,
+        "seed": arguments.seed,
+        "gradient_checkpointing": checkpointing,
+    }
     config = parse_config(arguments.config, arguments.stream, options)
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
     names = ("model", "clip", "dtype", "stream", "limit", "data_root")
@@ -42,7 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.device
     )
     out = Path(arguments.out)
-    ContinualLearner(
-        model, processor, stream, config, arguments.method, out=out, encoder=encoder, settings=settings
-    ).run()
+    ContinualLearner(model, processor, stream, config, out=out, encoder=encoder, settings=settings).run()
     print(f"report: {write_page(out)}")

@@ -131,13 +131,13 @@ class Run:
         model, processor, encoder = comparison.sources.load(comparison.device)
         average = None if self.after is None else equal_rank(model, comparison.config, self.after.folder)
         changes = self.entry.changes(comparison.config, len(stream.tasks), average)
-        config = CramConfig.from_dict({**comparison.config.to_dict(), **changes, "seed": self.seed})
+        chosen = {"method": self.entry.method, "seed": self.seed}
+        config = CramConfig.from_dict({**comparison.config.to_dict(), **changes, **chosen})
         learner = ContinualLearner(
             model,
             processor,
             stream,
             config,
-            self.entry.method,
             out=self.folder,
             encoder=encoder,
             progress=shown,

@@ -6,7 +6,6 @@ else may differ: base, stream, steps, learning rate, scale and seed are the same
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,8 +116,7 @@ class Entry:
         if self.ablation is not None:
             return f"CRAM with {self._changed(CramConfig())}: {ABLATIONS[self.ablation].note}."
         kind = METHODS[self.method]
-        about = " ".join((sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0].split())
-        return f"{about} Size: {BUDGETS[kind.budget].reason}."
+        return f"{kind.about()} Size: {BUDGETS[kind.budget].reason}."
 
     def _changed(self, config: CramConfig) -> str:
         assert self.ablation is not None
@@ -135,8 +133,9 @@ class Entry:
         if self.ablation is not None:
             return ABLATIONS[self.ablation].fields(config)
         rank_max = config.rank_max
-        rank = BUDGETS[METHODS[self.method].budget].rank(rank_max, tasks, average or rank_max)
-        return {} if rank == rank_max else same_rank(rank, config)
+        if self.method == ABLATED:
+            return {}
+        return {"rank": BUDGETS[METHODS[self.method].budget].rank(rank_max, tasks, average or rank_max)}
 
 
 def entries(methods: Sequence[str], ablations: Sequence[str]) -> list[Entry]:
@@ -154,12 +153,3 @@ def entries(methods: Sequence[str], ablations: Sequence[str]) -> list[Entry]:
     ordered = sorted((name for name in METHODS if name in methods), key=lambda name: name != ABLATED)
     found = [Entry(name) for name in ordered]
     return found + [Entry(ABLATED, name) for name in ABLATIONS if name in ablations]
-
-
-def same_rank(rank: int, config: CramConfig) -> dict[str, int]:
-    """The fields of `CramConfig` that give LoRAs this rank."""
-    return {
-        "rank_max": rank,
-        "rank_min": min(config.rank_min, rank),
-        "buffer_rank": max(config.buffer_rank, rank),
-    }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cram.attach import detach
+from cram.learning.answers import GREEDY
 from cram.learning.batch_route import batch_route
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, collate, pad_id, to_model
 from cram.learning.learner import ContinualLearner
@@ -41,11 +42,7 @@ def measure_inference(learner: ContinualLearner) -> Inference:
                 **batch,
                 max_new_tokens=task.max_new_tokens,
                 min_new_tokens=task.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **GREEDY,
                 pad_token_id=padding,
             )
         if model.device.type == "cuda":

@@ -4,21 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cram.attach import Cram
 from cram.console import ProgressBar
 from cram.learning.batch_route import batch_route
 from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
+from cram.learning.run_folder import write_predictions
 from cram.methods import Method
 from cram.report.schema import Routing
 from cram.routing.query import Route
+from cram.scoring.scorers import score
 from cram.streams.types import Task
 
+# What makes `generate` greedy whatever a checkpoint's own generation settings say.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
 Routed = Callable[[list[int]], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a test on one task gave.
+
+    Attributes:
+        accuracy: In percent.
+        routing: How the samples were routed, where the method routes and knows the task's own expert.
+    """
+
+    accuracy: float
+    routing: Routing | None
+
+
+def run_test(
+    model: Any,
+    processor: Any,
+    method: Method,
+    task: Task,
+    split: EncodedSplit,
+    predictions: Path,
+    bar: ProgressBar,
+) -> TaskResult:
+    """Answer the test samples of a task, write the answers to `predictions` and score them."""
+    answers, routing = answer_task(model, processor, method, task, split, bar)
+    write_predictions(predictions, task.test, answers)
+    by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
+    return TaskResult(float(score(task.scorer, by_id, task.test)), routing)
 
 
 def answer_task(
@@ -30,12 +71,12 @@ def answer_task(
         The answers, and how the samples were routed, where the method routes and knows the task's own expert.
     """
     cram = method.cram
-    known = method.routed and task.name in cram.router.expert_names
-    tally = RoutingTally(cram, task.name) if known else None
+    known = task.name in method.expert_groups()
+    tally = RoutingTally(method, task.name) if known else None
 
     def count_route() -> None:
-        if tally is not None and cram.router.current is not None:
-            tally.add(cram.router.current)
+        if tally is not None and cram.state.route is not None:
+            tally.add(cram.state.route)
 
     answers = generate_answers(
         model,
@@ -56,14 +97,15 @@ class RoutingTally:
     """Counts, over the samples of one task, what `Routing` reports.
 
     Args:
-        cram: The attached model's experts.
+        method: The method that routes.
         expert: Name of the task's own expert.
     """
 
-    def __init__(self, cram: Cram, expert: str) -> None:
-        self._names = cram.router.expert_names
+    def __init__(self, method: Method, expert: str) -> None:
+        groups = method.expert_groups()
+        self._names = list(groups)
         self._own = self._names.index(expert)
-        self._group = cram.router.expert_groups[self._own]
+        self._group = groups[expert]
         self._samples = self._right_group = self._right_expert = 0
         self._gates = torch.zeros(len(self._names), dtype=torch.float64)
 
@@ -71,6 +113,7 @@ class RoutingTally:
         """Count a batch by its gates [L, S, E] and groups [S]."""
         gates = route.gates.double().mean(0).cpu()
         self._samples += len(gates)
+        assert route.groups is not None
         self._right_group += int((route.groups == self._group).sum())
         self._right_expert += int((gates.argmax(1) == self._own).sum())
         self._gates += gates.sum(0)
@@ -110,7 +153,7 @@ def generate_answers(
         batch_size: Samples a batch.
         padding: Padding id.
         bar: Progress, a sample each.
-        seen: Called after every batch, while its route is the router's current one.
+        seen: Called after every batch, whose route is in the model's newest state.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     ends = _end_ids(model, tokenizer)
@@ -121,12 +164,8 @@ def generate_answers(
         with routed(indices):
             output = model.generate(
                 **batch,
+                **GREEDY,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 eos_token_id=ends,
                 pad_token_id=padding,
             )

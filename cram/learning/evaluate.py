@@ -11,13 +11,12 @@ from torch import nn
 from cram.atomic import write_json
 from cram.attach import attach
 from cram.bundle.bundle import load
-from cram.config import CramConfig
+from cram.config import read_config
 from cram.console import ProgressBar
-from cram.learning.answers import answer_task
+from cram.learning.answers import run_test
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
-from cram.learning.run_folder import newest_bundle, read_run, write_predictions
+from cram.learning.run_folder import newest_bundle, read_run
 from cram.routing.clip import ClipEncoder
-from cram.scoring.scorers import score
 from cram.streams.types import Stream
 
 
@@ -45,7 +44,7 @@ def evaluate_run(
     """
     identity = read_run(run)["identity"]
     bundle, learnt = newest_bundle(run)
-    config = CramConfig.from_dict({**identity["config"], "method": identity["method"]})
+    config = read_config({**identity["config"], "method": identity["method"]})
     method = attach(model, config, encoder, processor).method
     load(model, bundle)
     out = run / "eval" / stream.name
@@ -55,14 +54,13 @@ def evaluate_run(
     with ProgressBar(f"test on {stream.name}", sum(len(task.test) for task in stream.tasks), progress) as bar:
         for task in stream.tasks:
             split = EncodedSplit(processor, task.test, Budget(CACHE_BYTES))
-            answers, routes = answer_task(model, processor, method, task, split, bar)
-            write_predictions(out / "predictions" / f"{task.name}.jsonl", task.test, answers)
-            by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
-            accuracies[task.name] = float(score(task.scorer, by_id, task.test))
-            if routes is not None:
-                routing[task.name] = routes
-    result = {"learnt": learnt, "accuracies": accuracies, "routing": routing}
-    write_json(out / "result.json", {**result, "seconds": round(time.monotonic() - started, 3)})
+            file = out / "predictions" / f"{task.name}.jsonl"
+            result = run_test(model, processor, method, task, split, file, bar)
+            accuracies[task.name] = result.accuracy
+            if result.routing is not None:
+                routing[task.name] = result.routing
+    record = {"learnt": learnt, "accuracies": accuracies, "routing": routing}
+    write_json(out / "result.json", {**record, "seconds": round(time.monotonic() - started, 3)})
     if progress:
         for name, accuracy in accuracies.items():
             print(f"{name:24} {accuracy:6.2f}")

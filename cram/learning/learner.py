@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from cram.bundle.bundle import load, save
 from cram.bundle.format import check_expert_name
 from cram.config import CramConfig
 from cram.console import ProgressBar, clock
-from cram.learning.answers import answer_task
+from cram.learning.answers import run_test
 from cram.learning.batch_route import batch_route
 from cram.learning.batches import Budget, EncodedSplit, pad_id
-from cram.learning.run_folder import RunFolder, model_identity, stream_identity, write_predictions
+from cram.learning.run_folder import RunFolder, model_identity, stream_identity
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Report, Routing
-from cram.scoring.scorers import SCORERS, score
+from cram.scoring.scorers import SCORERS
 from cram.streams.types import Stream
 
 CACHE_BYTES = 4 << 30
@@ -50,7 +49,6 @@ class ContinualLearner:
         processor: Any,
         stream: Stream,
         config: CramConfig,
-        method: str | None = None,
         *,
         out: str | Path,
         encoder: Any = None,
@@ -63,8 +61,7 @@ class ContinualLearner:
             model: A model of a known family; attached without experts, or plain together with `encoder`.
             processor: Its processor.
             stream: The tasks.
-            config: The configuration; it decides all randomness.
-            method: A name in `cram.methods.METHODS`, in place of the configuration's.
+            config: The configuration; it names the method and decides all randomness.
             out: The run folder: new, empty or of the same configuration.
             encoder: The CLIP that routes; see `cram.loading.load_encoder`.
             progress: Whether progress bars and accuracy rows are printed.
@@ -74,7 +71,6 @@ class ContinualLearner:
             ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
                 not ready, or `out` belongs to another configuration.
         """
-        config = replace(config, method=config.method if method is None else method)
         if config.method not in METHODS:
             raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
         _check_stream(stream)
@@ -159,15 +155,14 @@ class ContinualLearner:
         with ProgressBar(f"test after {index + 1}", samples, self._shown) as bar:
             for tested, task in enumerate(tasks):
                 split = self._tests[task.name]
-                answers, routes = answer_task(self.model, self.processor, self.method, task, split, bar)
-                write_predictions(self.folder.predictions(index, tested), task.test, answers)
-                by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
-                accuracies.append(float(score(task.scorer, by_id, task.test)))
-                if routes is not None:
-                    routing[task.name] = routes
+                file = self.folder.predictions(index, tested)
+                result = run_test(self.model, self.processor, self.method, task, split, file, bar)
+                accuracies.append(result.accuracy)
+                if result.routing is not None:
+                    routing[task.name] = result.routing
         seconds = time.monotonic() - started
-        result = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
-        self.folder.write_result(index, result)
+        record = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
+        self.folder.write_result(index, record)
         self._say_row(accuracies, seconds)
         return accuracies
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cram.atomic import read_json, recover_folder, write_json, write_text
-from cram.attach import Cram
-from cram.bundle.bundle import expert_ranks
 from cram.bundle.format import MANIFEST, read_description
+from cram.config import read_config
 from cram.methods import Method
+from cram.model.attached import AttachedModel
 from cram.report.schema import MethodReport, Report, validate_report
 from cram.scoring.metrics import continual_metrics
 from cram.streams.types import Sample, Stream
@@ -97,7 +97,10 @@ class RunFolder:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"out must be new, empty or a run, got {self.path} with other files")
             return
-        stored, wanted = _flat(read_run(self.path)["identity"]), _flat(identity)
+        record = read_run(self.path)["identity"]
+        config = read_config({**record["config"], "method": record["method"]}).to_dict()
+        del config["method"]
+        stored, wanted = _flat({**record, "config": config}), _flat(identity)
         if stored != wanted:
             keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
             listed = ", ".join(f"{key} = {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
@@ -149,10 +152,10 @@ class RunFolder:
             },
         }
         report["parameters"]["total"] = sum(report["parameters"]["per_task"].values())
-        if method.routed:
-            owners = {name: cram.router.expert_names.index(name) for name in names}
-            report["ranks"] = {name: expert_ranks(cram, index) for name, index in owners.items()}
-            report["groups"] = {name: cram.router.expert_groups[index] for name, index in owners.items()}
+        if groups := method.expert_groups():
+            owners = {name: cram.expert_names.index(name) for name in names}
+            report["ranks"] = {name: cram.expert_ranks(index) for name, index in owners.items()}
+            report["groups"] = {name: groups[name] for name in names}
             report["routing"] = results[-1]["routing"]
         return validate_report(
             {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
@@ -202,19 +205,18 @@ def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[s
 def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
     """Trained values in use after the last task, by the task that added them.
 
-    An expert that carries a task's name is that task's, with its centroid where the method routes by it; all
+    An expert that carries a task's name is that task's, with what every expert brings (CRAM's centroid). All
     else (a pool of experts, gatings, what the method keeps) is the first task's.
     """
     cram = method.cram
     packs = [module.experts for module in cram.modules.values() if module.experts is not None]
     total = sum(pack.a.numel() + pack.bt.numel() for pack in packs) + method.trained_values()
-    centroid = cram.router.num_layers * cram.encoder.image_dim if method.routed else 0
     sizes = {name: module.in_features + module.out_features for name, module in cram.modules.items()}
     counts = dict.fromkeys(tasks, 0)
-    for index, name in enumerate(cram.router.expert_names):
+    for index, name in enumerate(cram.expert_names):
         if name in counts:
-            values = sum(rank * sizes[path] for path, rank in expert_ranks(cram, index).items())
-            counts[name] = values + centroid
+            values = sum(rank * sizes[path] for path, rank in cram.expert_ranks(index).items())
+            counts[name] = values + method.values_per_expert()
             total -= values
     counts[tasks[0]] += total
     return counts
@@ -232,7 +234,7 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
     return {"name": stream.name, "tasks": [task.name for task in stream.tasks], "sha256": digest.hexdigest()}
 
 
-def model_identity(cram: Cram, model: Any) -> dict[str, Any]:
+def model_identity(cram: AttachedModel, model: Any) -> dict[str, Any]:
     """Family, dtype, and a fingerprint of the first and the last adapted weight."""
     digest = hashlib.sha256()
     modules = list(cram.modules.values())

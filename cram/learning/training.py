@@ -104,8 +104,9 @@ def train_task(
             batch, labels = training_batch([examples(index) for index in indices], padding)
             with routed(indices):
                 loss = answer_loss(model, to_model(batch, model), labels.to(model.device))
+                state = method.cram.state
             losses.append(_finite(loss, task, step))
-            extra = method.extra_loss()
+            extra = method.extra_loss(state)
             _update(loss if extra is None else loss + extra, parameters, optimizer, scaler, config.grad_clip)
             bar.advance(note=f"loss {losses[-1]:.3f}")
     method.end_task()
@@ -116,7 +117,7 @@ def train_task(
 @contextmanager
 def _observing(method: Method) -> Iterator[None]:
     """The method sees the automatic queries inside; batches with an explicit one show it themselves."""
-    listeners = method.cram.on_query
+    listeners = method.cram.hooks.on_query
     if not method.uses_queries:
         yield
         return

@@ -6,30 +6,38 @@ For each task the learner calls, in this order:
     for every step:  before_step(step)      parameters for a fresh optimiser where a stage begins, else None
                      observe(query)         only where the method uses queries
                      forward and loss       under `route` (under `gates` where the method is told the task)
-                     extra_loss()           added to the cross-entropy
+                     extra_loss(state)      added to the cross-entropy of the forward with that state
     end_task()
 
 `model.cram.method` routes every forward, also a plain `model.generate`. What a method must know after a task
-lives in the `Cram` (experts, centroids, groups), in the gatings of its modules or in `state`: bundles hold
-these, and a run goes on from the bundle alone. Initial values are drawn in `begin_task`, which is seeded.
+lives in the experts, in the gatings of its modules or in `export_state`. Bundles hold these, and a run goes
+on from the bundle alone. Initial values are drawn in `begin_task`, which is seeded.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
 from cram.routing.query import Query, Route
 
-if TYPE_CHECKING:
-    from cram.attach import Cram
-    from cram.methods.parts.projector import MixedProjector
 
-Factors = tuple[Tensor, Tensor]
+class MethodState(NamedTuple):
+    """What a bundle keeps of a method beside the experts.
+
+    Attributes:
+        tensors: Finite float32 tensors by name.
+        values: JSON values by name.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
 
 
 class Method:
@@ -39,21 +47,23 @@ class Method:
         name: Name in the registry and in reports.
         told_task: Whether evaluation tells it the true task (`gates`); such a method cannot route by itself.
         uses_queries: Whether it needs the features of the samples, in `route` or `observe`.
-        routed: Whether each task owns one expert in an instruction group, among which queries choose; reports
-            then tell groups, ranks and how samples were routed.
         budget: How its rank is chosen where methods are compared, a kind in `cram.compare.entries.BUDGETS`.
     """
 
     name: ClassVar[str]
     told_task: ClassVar[bool] = False
-    uses_queries: ClassVar[bool] = False
-    routed: ClassVar[bool] = False
+    uses_queries: bool = False
     budget: ClassVar[str] = "task"
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         """Binds the method to an attached model without experts; may install gatings."""
         self.cram = cram
         self.config = cram.config
+
+    @property
+    def wants_visual_means(self) -> bool:
+        """Whether the loss needs the visual-token means of the linears' inputs, `ForwardState.hidden`."""
+        return False
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Prepare the experts for a new task."""
@@ -61,13 +71,20 @@ class Method:
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:
         """Parameters that a fresh optimiser trains from this step on, or None to go on as before."""
-        return trainable_parameters(self.cram) if step == 0 else None
+        return self.cram.trainable_parameters() if step == 0 else None
+
+    def experts_replaced(self) -> None:
+        """Forget what belonged to the experts before; called by `AttachedModel.set_experts`."""
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """What the method trains beside factors and gatings."""
+        return []
 
     def observe(self, query: Query) -> None:
         """See the query of a training batch before it is routed."""
 
-    def extra_loss(self) -> Tensor | None:
-        """What is added to the cross-entropy of the last forward."""
+    def extra_loss(self, state: ForwardState) -> Tensor | None:
+        """What is added to the cross-entropy of the training forward with this state."""
         return None
 
     def end_task(self) -> None:
@@ -75,7 +92,7 @@ class Method:
         self.cram.freeze()
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """Gates [L, S, E] and groups [S] of a prefill or training forward; S = 1 serves all rows.
+        """The route of a prefill or training forward, with gates [L, S, E]; S = 1 serves all rows.
 
         Args:
             query: Features of S samples; may be None unless the method uses queries.
@@ -87,32 +104,46 @@ class Method:
         """Gates [E] for every sample of a task, where the method is told the task."""
         raise NotImplementedError
 
-    def state(self) -> dict[str, Tensor]:
-        """What a bundle keeps of the method beside experts and router: finite float32 tensors by name.
-
-        By default the state of the gatings, named "<module path>.<key>".
-        """
-        return {
+    def export_state(self) -> MethodState:
+        """What a bundle keeps of the method: by default its gatings' state, named "<module path>.<key>"."""
+        tensors = {
             f"{path}.{key}": tensor
             for path, module in self.cram.modules.items()
             if module.gating is not None
             for key, tensor in module.gating.state_dict().items()
         }
+        return MethodState(tensors, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up a bundle's state once its experts are there; also called with none. Rebuilds derived data.
+    def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up an exported state once the experts are there; also called with none. Rebuilds derived data.
 
         Raises:
-            ValueError: If names or shapes are not those of `state`; nothing is changed then.
+            ValueError: If names or shapes are not those of `export_state`; nothing is changed then.
         """
-        own = self.state()
+        own = self.export_state().tensors
         check_state(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
+    def expert_groups(self) -> dict[str, int]:
+        """Expert -> its instruction group, where each task owns one expert among which queries choose.
+
+        Reports then tell groups, ranks and how samples were routed; empty for other methods.
+        """
+        return {}
+
+    def values_per_expert(self) -> int:
+        """Trained values that every expert brings beside its factors."""
+        return 0
+
+    @classmethod
+    def about(cls) -> str:
+        """What the method is, in a sentence or two for a published page: the start of its module's text."""
+        return " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
+
     def trained_values(self) -> int:
-        """Trained values that stay in use beside factors and centroids: by default those of the gatings."""
+        """Trained values that stay in use beside the experts' factors: by default those of the gatings."""
         gatings = (module.gating for module in self.cram.modules.values() if module.gating is not None)
         return sum(parameter.numel() for gating in gatings for parameter in gating.parameters())
 
@@ -138,23 +169,6 @@ def check_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
             raise ValueError(f"method state {name} must have shape {list(shape)}, got {list(found[name])}")
 
 
-def uniform_route(cram: Cram) -> Route:
+def uniform_route(cram: AttachedModel) -> Route:
     """Gate 1 for every expert, for all rows: gates [L, 1, E]."""
-    gates = torch.ones(cram.router.num_layers, 1, cram.num_experts)
-    return Route(gates, torch.full((1,), -1))
-
-
-def trainable_parameters(cram: Cram) -> list[nn.Parameter]:
-    """What an optimiser gets: factors in training, gating parameters that require grad, the centroid."""
-    return cram.trainable_parameters()
-
-
-def new_lora(owner: Cram | MixedProjector, rank: int) -> dict[str, Factors]:
-    """A fresh LoRA of one rank per module: A [r, D_in] kaiming-uniform with a = sqrt 5, B [D_out, r] zero."""
-    factors = {}
-    for name, module in owner.modules.items():
-        kept = min(rank, module.in_features, module.out_features)
-        a = torch.empty(kept, module.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        factors[name] = (a, torch.zeros(module.out_features, kept))
-    return factors
+    return Route(torch.ones(cram.num_layers, 1, cram.num_experts))

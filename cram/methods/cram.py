@@ -1,38 +1,38 @@
 """CRAM (arXiv 2606.02502): one expert of adaptive rank a task, instruction groups, centroid routing.
 
-The first steps of a task train a rank-48 buffer alone while its group is decided and the centroid averaged.
-Then the buffer becomes the expert, which trains beside the group's frozen experts under the penalty.
+The first steps of a task train a buffer, a LoRA of rank 48 that acts alone, while the task's group is decided
+and its centroid averaged. Then the buffer becomes the expert, which trains beside the group's frozen experts
+under the orthogonality penalty.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor, nn
 
-from cram.methods.base import Method
+from cram.methods.parts.grouped import GroupedMethod
 from cram.methods.parts.instantiate import instantiate_expert
-from cram.routing.means import CentroidMean
-from cram.routing.query import Query, Route
+from cram.methods.parts.penalty import HistoryBases, Penalty
+from cram.methods.parts.warm_up import WarmUp, warmup_steps
+from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
+from cram.routing.query import Query
 
-if TYPE_CHECKING:
-    from cram.attach import Cram
 
+class CramMethod(GroupedMethod):
+    """Stages of a task: warm-up of the buffer, instantiation, training of the expert.
 
-class CramMethod(Method):
-    """Stages of a task: warm-up of the buffer, instantiation, training of the expert."""
+    Attributes:
+        warm_up: The buffer, and what it learns of the task.
+    """
 
     name = "cram"
-    uses_queries = True
-    routed = True
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         super().__init__(cram)
-        self._task = ""
+        self.warm_up = WarmUp(cram)
+        self._bases = HistoryBases()
+        self._penalty: Penalty | None = None
         self._switch = 0
-        self._group: int | None = None
-        self._centroid = CentroidMean()
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the buffer's warm-up.
@@ -43,8 +43,7 @@ class CramMethod(Method):
         self._switch = warmup_steps(total_steps, self.config.warmup_fraction)
         if self._switch >= total_steps:
             raise ValueError(f"task {task!r} must have at least {self._switch + 1} steps, got {total_steps}")
-        self._task, self._group, self._centroid = task, None, CentroidMean()
-        self.cram.begin_buffer()
+        self.warm_up.begin(task)
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:
         """A fresh optimiser for the buffer at the first step and for the expert after the warm-up."""
@@ -54,56 +53,68 @@ class CramMethod(Method):
 
     def observe(self, query: Query) -> None:
         """Update the group's prototype with the batch, and until the expert exists the centroid."""
-        group = self.cram.router.groups.observe(self._task, query.text)
+        group = self.router.groups.observe(self.warm_up.task, query.text)
         if not self.cram.in_training:
-            self._group = group
-            self._centroid.update(query.image, query.has_image)
+            self.warm_up.observe(group, query)
 
-    def extra_loss(self) -> Tensor | None:
-        """The orthogonality penalty while the expert is trained."""
-        return self.cram.penalty() if self.cram.in_training else None
+    def extra_loss(self, state: ForwardState) -> Tensor | None:
+        """The orthogonality penalty of the forward while the expert is trained."""
+        return self.penalty(state) if self.cram.in_training else None
 
     def end_task(self) -> None:
         """Freeze the expert and its centroid."""
-        self.cram.freeze()
-        self.cram.locked_group = None
+        self.freeze()
+        self.locked_group = None
 
-    def route(self, query: Query | None, training: bool) -> Route:
-        """Centroid gates inside each sample's group; in training mode inside the locked group, if any.
+    def freeze(self) -> None:
+        """Ends the training of expert and centroid; the penalty ends with it.
 
         Raises:
-            ValueError: Without a query, or as `Router.route`.
+            ValueError: If no expert is in training.
         """
-        if query is None:
-            raise ValueError("cram must see a query to route, got none")
-        return self.cram.router.route(query, self.cram.locked_group if training else None)
+        super().freeze()
+        self._penalty = None
+
+    def experts_replaced(self) -> None:
+        """Forget centroids and penalty; the groups stay."""
+        super().experts_replaced()
+        self._penalty = None
+
+    def prepare_penalty(self) -> None:
+        """Computes the penalty's bases for the expert in training; call it once per task, after `add_expert`.
+
+        Raises:
+            ValueError: If no expert is in training.
+        """
+        self._penalty = Penalty(self.cram, self.router, self._bases)
+
+    def penalty(self, state: ForwardState) -> Tensor:
+        """lambda times the orthogonality penalty of a training forward, a scalar; 0 without older experts.
+
+        Raises:
+            ValueError: If `prepare_penalty` is missing, or the forward was no training forward.
+        """
+        if self._penalty is None:
+            raise ValueError("penalty must follow prepare_penalty, got no bases")
+        return self._penalty.value(state)
+
+    @property
+    def wants_visual_means(self) -> bool:
+        """While an expert is trained whose group has older ones."""
+        return self._penalty is not None and self._penalty.needed
 
     def _instantiate(self) -> None:
-        cram, group = self.cram, self._group
+        warm_up, group = self.warm_up, self.warm_up.group
         if group is None:
-            raise ValueError(f"task {self._task!r} must have been routed during its warm-up, got no query")
-        cram.router.groups.lock(self._task, group)
-        weights = instantiate_expert(cram.buffers(), cram.history(group), self.config)
-        if not self._centroid.count and cram.router.experts_of(group):
+            raise ValueError(f"task {warm_up.task!r} must have been routed during its warm-up, got no query")
+        self.router.groups.lock(warm_up.task, group)
+        weights = instantiate_expert(warm_up.factors(), self.history(group), self.config)
+        if not warm_up.has_images and self.router.experts_of(group):
             # Without an image the group's first expert answers alone, and that one is frozen.
             raise ValueError(
-                f"task {self._task!r} must show images in its warm-up to join experts of its group, got text"
+                f"task {warm_up.task!r} must show images in its warm-up to join its group's experts, got text"
             )
-        centroid = self._centroid.mean() if self._centroid.count else torch.zeros(cram.encoder.image_dim)
-        cram.end_buffer()
-        cram.add_expert(self._task, weights, group, centroid)
-        cram.prepare_penalty()
-        cram.locked_group = group
-
-
-def warmup_steps(max_steps: int, fraction: float) -> int:
-    """Optimiser steps that train the buffer: max(1, round(fraction * max_steps)), ties to even.
-
-    A fraction of 0 or less means no warm-up and gives -1, a step number that is never reached.
-
-    Raises:
-        ValueError: if ``max_steps`` is below 1.
-    """
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    return max(1, round(max_steps * fraction)) if fraction > 0 else -1
+        warm_up.end()
+        self.add_expert(warm_up.task, weights, group, warm_up.centroid())
+        self.prepare_penalty()
+        self.locked_group = group

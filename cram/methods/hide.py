@@ -5,7 +5,7 @@ add up the A and the B of all tasks separately, (sum_t B_t)(sum_t A_t), cross te
 weighs the tasks' LoRAs by softmax_t((cos(v, image_t) + cos(u, text_t)) / 2 / 0.1), where the anchors image_t
 and text_t are the means of a task's training features. Where there is no image, its cosine is 0.
 
-Own readings: rank `rank_max` and projections of the configuration, so that methods are compared at equal
+Own readings: rank `rank` and projections of the configuration, so that methods are compared at equal
 size; v and u are this package's query (CLIP's projected image feature and its text model's pooled output).
 Every sample is weighed by its own query. The released code takes for each anchor the largest cosine in the
 batch and gives tasks not learnt yet the cosine 0; with `released_code` the first is kept, while the second
@@ -15,19 +15,17 @@ depends on how many tasks will follow and is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram.methods.base import Factors, Method, check_state, new_lora
+from cram.methods.base import Method, MethodState, check_state
+from cram.model.attached import AttachedModel
+from cram.model.factors import Factors, new_lora
 from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
-from cram_kernels import pack_experts
-
-if TYPE_CHECKING:
-    from cram.attach import Cram
 
 TEMPERATURE = 0.1
 
@@ -38,7 +36,7 @@ class HideMethod(Method):
     name = "hide"
     uses_queries = True
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         super().__init__(cram)
         self._image = torch.zeros(0, cram.encoder.image_dim)
         self._text = torch.zeros(0, cram.encoder.text_dim)
@@ -46,7 +44,7 @@ class HideMethod(Method):
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRA and its anchors, zero until the first query."""
-        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
         self._image, self._text = (F.pad(anchors, (0, 0, 0, 1)) for anchors in (self._image, self._text))
         self._means = CentroidMean(), CentroidMean()
 
@@ -66,19 +64,19 @@ class HideMethod(Method):
 
     def route(self, query: Query | None, training: bool) -> Route:
         """In training the newest LoRA alone, [L, 1, E]; else the anchors' weights, equal in all layers."""
-        experts, layers = self.cram.num_experts, self.cram.router.num_layers
+        experts, layers = self.cram.num_experts, self.cram.num_layers
         if training:
             gates = torch.eye(experts)[-1:]
         else:
             assert query is not None
             gates = anchor_gates(query, self._image, self._text, batch_maximum=self.config.released_code)
-        return Route(gates.expand(layers, -1, -1), torch.full((len(gates),), -1))
+        return Route(gates.expand(layers, -1, -1))
 
-    def state(self) -> dict[str, Tensor]:
+    def export_state(self) -> MethodState:
         """The anchors, one row a task: image [E, D_q] and text [E, D_t]."""
-        return {"image_anchors": self._image, "text_anchors": self._text}
+        return MethodState({"image_anchors": self._image, "text_anchors": self._text}, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up the anchors and fuse the loaded experts."""
         experts, encoder = self.cram.num_experts, self.cram.encoder
         check_state(
@@ -89,12 +87,12 @@ class HideMethod(Method):
         self._fuse()
 
     def _fuse(self) -> None:
-        """Rebuild the fused pack of every module below the top layer."""
+        """Fuse the experts of every module below the top layer."""
         indices = range(self.cram.num_experts)
-        for module in self.cram.modules.values():
-            if indices and module.layer < self.cram.router.num_layers - 1:
-                a, b = fused(module.factors(indices))
-                module.merged = pack_experts([a], [b], self.config.scale)
+        below = {p: m for p, m in self.cram.modules.items() if m.layer < self.cram.num_layers - 1}
+        self.cram.set_solo(
+            {path: fused(module.factors(indices)) for path, module in below.items() if indices}
+        )
 
 
 def fused(parts: Sequence[Factors]) -> Factors:

@@ -1,11 +1,12 @@
-"""Isolated LoRAs, the upper bound: a LoRA of rank `rank_max` a task, chosen by the true task at test time."""
+"""Isolated LoRAs, the upper bound: a LoRA of rank `rank` a task, chosen by the true task at test time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cram.methods.base import Method, new_lora
+from cram.methods.base import Method
+from cram.model.factors import new_lora
 from cram.routing.query import Query, Route
 
 
@@ -17,7 +18,7 @@ class IsolatedMethod(Method):
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRA."""
-        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
 
     def route(self, query: Query | None, training: bool) -> Route:
         """Nothing in a sample says which LoRA is its own.
@@ -25,9 +26,9 @@ class IsolatedMethod(Method):
         Raises:
             ValueError: Always.
         """
-        names = self.cram.router.expert_names
+        names = self.cram.expert_names
         raise ValueError(
-            f"isolated must be told the task, got none: use `with cram.forced(task)`, one of {names}"
+            f"isolated must be told the task, got none: use `with model.cram.forced(task)`, one of {names}"
         )
 
     def gates(self, task: str) -> Tensor:
@@ -36,7 +37,7 @@ class IsolatedMethod(Method):
         Raises:
             ValueError: If the task has not been learnt.
         """
-        names = self.cram.router.expert_names
+        names = self.cram.expert_names
         if task not in names:
             raise ValueError(f"task must be one of the learnt ones {names}, got {task!r}")
         return torch.eye(len(names))[names.index(task)]

@@ -16,19 +16,16 @@ prototypes, see `parts.projector`. Families whose projector is a part of the vis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cram.methods.base import Method, check_state, new_lora, uniform_route
+from cram.methods.base import Method, MethodState, check_state, uniform_route
 from cram.methods.parts.merge import merge
 from cram.methods.parts.projector import MixedProjector
+from cram.model.attached import AttachedModel
+from cram.model.factors import new_lora
 from cram.routing.query import Query, Route
-from cram_kernels import pack_experts
-
-if TYPE_CHECKING:
-    from cram.attach import Cram
 
 RHO = 1e-2  # small against the squared norm of a fresh row of A, 1 / 3
 TEMPERATURE = 0.1
@@ -39,21 +36,20 @@ class ManyMethod(Method):
 
     name = "many"
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         super().__init__(cram)
         parts = cram.projector, cram.vision_tower
         self.projector = None if parts[0] is None else MixedProjector(cram, parts[0], parts[1], TEMPERATURE)
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRAs."""
-        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
         if self.projector is not None:
-            self.projector.begin_task(new_lora(self.projector, self.config.rank_max))
+            self.projector.begin_task(new_lora(self.projector.modules, self.config.rank))
 
-    def before_step(self, step: int) -> list[nn.Parameter] | None:
-        """The task's LoRAs of the language model and of the projector, from the first step on."""
-        found = super().before_step(step)
-        return found if found is None or self.projector is None else [*found, *self.projector.trainable()]
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """The task's LoRAs of the projector."""
+        return [] if self.projector is None else self.projector.trainable()
 
     def end_task(self) -> None:
         """Freeze the LoRAs and merge those of the language model with the older ones."""
@@ -69,16 +65,16 @@ class ManyMethod(Method):
             route.gates[:, :, :-1] = 0
         return route
 
-    def state(self) -> dict[str, Tensor]:
+    def export_state(self) -> MethodState:
         """LoRAs and prototypes of the projector, by "projector.<name>"."""
         kept = {} if self.projector is None else self.projector.state()
-        return {f"projector.{name}": tensor for name, tensor in kept.items()}
+        return MethodState({f"projector.{name}": tensor for name, tensor in kept.items()}, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up the projector's state and merge the loaded experts."""
         shapes = {}
         if self.projector is not None:
-            shapes = self.projector.shapes(self.cram.num_experts, self.config.rank_max)
+            shapes = self.projector.shapes(self.cram.num_experts, self.config.rank)
         check_state(tensors, {f"projector.{name}": shape for name, shape in shapes.items()})
         if self.projector is not None:
             self.projector.load_state({name: tensors[f"projector.{name}"] for name in shapes})
@@ -86,7 +82,8 @@ class ManyMethod(Method):
 
     def trained_values(self) -> int:
         """Values of the projector's LoRAs."""
-        return sum(tensor.numel() for name, tensor in self.state().items() if name[-2:] in (".a", ".b"))
+        tensors = self.export_state().tensors
+        return sum(tensor.numel() for name, tensor in tensors.items() if name[-2:] in (".a", ".b"))
 
     def release(self) -> None:
         """Give back the plain projector."""
@@ -94,12 +91,7 @@ class ManyMethod(Method):
             self.projector.release()
 
     def _merge(self) -> None:
-        """Rebuild the merged pack of every module."""
+        """Merge the experts of every module."""
         indices = range(self.cram.num_experts)
-        for module in self.cram.modules.values():
-            if indices:
-                a, b = (
-                    side.to(module.weight.device, torch.float32)
-                    for side in merge(module.factors(indices), RHO)
-                )
-                module.merged = pack_experts([a], [b], self.config.scale)
+        modules = self.cram.modules.items() if indices else ()
+        self.cram.set_solo({path: merge(module.factors(indices), RHO) for path, module in modules})

@@ -5,24 +5,20 @@
 Faithful to the released code: a dense softmax per token, a router W_g [8, D_in] without bias in every module,
 experts and router shared by all tasks and trained further by each, no auxiliary loss. The router reads the
 layer's input without dropout. Own reading: the target linears are the configuration's, each expert has rank
-`rank_max`, and the router starts as `nn.Linear` does.
+`rank`, and the router starts as `nn.Linear` does.
 """
 
 from __future__ import annotations
-
-import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.methods.base import Method, new_lora
+from cram.methods.base import Method
+from cram.model.attached import AttachedModel
+from cram.model.factors import initial_rows, new_lora
 from cram.model.gating import LayerGating
-from cram.model.linear import LayerState
-
-if TYPE_CHECKING:
-    from cram.attach import Cram
+from cram.model.state import ForwardState
 
 EXPERTS = tuple(f"expert{index}" for index in range(8))
 
@@ -36,9 +32,9 @@ class TokenRouter(LayerGating):
 
     def reset(self) -> None:
         """The initial values of `nn.Linear`."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.weight.data.copy_(initial_rows(*self.weight.shape))
 
-    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """Gates [B * T, E] for x [B, T, D_in]."""
         logits = F.linear(x, self.weight.to(x.dtype)).flatten(0, -2)
         return logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -50,7 +46,7 @@ class MoELoraMethod(Method):
     name = "moelora"
     budget = "pool"
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         """Installs a router in every module."""
         super().__init__(cram)
         for module in cram.modules.values():
@@ -62,7 +58,7 @@ class MoELoraMethod(Method):
         if cram.num_experts:
             weights = [cram.expert_weights(index) for index in range(len(EXPERTS))]
         else:
-            weights = [new_lora(cram, self.config.rank_max) for _ in EXPERTS]
+            weights = [new_lora(cram.modules, self.config.rank) for _ in EXPERTS]
             for router in self._routers():
                 router.reset()
         cram.set_experts(EXPERTS, weights, trained=len(EXPERTS))

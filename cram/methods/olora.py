@@ -5,7 +5,7 @@
 Faithful to the released code: the entrywise sum of magnitudes (not a squared norm) over the A of all older
 tasks, which are frozen, and gate 1 for every task at test time. The released code can also penalise the norms
 of the new factors; its weight there is 0 in the paper's runs, so this file has no such term. Own reading: the
-target linears are the configuration's, and each LoRA has rank `rank_max`.
+target linears are the configuration's, and each LoRA has rank `rank`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cram.methods.base import Method, new_lora
+from cram.methods.base import Method
+from cram.model.factors import new_lora
+from cram.model.state import ForwardState
 
 WEIGHT = 0.5
 
@@ -25,9 +27,9 @@ class OLoraMethod(Method):
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRA."""
-        self.cram.add_expert(task, new_lora(self.cram, self.config.rank_max))
+        self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
 
-    def extra_loss(self) -> Tensor | None:
+    def extra_loss(self, state: ForwardState) -> Tensor | None:
         """The weighted overlap of the new A with the older ones; none in the first task."""
         if self.cram.num_experts < 2:
             return None

@@ -1,8 +1,9 @@
-"""Sequential LoRA, the lower bound: one LoRA of rank `rank_max` that every task trains further."""
+"""Sequential LoRA, the lower bound: one LoRA of rank `rank` that every task trains further."""
 
 from __future__ import annotations
 
-from cram.methods.base import Method, new_lora
+from cram.methods.base import Method
+from cram.model.factors import new_lora
 
 EXPERT = "sequential"
 
@@ -15,6 +16,6 @@ class SequentialMethod(Method):
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Put the LoRA, new or as the last task left it, into training."""
-        fresh = new_lora(self.cram, self.config.rank_max)
+        fresh = new_lora(self.cram.modules, self.config.rank)
         weights = self.cram.expert_weights(0) if self.cram.num_experts else fresh
         self.cram.set_experts([EXPERT], [weights], trained=1)

@@ -12,26 +12,26 @@ Faithful to the released code: a hard top-1 gate passes no gradient to its route
 start and saved. Experts and I_v, I_f are trained by every task; the scale is inside the fusion scores.
 Own reading: e is CLIP's text feature (the released code has one sentence embedding a task). The mean leaves
 padding out, where the released one depends on the batch, and logits are made without dropout. A and the
-routers start as in the other methods; each expert has rank `rank_max`.
+routers start as in the other methods; each expert has rank `rank`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.methods.base import Method, new_lora
+from cram.methods.base import Method
+from cram.model.attached import AttachedModel
+from cram.model.factors import initial_rows, new_lora
 from cram.model.gating import LayerGating, token_means, top_gates
-from cram.model.linear import ExpertLinear, LayerState
+from cram.model.linear import ExpertLinear
+from cram.model.state import ForwardState
 from cram.routing.query import Query, Route
 from cram_kernels import PackedExperts
-
-if TYPE_CHECKING:
-    from cram.attach import Cram
 
 HALF = 4
 EXPERTS = tuple(f"{half}{index}" for half in ("visual", "instruction") for index in range(HALF))
@@ -72,11 +72,11 @@ class SeparableGating(LayerGating):
     def reset(self) -> None:
         """The initial values of `nn.Linear`."""
         for weight in (self.visual_router, self.instruction_router):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            weight.copy_(initial_rows(*weight.shape))
         bound = 1 / math.sqrt(self.fusion.shape[1])
         nn.init.uniform_(self.fusion, -bound, bound)
 
-    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """Gates [B * T, E] for x [B, T, D_in] and the instructions' features [S, D_t] of the route."""
         linear = self._linear[0]
         experts, features, name = linear.experts, state.features, linear.name
@@ -92,7 +92,7 @@ class SeparableGating(LayerGating):
         rows = self._rows(experts, state)
         return fused_gates(x, state.once(f"{name}.others", choose), rows)
 
-    def _rows(self, experts: PackedExperts, state: LayerState) -> Tensor:
+    def _rows(self, experts: PackedExperts, state: ForwardState) -> Tensor:
         """`fusion_rows`, computed once for experts and fusion that are frozen."""
         if experts.trained or self.fusion.requires_grad:
             return state.once(f"{self._linear[0].name}.rows", lambda: fusion_rows(experts, self.fusion))
@@ -114,7 +114,7 @@ class SMoLoraMethod(Method):
     uses_queries = True
     budget = "pool"
 
-    def __init__(self, cram: Cram) -> None:
+    def __init__(self, cram: AttachedModel) -> None:
         """Installs routers and fusion in every module."""
         super().__init__(cram)
         self._gatings: list[SeparableGating] = []
@@ -130,7 +130,7 @@ class SMoLoraMethod(Method):
             for gating in self._gatings:
                 gating.reset()
         pool = [cram.expert_weights(index) for index in range(cram.num_experts)]
-        pool = pool or [new_lora(cram, self.config.rank_max) for _ in EXPERTS]
+        pool = pool or [new_lora(cram.modules, self.config.rank) for _ in EXPERTS]
         cram.set_experts(EXPERTS, pool, len(EXPERTS))
         for gating in self._gatings:
             gating.requires_grad_(True)
@@ -144,5 +144,5 @@ class SMoLoraMethod(Method):
     def route(self, query: Query | None, training: bool) -> Route:
         """The route's features are those of the instructions [S, D_t]."""
         assert query is not None
-        gates = torch.ones(self.cram.router.num_layers, len(query), self.cram.num_experts)
-        return Route(gates, torch.full((len(query),), -1), features=query.text)
+        gates = torch.ones(self.cram.num_layers, len(query), self.cram.num_experts)
+        return Route(gates, features=query.text)

@@ -5,15 +5,11 @@ y = W0 x + b + sum_e g(x)[t, e] * scale * B_e A_e dropout(x)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from cram.model.state import ForwardState
 from cram.routing.means import Float32Module
-
-if TYPE_CHECKING:
-    from cram.model.linear import LayerState
 
 
 class LayerGating(Float32Module):
@@ -23,7 +19,7 @@ class LayerGating(Float32Module):
     Products with x belong in the dtype of x, the softmax over experts in float32.
     """
 
-    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """The gates of one call of the module.
 
         Args:

@@ -8,15 +8,12 @@ else computes its linear alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cram_kernels import PackedExperts, stacked_expert_lora
-
-if TYPE_CHECKING:
-    from cram.model.linear import ExpertLinear
 
 # Projections that read the same input in all families, in the order in which the models call them.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -26,60 +23,92 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DEVICES = ("cuda",)
 
 
+class Stackable(Protocol):
+    """An adapted linear as far as its stack must know it."""
+
+    base: nn.Linear
+    stack: Stack | None
+
+    @property
+    def acting(self) -> PackedExperts | None:
+        """The experts that act in the current forward."""
+
+    @property
+    def shares_gates(self) -> bool:
+        """Whether the linear uses the route's gates."""
+
+
 def pays(x: Tensor) -> bool:
     """Whether an input's linears are computed together."""
     return not torch.is_grad_enabled() or x.device.type in DEVICES
 
 
-class Siblings:
-    """Up to three adapted linears of one decoder layer and the results that wait for their calls."""
+class Waiting(NamedTuple):
+    """Results that wait for their calls, and what they were computed from.
 
-    def __init__(self, members: Iterable[ExpertLinear]) -> None:
+    Attributes:
+        x: The input.
+        gates: The gates.
+        differentiable: Whether gradients were on.
+        results: By the member's index the experts that acted and the output.
+    """
+
+    x: Tensor
+    gates: Tensor
+    differentiable: bool
+    results: dict[int, tuple[PackedExperts, Tensor]]
+
+    def fits(self, x: Tensor, gates: Tensor) -> bool:
+        """Whether a call has exactly these inputs."""
+        return self.x is x and self.gates is gates and self.differentiable == torch.is_grad_enabled()
+
+
+class Stack:
+    """Adapted linears of one decoder layer and the results that wait for their calls."""
+
+    def __init__(self, members: Iterable[Stackable]) -> None:
         self.members = tuple(members)
-        self._made_from: tuple[Any, ...] = ()
-        self._waiting: dict[int, tuple[PackedExperts, Tensor]] = {}
+        self._waiting: Waiting | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out waiting results, which belong to a live autograd graph."""
-        return {**self.__dict__, "_made_from": (), "_waiting": {}}
+        return {**self.__dict__, "_waiting": None}
 
-    def output(self, linear: ExpertLinear, experts: PackedExperts, x: Tensor, gates: Tensor) -> Tensor | None:
+    def output(self, linear: Stackable, experts: PackedExperts, x: Tensor, gates: Tensor) -> Tensor | None:
         """The output of one member with what acts in it, for x and gates, or None if it must be computed
         alone."""
         index = self.members.index(linear)
-        if index == 0:
-            self._compute(x, gates)
-        if self._waiting.get(index, (None,))[0] is not experts or not self._made_from_these(x, gates):
+        # Read once: another thread's forward may replace it at any moment.
+        waiting = self._computed(x, gates) if index == 0 else self._waiting
+        if waiting is None or not waiting.fits(x, gates):
             return None
-        found = self._waiting.pop(index)[1]
-        if not self._waiting:
-            self._made_from = ()
-        return found
+        acted, found = waiting.results.pop(index, (None, None))
+        if not waiting.results:
+            self._waiting = None
+        return found if acted is experts else None
 
-    def _made_from_these(self, x: Tensor, gates: Tensor) -> bool:
-        made_x, made_gates, differentiable = self._made_from
-        return made_x is x and made_gates is gates and differentiable == torch.is_grad_enabled()
-
-    def _compute(self, x: Tensor, gates: Tensor) -> None:
-        self._made_from, self._waiting = (x, gates, torch.is_grad_enabled()), {}
+    def _computed(self, x: Tensor, gates: Tensor) -> Waiting | None:
+        self._waiting = None
         packs = [packed for member in self.members if (packed := member.acting) is not None]
         if len(packs) < len(self.members) or not all(member.shares_gates for member in self.members):
-            return
+            return None
         layers: list[tuple[Tensor, Tensor | None, PackedExperts]] = [
             (member.base.weight, member.base.bias, packed)
             for member, packed in zip(self.members, packs, strict=True)
         ]
         found = stacked_expert_lora(x, layers, gates.to(x.device))
-        self._waiting = dict(enumerate(zip(packs, found, strict=True)))
+        results = dict(enumerate(zip(packs, found, strict=True)))
+        self._waiting = Waiting(x, gates, torch.is_grad_enabled(), results)
+        return self._waiting
 
 
-def join_siblings(modules: Mapping[str, ExpertLinear]) -> None:
+def join_stacks(linears: Mapping[str, Stackable]) -> None:
     """Tell linears, by their full path, which of them read the same input."""
     for projections in SHARED_INPUT:
-        for path in modules:
+        for path in linears:
             parent, _, name = path.rpartition(".")
-            members = [f"{parent}.{each}" for each in projections if f"{parent}.{each}" in modules]
+            members = [f"{parent}.{each}" for each in projections if f"{parent}.{each}" in linears]
             if name == projections[0] and len(members) > 1:
-                siblings = Siblings(modules[member] for member in members)
-                for member in siblings.members:
-                    member.siblings = siblings
+                stack = Stack(linears[member] for member in members)
+                for member in stack.members:
+                    member.stack = stack

@@ -137,6 +137,8 @@ class InstructionGroups(Float32Module):
             raise ValueError(f"groups must not exceed max_groups={self.config.max_groups}, got {groups}")
         if not bool(prototypes.isfinite().all()) or not bool((counts >= 1).all()):
             raise ValueError("prototypes must be finite with counts of at least 1, got other values")
+        if not isinstance(locks, dict):
+            raise ValueError(f"locks must be groups by task, got {locks!r:.100}")
         if bad := {task: g for task, g in locks.items() if type(g) is not int or not 0 <= g < groups}:
             raise ValueError(f"locks must name groups in [0, {groups}), got {bad}")
         device = self.prototypes.device

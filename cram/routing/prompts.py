@@ -20,7 +20,9 @@ from cram.routing.clip import ClipEncoder, mean_per_sample
 from cram.routing.query import Query
 
 _CARRIED = "_cram_tower_features"
-_EXPLICIT = "route explicitly: `with cram.fixed(cram.route(cram.encode(instructions, images))):`"
+_EXPLICIT = (
+    "route explicitly: `with model.cram.fixed(model.cram.route(model.cram.encode(instructions, images))):`"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class PromptReader:
         self._signature = inspect.signature(model.get_submodule(family.core).forward)
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._call: Call | None = None
+
+    def register(self, model: Any) -> list[Any]:
+        """Hooks the core module and a reused vision tower; returns the handles."""
+        core = model.get_submodule(self._family.core)
+        handles = [core.register_forward_pre_hook(self.before_core, with_kwargs=True)]
+        if self._encoder.reuses_vision_tower:
+            tower = model.get_submodule(self._family.vision_tower)
+            handles.append(tower.register_forward_hook(self.after_tower))
+        return handles
 
     def before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the module that merges vision and language: remembers its inputs."""

@@ -1,8 +1,9 @@
-"""What routing reads and what routing decides: the query of some samples, and their route."""
+"""What routing reads and what it decides: the query of some samples, their route, and who is asked for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,18 +56,34 @@ class Query:
 
 @dataclass(frozen=True)
 class Route:
-    """What the layers read.
+    """How the experts act on S samples.
 
     Attributes:
-        gates: [L, S, E] float32; in CRAM zero outside the sample's group.
-        groups: [S] int64, the samples' instruction groups; -1 where a method has none.
-        features: [S, F], whatever the method wants its layers to see, or None.
-        memory: What `LayerState.once` holds from the start; a prefill works on a copy.
-        final: Whether the gates are used as they are; else a module's gating or merged experts act instead.
+        gates: [L, S, E] float32; in CRAM zero outside the sample's group. S = 1 serves all rows.
+        groups: [S] int64, the samples' instruction groups; None where the method has none.
+        query: What the gates were made from, where they were made from a query.
+        features: [S, F], whatever the method wants its linears to see, or None.
+        memory: What `ForwardState.once` holds from the start; a prefill works on a copy.
+        overrides_gating: Whether the gates are used as they are; else a linear's own gating or its solo
+            experts may act instead.
     """
 
     gates: Tensor
-    groups: Tensor
+    groups: Tensor | None = None
+    query: Query | None = None
     features: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
-    final: bool = False
+    overrides_gating: bool = False
+
+
+class Routes(Protocol):
+    """The part of a method that a forward asks; `cram.methods.base.Method` has all of it."""
+
+    uses_queries: bool
+
+    @property
+    def wants_visual_means(self) -> bool:
+        """Whether the linears keep the visual-token means of their training inputs."""
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """The route of a prefill or training forward."""

@@ -2,15 +2,15 @@
 
     pi[l, s, k] = softmax_k( -||v_s - c[l, k]||^2 / (2 sigma^2) )      k over the experts of the group of s
 
-One ``Router`` computes the gates of all layers in one kernel call per prefill or training forward and keeps
-the result where the layers read it. No sample's gates depend on another sample, except in ``released_code``
-mode, where v and t are averaged over the batch as in the released implementation.
+One ``Router`` computes the gates of all layers in one kernel call per prefill or training forward. No
+sample's gates depend on another sample, except in ``released_code`` mode, where v and t are averaged over the
+batch as in the released implementation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,16 +24,13 @@ from cram_kernels import centroid_gates
 
 
 class Router(Float32Module):
-    """Groups, centroids and the current route of one attached model; grows by one expert per task.
+    """Groups and centroids of one attached model; grows by one expert per task.
 
     Attributes:
         groups: the instruction groups.
         expert_names, expert_groups: per expert, in the order in which they were added.
         frozen_centroids: [L, E_frozen, D_q] float32 buffer.
         trained_centroid: Parameter [L, D_q] of the last expert while it is being trained, else None.
-        current: the route of the last prefill or training forward. It is replaced, never cleared: gradient
-            checkpointing runs the layers again during backward.
-        query: the query that ``current`` was computed from.
     """
 
     frozen_centroids: Tensor
@@ -50,16 +47,10 @@ class Router(Float32Module):
         self.groups = InstructionGroups(config)
         self.expert_names: list[str] = []
         self.expert_groups: list[int] = []
-        self.current: Route | None = None
-        self.query: Query | None = None
         self.register_parameter("trained_centroid", None)
         self.register_buffer("frozen_centroids", torch.zeros(num_layers, 0, 0))
         self.register_buffer("expert_group_ids", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("leads_group", torch.zeros(0, dtype=torch.bool), persistent=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the current route, whose gates belong to a live autograd graph."""
-        return {**self.__dict__, "current": None, "query": None}
 
     @property
     def num_experts(self) -> int:
@@ -79,7 +70,7 @@ class Router(Float32Module):
         return torch.cat([frozen, trained], dim=1) if frozen.shape[1] else trained
 
     def route(self, query: Query, group: int | None = None) -> Route:
-        """Computes the gates of all layers, keeps them as ``current`` and returns them.
+        """Computes the gates of all layers.
 
         Args:
             query: features of S samples.
@@ -91,30 +82,28 @@ class Router(Float32Module):
 
         Raises:
             ValueError: if the feature widths do not match, a feature is NaN or Inf, or a group is needed and
-                none exists; the current route is then unchanged.
+                none exists.
         """
         if not bool(query.image.isfinite().all()):
             raise ValueError("image features must be finite, got NaN or Inf")
         used = query.batch_mean() if self.config.released_code else query
         groups = self._groups(used, group)
-        self.current = Route(self._gates(used, groups), groups)
-        self.query = query
-        return self.current
+        return Route(self._gates(used, groups), groups, query)
 
-    def gamma(self) -> Tensor:
-        """Reusability gamma [L, S] of the penalty: the current gate mass of the group's older experts.
+    def gamma(self, route: Route) -> Tensor:
+        """Reusability gamma [L, S] of the penalty: a route's gate mass of the group's older experts.
 
         Per sample also in ``released_code`` mode, as the released penalty does. The gradient reaches the
         trained centroid.
 
         Raises:
-            ValueError: if no expert is being trained or nothing has been routed.
+            ValueError: if no expert is being trained, or the route is of other experts or of no query.
         """
-        if self.trained_centroid is None or self.current is None or self.query is None:
-            raise ValueError("gamma must follow a route while an expert is trained, got neither or one")
-        gates = self.current.gates
-        if self.config.released_code:
-            gates = self._gates(self.query, self.current.groups)
+        if self.trained_centroid is None or route.query is None or route.groups is None:
+            raise ValueError("gamma must be of a query's route while an expert is trained, got another one")
+        if route.gates.shape[2] != self.num_experts:
+            raise ValueError(f"gates must be of {self.num_experts} experts, got {route.gates.shape[2]}")
+        gates = self._gates(route.query, route.groups) if self.config.released_code else route.gates
         return gates[:, :, :-1].sum(-1)
 
     def add_expert(self, name: str, group: int, centroid: Tensor, trained: bool = True) -> None:
@@ -145,14 +134,11 @@ class Router(Float32Module):
         self.expert_groups.append(group)
         self._index_experts()
 
-    def set_experts(self, names: Sequence[str], width: int) -> None:
-        """Replaces all experts by frozen ones of group 0 whose centroids [L, E, width] are zero."""
-        self.expert_names, self.expert_groups = list(names), [0] * len(names)
+    def clear(self) -> None:
+        """Drops all experts; the groups stay."""
+        self.expert_names, self.expert_groups = [], []
         self.trained_centroid = None
-        self.frozen_centroids = self.frozen_centroids.new_zeros(
-            self.num_layers, len(names), width if names else 0
-        )
-        self.current, self.query = None, None
+        self.frozen_centroids = self.frozen_centroids.new_zeros(self.num_layers, 0, 0)
         self._index_experts()
 
     def freeze(self) -> None:
@@ -194,7 +180,6 @@ class Router(Float32Module):
         self.expert_names, self.expert_groups = names, owners
         self.trained_centroid = None
         self.frozen_centroids = centroids.detach().to(self.frozen_centroids.device, torch.float32, copy=True)
-        self.current, self.query = None, None
         self._index_experts()
 
     def _groups(self, query: Query, group: int | None) -> Tensor:

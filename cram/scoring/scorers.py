@@ -20,15 +20,10 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cram.scoring.captions import CIDER_MAXIMUM, caption_metrics
 from cram.scoring.published import RULES, PublishedRule, published_accuracy
-
-if TYPE_CHECKING:
-    from cram.streams.types import Sample
-
-Scorer = Callable[[Sequence[str], "Sequence[Sample]"], float]
 
 ANLS_THRESHOLD = 0.5
 NUMBER_TOLERANCE = 1e-6
@@ -36,6 +31,25 @@ _OPTION = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|option)(?: is)?:? *)?\(?([a-z])\)?(?:[.:,]? *|[.:)] .*)", re.I | re.S
 )
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+
+
+class Sample(Protocol):
+    """A test sample as far as scoring must know it; `cram.streams.Sample` is one."""
+
+    @property
+    def id(self) -> str:
+        """Its id, by which predictions find it."""
+
+    @property
+    def answer(self) -> str:
+        """The answer."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every accepted answer, at least one."""
+
+
+Scorer = Callable[[Sequence[str], Sequence[Sample]], float]
 
 
 def score(scorer: str, predictions: Mapping[str, str], samples: Sequence[Sample]) -> float:

@@ -29,8 +29,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cram.attach import Cram, attach
+from cram.attach import attach
 from cram.config import CramConfig
+from cram.model.attached import AttachedModel
 from cram.routing.clip import ClipEncoder
 
 SPECIAL = {
@@ -270,7 +271,9 @@ def clip_encoder(model: Any = None, clip: CLIPModel | None = None) -> ClipEncode
     return ClipEncoder(clip or clip_model(), tokenizer(clip=True), image_processor(), model=model)
 
 
-def expert_weights(cram: Cram, seed: int, rank: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def expert_weights(
+    cram: AttachedModel, seed: int, rank: int = 3
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Random factors for every adapted linear, with ranks from 1 to `rank`, large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -288,7 +291,7 @@ QUESTIONS = (
 )
 
 
-def routed_llava(trained: bool = False, **config: Any) -> tuple[Any, LlavaProcessor, Cram]:
+def routed_llava(trained: bool = False, **config: Any) -> tuple[Any, LlavaProcessor, AttachedModel]:
     """LLaVA with two experts in group 0 (the second in training if asked) and one, older, in group 1.
 
     Question 0 leads to group 0 and question 1 to group 1.
@@ -299,10 +302,10 @@ def routed_llava(trained: bool = False, **config: Any) -> tuple[Any, LlavaProces
     cram = attach(model, CramConfig(**settings), clip_encoder(model, clip), processor)
     query = cram.encode(QUESTIONS[:2], [[image(0)], [image(1)]])
     for group in (0, 1):
-        assert cram.router.groups.observe(f"task{group}", query.text[group : group + 1]) == group
-    cram.add_expert("old", expert_weights(cram, 0), 0, query.image[0], trained=False)
-    cram.add_expert("other", expert_weights(cram, 1), 1, query.image[1], trained=False)
-    cram.add_expert("new", expert_weights(cram, 2), 0, query.image[1] + 0.1, trained=trained)
+        assert cram.method.router.groups.observe(f"task{group}", query.text[group : group + 1]) == group
+    cram.method.add_expert("old", expert_weights(cram, 0), 0, query.image[0], trained=False)
+    cram.method.add_expert("other", expert_weights(cram, 1), 1, query.image[1], trained=False)
+    cram.method.add_expert("new", expert_weights(cram, 2), 0, query.image[1] + 0.1, trained=trained)
     return model, processor, cram
 
 

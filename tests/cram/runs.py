@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "buffer_rank": 8,
     "rank_min": 2,
     "rank_max": 4,
+    "rank": 4,
     "learning_rate": 1e-2,
 }
 
@@ -77,11 +78,9 @@ def learner(out: Path, method: str = "cram", tasks: Stream | None = None, **opti
     model = factories.llava(clip=clip)
     encoder = factories.clip_encoder(model, clip)
     processor = factories.llava_processor()
-    settings = config(**options)
+    settings = config(method=method, **options)
     tasks = tasks or two_tasks()
-    return ContinualLearner(
-        model, processor, tasks, settings, method, out=out, encoder=encoder, progress=False
-    )
+    return ContinualLearner(model, processor, tasks, settings, out=out, encoder=encoder, progress=False)
 
 
 def save_checkpoint(name: str, folder: Path) -> Path:

@@ -10,23 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-from cram.attach import Cram, attach, detach
+from cram.attach import attach, detach
 from cram.config import CramConfig
+from cram.model.attached import AttachedModel
 from cram.model.linear import ExpertLinear
 from tests.cram import factories
 
 FAMILIES = list(factories.MODELS)
 
 
-def attached(name: str, **config: Any) -> tuple[Any, Cram]:
+def attached(name: str, **config: Any) -> tuple[Any, AttachedModel]:
     model = factories.MODELS[name]()
     return model, attach(model, CramConfig(buffer_rank=9, **config), factories.clip_encoder())
 
 
-def with_expert(name: str) -> tuple[Any, Cram]:
+def with_expert(name: str) -> tuple[Any, AttachedModel]:
     model, cram = attached(name)
     centroid = torch.zeros(factories.PROJECTION)
-    cram.add_expert("one", factories.expert_weights(cram, 0), 0, centroid, trained=False)
+    cram.method.add_expert("one", factories.expert_weights(cram, 0), 0, centroid, trained=False)
     return model, cram
 
 
@@ -66,7 +67,7 @@ def test_detach_is_bit_identical(name: str) -> None:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
     cram = attach(model, CramConfig(buffer_rank=9), factories.clip_encoder())
-    cram.add_expert("one", factories.expert_weights(cram, 0), 0, torch.zeros(factories.PROJECTION))
+    cram.method.add_expert("one", factories.expert_weights(cram, 0), 0, torch.zeros(factories.PROJECTION))
     with cram.forced("one"):
         changed = model(**batch).logits
     assert not torch.equal(changed, before)
@@ -88,7 +89,7 @@ def test_explicit_route_works_on_every_family(name: str) -> None:
     model, cram = with_expert(name)
     batch = factories.inputs(name, rows=2)
     query = cram.encode(factories.QUESTIONS[:2], [[factories.image(0)], []])
-    cram.router.groups.observe("task", query.text)
+    cram.method.router.groups.observe("task", query.text)
     base = cram_disabled(model, cram, batch)
     with cram.fixed(cram.route(query)):
         routed = model(**batch).logits
@@ -99,7 +100,7 @@ def test_explicit_route_works_on_every_family(name: str) -> None:
         assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False, num_beams=2), generated)
 
 
-def cram_disabled(model: nn.Module, cram: Cram, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def cram_disabled(model: nn.Module, cram: AttachedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with cram.disabled():
         return model(**batch).logits
 
@@ -143,7 +144,9 @@ def test_double_attach_is_an_error() -> None:
 
 
 def test_detach_of_a_plain_model_is_an_error() -> None:
-    with pytest.raises(ValueError, match="must be attached, got a plain LlavaForConditionalGeneration"):
+    with pytest.raises(
+        ValueError, match=r"must be attached .cram.attach., got a plain LlavaForConditionalGeneration"
+    ):
         detach(factories.llava())
 
 

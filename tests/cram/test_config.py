@@ -44,7 +44,7 @@ def test_presets_hold_the_published_constants(config: CramConfig, max_groups: in
 
 
 def test_presets_take_changes() -> None:
-    assert CramConfig.trigap(seed=3, rank_max=12) == CramConfig(max_groups=10, rank_max=12, seed=3)
+    assert CramConfig.trigap(seed=3, rank_max=12) == CramConfig(max_groups=10, rank_max=12, rank=10, seed=3)
 
 
 def test_every_number_has_a_rule() -> None:
@@ -112,8 +112,8 @@ def test_wrong_values_are_refused(name: str, value: Any, message: str) -> None:
 
 
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"among \['group_margin'.*got \['rank', 'theta'\]"):
-        CramConfig.from_dict({"theta": 0.1, "rank": 4})
+    with pytest.raises(ValueError, match=r"among \['group_margin'.*got \['ranks', 'theta'\]"):
+        CramConfig.from_dict({"theta": 0.1, "ranks": 4})
 
 
 def test_fields_cannot_change() -> None:

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cram.config import CramConfig
-
-Factors = tuple[Tensor, Tensor]
+from cram.model.factors import Factors
 
 _DEGENERATE = 1e-6  # a unit row with a smaller residual stays unprojected
 _MIN_SINGULAR = 1e-12

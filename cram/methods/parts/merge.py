@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Factors = tuple[Tensor, Tensor]
+from cram.model.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The orthogonality penalty of the expert in training, over all modules of an attached model.
 
-Inputs are the layers' visual-token means and the current route. The bases depend only on older experts, which
+The penalty is a function of one forward's state: the modules' visual-token means and the route. The paper's
+reading penalises every module on its own input in its output space. The released code keeps one input per
+layer: it penalises the layer's first linear on the last executed linear's input, and for square modules the
+basis is the row space of the older A factors. The bases depend only on older experts, which
 never change: each is extended by one expert at a time, so a task costs only its new expert, and a model that
 was loaded from a bundle arrives at the same bits as one that learnt all along.
 """
@@ -15,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cram.config import CramConfig
-from cram.model.linear import ExpertLinear
+from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
 from cram.routing.router import Router
 from cram_kernels import orthogonality_penalty, orthonormal_basis
 
@@ -89,22 +93,26 @@ def history_columns(basis: Basis, older: Sequence[tuple[Tensor, Tensor]]) -> Ten
 class HistoryBases:
     """Orthonormal bases of what the experts of one attached model span, kept from task to task.
 
-    Derived data: saved nowhere, made again from the experts where it is missing.
+    Derived data: saved nowhere, made again from the experts where it is missing. A basis belongs to one pool
+    of experts (`AttachedModel.pool`): where the experts were replaced, every basis is made anew.
     """
 
     def __init__(self) -> None:
         """Holds nothing yet."""
+        self._pool: object = None
         self._held: dict[tuple[str, Basis, int], tuple[list[int], Tensor]] = {}
 
-    def get(self, term: PenaltyTerm, module: ExpertLinear, experts: list[int]) -> Tensor:
+    def get(self, term: PenaltyTerm, cram: AttachedModel, experts: list[int]) -> Tensor:
         """The basis [D, k] of some frozen experts of the term's module, extended by those not yet in it.
 
         Args:
             term: Module and space.
-            module: That module.
+            cram: The model.
             experts: One group's frozen experts in order; not empty.
         """
-        key = (term.module, term.basis, experts[0])
+        if self._pool is not cram.pool:
+            self._pool, self._held = cram.pool, {}
+        module, key = cram.modules[term.module], (term.module, term.basis, experts[0])
         covered, basis = self._held.get(key, ([], None))
         if covered != experts[: len(covered)]:
             covered, basis = [], None
@@ -117,25 +125,18 @@ class HistoryBases:
 
 
 class Penalty:
-    """Bases of one task and the value after a training forward.
+    """Bases of one task, and the penalty of each of its training forwards.
 
     Attributes:
         needed: Whether the expert's group has older experts; otherwise the value is 0 and no input is pooled.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, ExpertLinear],
-        router: Router,
-        config: CramConfig,
-        bases: HistoryBases,
-    ) -> None:
+    def __init__(self, cram: AttachedModel, router: Router, bases: HistoryBases) -> None:
         """Brings the bases up to date.
 
         Args:
-            modules: All adapted linears.
-            router: Groups and the current route.
-            config: The configuration.
+            cram: The model with the expert in training.
+            router: Groups and centroids.
             bases: Those of earlier tasks, which are extended.
 
         Raises:
@@ -145,27 +146,33 @@ class Penalty:
             raise ValueError(
                 "prepare_penalty must follow add_expert(trained=True), got no expert in training"
             )
-        self._modules, self._router, self._config = modules, router, config
+        modules = cram.modules
+        self._modules, self._router, self._config = modules, router, cram.config
         older = router.experts_of(router.expert_groups[-1])[:-1]
         shapes = {path: ModuleShape(m.layer, m.in_features, m.out_features) for path, m in modules.items()}
-        self._terms = penalty_terms(shapes, config) if older else []
-        self._bases = [bases.get(term, modules[term.module], older) for term in self._terms]
+        self._terms = penalty_terms(shapes, cram.config) if older else []
+        self._bases = [bases.get(term, cram, older) for term in self._terms]
         self._layers = torch.tensor([modules[term.module].layer for term in self._terms])
-        self.needed = bool(older) and config.penalty_weight > 0
+        self.needed = bool(older) and cram.config.penalty_weight > 0
 
-    def value(self) -> Tensor:
-        """The weighted penalty of the last training forward, a scalar; 0 if it is not needed."""
+    def value(self, state: ForwardState) -> Tensor:
+        """The weighted penalty of the training forward with this state, a scalar; 0 if it is not needed.
+
+        Raises:
+            ValueError: If the forward kept no inputs, or was not routed by a query.
+        """
         if not self.needed:
             return torch.zeros((), device=self._router.frozen_centroids.device)
-        gamma = self._router.gamma()
+        if state.visual is None or state.route is None:
+            raise ValueError("penalty must follow a forward in training mode, got the state of another one")
+        gamma = self._router.gamma(state.route)
         hidden, trained_a, trained_b = [], [], []
         for term in self._terms:
-            module, source = self._modules[term.module], self._modules[term.input_module].hidden
-            assert module.experts is not None and source is not None
-            assert module.experts.trained_a is not None and module.experts.trained_b is not None
-            hidden.append(source)
-            trained_a.append(module.experts.trained_a)
-            trained_b.append(module.experts.trained_b)
+            experts = self._modules[term.module].experts
+            assert experts is not None and experts.trained_a is not None and experts.trained_b is not None
+            hidden.append(state.hidden[term.input_module])
+            trained_a.append(experts.trained_a)
+            trained_b.append(experts.trained_b)
         gammas = gamma[self._layers.to(gamma.device)]
         value = orthogonality_penalty(
             self._dropped(hidden), trained_a, trained_b, self._bases, gammas, scale=self._config.scale

@@ -13,20 +13,18 @@ While a task is trained its own LoRA acts alone. With E tasks the projector runs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.model.linear import ExpertLinear, LayerState
+from cram.model.attached import AttachedModel
+from cram.model.factors import Factors
+from cram.model.linear import ExpertLinear
+from cram.model.state import Current, ForwardState
 from cram.routing.means import CentroidMean
 from cram.routing.query import Route
-
-if TYPE_CHECKING:
-    from cram.attach import Cram
-
-Factors = tuple[Tensor, Tensor]
 
 
 class MixedProjector:
@@ -37,14 +35,16 @@ class MixedProjector:
         prototypes: mu [E, D_v], a row a task; zeros for a task without images.
     """
 
-    def __init__(self, cram: Cram, projector: nn.Module, tower: nn.Module, temperature: float) -> None:
+    def __init__(
+        self, cram: AttachedModel, projector: nn.Module, tower: nn.Module, temperature: float
+    ) -> None:
         """Wraps the projector's linears and hooks it; `release` undoes both."""
         self._cram, self._projector, self._temperature = cram, projector, temperature
-        self._state = LayerState()
+        self._current = Current()
         linears = [(path, part) for path, part in projector.named_modules() if isinstance(part, nn.Linear)]
         self.modules: dict[str, ExpertLinear] = {}
         for path, linear in linears:
-            adapted = ExpertLinear(linear, 0, f"projector.{path}", self._state, cram.config.dropout)
+            adapted = ExpertLinear(linear, 0, f"projector.{path}", self._current, cram.config.dropout)
             self.modules[path] = adapted.train(linear.training)
             projector.set_submodule(path, adapted)
         reused = cram.encoder.reuses_vision_tower
@@ -120,7 +120,7 @@ class MixedProjector:
         x, seen = args[0], self._seen
         self._seen = self._weights = None
         if not len(self.prototypes) or self._cram.is_disabled:
-            self._state.begin(None, disabled=True)
+            self._current.state = ForwardState(disabled=True)
             return
         features = x.detach().float().mean(1) if seen is None else seen
         training = module.training and self._cram.in_training
@@ -144,7 +144,7 @@ class MixedProjector:
 
     def _use(self, index: int, device: torch.device) -> None:
         gates = torch.eye(len(self.prototypes))[index]
-        self._state.begin(Route(gates[None, None], torch.tensor([-1])), device)
+        self._current.state = ForwardState(Route(gates[None, None]), device)
 
 
 def mixing_weights(features: Tensor, prototypes: Tensor, temperature: float) -> Tensor:

@@ -5,13 +5,12 @@ g(s) = softmax over the k largest of W_t(s) x_1(s)
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from cram.model.factors import initial_rows
 from cram.model.gating import LayerGating, first_tokens, top_gates
-from cram.model.linear import LayerState
+from cram.model.state import ForwardState
 
 
 class TaskRouters(LayerGating):
@@ -48,8 +47,7 @@ class TaskRouters(LayerGating):
 
     def begin(self) -> None:
         """Start a task's router, as `nn.Linear` does."""
-        router = torch.empty(self.finished.shape[1:])
-        nn.init.kaiming_uniform_(router, a=math.sqrt(5))
+        router = initial_rows(*self.finished.shape[1:])
         self.router = nn.Parameter(router[None].to(self.finished.device))
         self.used.zero_()
 
@@ -57,7 +55,7 @@ class TaskRouters(LayerGating):
         """End the task; expert `order[i]` becomes expert i in all routers."""
         self.finished, self.router = self.routers().detach()[:, order], None
 
-    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """Gates [B, E] by the routers of the samples' tasks, which are the route's features [S, 1]."""
         assert state.features is not None
         tasks = state.features[:, 0].long()

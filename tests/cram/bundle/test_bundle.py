@@ -48,8 +48,8 @@ def test_round_trip_is_exact(saved: Path) -> None:
     other, encoder = fresh()
     loaded = load(other, saved, encoder, processor)
     assert other.cram is loaded
-    assert loaded.router.expert_names == ["old", "other", "new"]
-    assert loaded.router.groups.locks == cram.router.groups.locks
+    assert loaded.expert_names == ["old", "other", "new"]
+    assert loaded.method.router.groups.locks == cram.method.router.groups.locks
     assert loaded.config == cram.config
     assert torch.equal(other(**inputs()).logits, expected)
     attached_model, attached_encoder = fresh()
@@ -78,7 +78,7 @@ def test_a_module_of_rank_zero_is_left_out_and_comes_back(tmp_path: Path) -> Non
     weights = factories.expert_weights(cram, 0)
     first = next(iter(weights))
     weights[first] = (weights[first][0][:0], weights[first][1][:, :0])
-    cram.add_expert("one", weights, 0, torch.zeros(factories.PROJECTION), trained=False)
+    cram.method.add_expert("one", weights, 0, torch.zeros(factories.PROJECTION), trained=False)
     save(model, tmp_path / "b")
     assert first not in read_json(tmp_path / "b/experts/one/adapter_config.json")["target_modules"]
     detach(model)
@@ -109,8 +109,8 @@ def truncate(folder: Path) -> None:
 
 def link_out(folder: Path) -> None:
     outside = folder.parent / "outside.safetensors"
-    shutil.move(folder / "router.safetensors", outside)
-    (folder / "router.safetensors").symlink_to(outside)
+    shutil.move(folder / "method.safetensors", outside)
+    (folder / "method.safetensors").symlink_to(outside)
 
 
 def link_folder(folder: Path) -> None:
@@ -137,7 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), "must be a JSON file"),
     "newer format": (
         edit_json("manifest.json", lambda d: d.update(format=99)),
-        r"must be one of \(1, 2\), got 99",
+        r"must be one of \(1, 2, 3\), got 99",
     ),
     "unknown key": (edit_json("cram.json", lambda d: d.update(code="x")), "must have the keys"),
     "unknown config": (edit_json("cram.json", lambda d: d["config"].update(x=1)), "config keys must be"),
@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other family": (edit_json("cram.json", lambda d: d.update(family="qwen3_vl")), "must be of family"),
     "lock out of range": (
-        edit_json("cram.json", lambda d: d["groups"]["locks"].update(task0=7)),
+        edit_json("cram.json", lambda d: d["method"]["values"]["locks"].update(task0=7)),
         "locks must name groups",
     ),
     "other scale": (edit_json(ADAPTER, lambda d: d.update(lora_alpha=64)), "must agree with cram.json"),
@@ -182,7 +182,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "must hold F32",
     ),
     "NaN expert": (edit_tensors(WEIGHTS, poison(float("nan"))), "must be finite"),
-    "infinite centroid": (edit_tensors("router.safetensors", poison(float("inf"))), "must be finite"),
+    "infinite centroid": (edit_tensors("method.safetensors", poison(float("inf"))), "must be finite"),
     "link out of the folder": (link_out, "must not be a link"),
     "linked folder": (link_folder, "must not be a link"),
 }
@@ -238,7 +238,9 @@ def test_a_kill_at_any_write_point_leaves_the_old_bundle_or_the_new_one(tmp_path
     save(model, folder)
     old = read_json(folder / "manifest.json")
     before = shutil.copytree(folder, tmp_path / "before")
-    cram.add_expert("late", factories.expert_weights(cram, 5), 0, torch.zeros(factories.PROJECTION), False)
+    cram.method.add_expert(
+        "late", factories.expert_weights(cram, 5), 0, torch.zeros(factories.PROJECTION), False
+    )
     kills = 0
     for point in range(1, 100):
         shutil.rmtree(folder)

@@ -16,7 +16,7 @@ def test_every_registered_method_has_a_size_and_says_what_it_is() -> None:
     for name in METHODS:
         entry = Entry(name)
         changes = entry.changes(CONFIG, TASKS, AVERAGE)
-        assert changes.keys() <= {"rank_max", "rank_min", "buffer_rank"}
+        assert changes.keys() == (set() if name == "cram" else {"rank"})
         CramConfig.from_dict({**CONFIG.to_dict(), **changes})
         about, reason = entry.note.split(" Size: ")
         assert len(about) > 20 and reason == f"{BUDGETS[METHODS[name].budget].reason}."
@@ -34,11 +34,13 @@ def test_a_pool_has_the_rows_of_all_tasks() -> None:
     assert BUDGETS["pool"].rank(1, 1, 1) == 1
 
 
-def test_a_rank_keeps_the_configuration_valid() -> None:
+def test_one_lora_is_as_large_as_crams_average_expert() -> None:
     one = Entry("sequential")
-    assert one.changes(CONFIG, TASKS, None) == {}
-    assert one.changes(CONFIG, TASKS, 2) == {"rank_max": 2, "rank_min": 2, "buffer_rank": 48}
-    assert one.changes(CONFIG, TASKS, 60) == {"rank_max": 60, "rank_min": 4, "buffer_rank": 60}
+    assert [one.changes(CONFIG, TASKS, average) for average in (None, 2, 60)] == [
+        {"rank": 9},
+        {"rank": 2},
+        {"rank": 60},
+    ]
     assert one.follows_cram and not Entry("cram").follows_cram
 
 

@@ -58,7 +58,7 @@ def test_a_run_leaves_a_valid_report_predictions_and_bundles(finished: Path) -> 
 def test_groups_follow_the_answer_format(finished: Path) -> None:
     groups = read_json(finished / "report.json")["methods"]["cram"]["groups"]
     assert set(groups.values()) <= {0, 1, 2}
-    locks = read_json(finished / "tasks/03-mixed/bundle/cram.json")["groups"]["locks"]
+    locks = read_json(finished / "tasks/03-mixed/bundle/cram.json")["method"]["values"]["locks"]
     assert locks == groups
 
 
@@ -211,14 +211,14 @@ def test_only_the_new_expert_is_trained_and_the_base_never(tmp_path: Path) -> No
     base = {name: value.clone() for name, value in made.model.state_dict().items() if "experts" not in name}
     made.learn(0)
     old = {name: (a.clone(), b.clone()) for name, (a, b) in made.cram.expert_weights(0).items()}
-    centroid = made.cram.router.centroids()[:, 0].clone()
+    centroid = made.cram.method.router.centroids()[:, 0].clone()
     made.learn(1)
     for name, (a, b) in made.cram.expert_weights(0).items():
         assert torch.equal(a, old[name][0]) and torch.equal(b, old[name][1])
-    assert torch.equal(made.cram.router.centroids()[:, 0], centroid)
+    assert torch.equal(made.cram.method.router.centroids()[:, 0], centroid)
     now = made.model.state_dict()
     assert all(torch.equal(now[name], value) for name, value in base.items())
-    assert made.cram.locked_group is None and made.cram.on_query == []
+    assert made.cram.method.locked_group is None and made.cram.hooks.on_query == []
 
 
 def test_sequential_trains_one_lora_further(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_sequential_trains_one_lora_further(tmp_path: Path) -> None:
     made.learn(0)
     first = {name: b.clone() for name, (_, b) in made.cram.expert_weights(0).items()}
     made.learn(1)
-    assert made.cram.router.expert_names == ["sequential"]
+    assert made.cram.expert_names == ["sequential"]
     second = {name: b for name, (_, b) in made.cram.expert_weights(0).items()}
     assert all(not torch.equal(first[name], second[name]) for name in first)
     made.evaluate(0)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cram import ContinualLearner, attach, detach, load, save
 from cram.atomic import read_json
-from cram.attach import Cram
 from cram.compare.entries import BUDGETS
 from cram.console import ProgressBar
 from cram.learning.batch_route import batch_route
@@ -24,7 +23,8 @@ from cram.learning.batches import EncodedSplit
 from cram.learning.learner import task_seed
 from cram.learning.training import train_task
 from cram.methods import METHODS
-from cram.methods.base import Method, check_state, trainable_parameters
+from cram.methods.base import Method, check_state
+from cram.model.attached import AttachedModel
 from cram.report.schema import validate_report
 from tests.cram import factories, runs
 from tests.cram.factories import QUESTIONS, image, prompt
@@ -76,7 +76,7 @@ def learnt(request: pytest.FixtureRequest) -> ContinualLearner:
     return made
 
 
-def told(cram: Cram) -> AbstractContextManager[Any]:
+def told(cram: AttachedModel) -> AbstractContextManager[Any]:
     """Whatever a method must be told before it answers."""
     return cram.forced("letter") if cram.method.told_task else nullcontext()
 
@@ -113,7 +113,7 @@ def test_a_bundle_answers_as_the_model_that_wrote_it(learnt: ContinualLearner, t
     base = last_logits(plain, batch)
     # The encoder itself: another copy of its weights may round the last bit of a feature otherwise.
     loaded = load(plain, tmp_path / "b", cram.encoder, learnt.processor)
-    assert loaded.method.name == cram.method.name and loaded.router.expert_names == cram.router.expert_names
+    assert loaded.method.name == cram.method.name and loaded.expert_names == cram.expert_names
     with told(cram), told(loaded):
         expected = last_logits(model, batch)
         assert (expected - base).abs().max() > 1e-3
@@ -154,7 +154,7 @@ def gradients(learnt: ContinualLearner, mode: dict[str, bool] | None) -> dict[st
     """Of the first batch of a third task, with factors that are not at their start."""
     made = copy.copy(learnt)
     made.model = copy.deepcopy(learnt.model)
-    cram: Cram = made.model.cram
+    cram: AttachedModel = made.model.cram
     if mode is not None:
         enable_checkpointing(made.model, mode)
     torch.manual_seed(3)
@@ -165,7 +165,7 @@ def gradients(learnt: ContinualLearner, mode: dict[str, bool] | None) -> dict[st
     # A method may train values of its own that no layer reads.
     assert {id(p) for p in made.model.parameters() if p.requires_grad} <= trained
     if cram.method.uses_queries:
-        cram.on_query.append(cram.method.observe)
+        cram.hooks.on_query.append(cram.method.observe)
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -180,7 +180,7 @@ def gradients(learnt: ContinualLearner, mode: dict[str, bool] | None) -> dict[st
     made.model.train()
     with gates:
         loss = made.model(**batch, labels=labels, use_cache=False).loss
-        extra = cram.method.extra_loss()
+        extra = cram.method.extra_loss(cram.state)
         (loss if extra is None else loss + extra).backward()
     assert all(parameter.grad is not None for parameter in parameters)
     return {"loss": loss.detach(), **{str(i): p.grad for i, p in enumerate(parameters)}}
@@ -194,9 +194,9 @@ def test_checkpointing_changes_no_gradient(learnt: ContinualLearner) -> None:
 
 
 def test_a_task_ends_without_anything_in_training(learnt: ContinualLearner) -> None:
-    assert trainable_parameters(learnt.cram) == []
+    assert learnt.cram.trainable_parameters() == []
     assert not [p for p in learnt.model.parameters() if p.requires_grad]
-    assert learnt.cram.on_query == [] and not learnt.cram.in_training
+    assert learnt.cram.hooks.on_query == [] and not learnt.cram.in_training
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -237,8 +237,7 @@ def test_a_half_precision_base_trains_float32_values(method: str, tmp_path: Path
         model,
         factories.llava_processor(),
         runs.two_tasks(),
-        runs.config(),
-        method,
+        runs.config(method=method),
         out=tmp_path / "run",
         encoder=factories.clip_encoder(model, clip),
         progress=False,
@@ -246,7 +245,7 @@ def test_a_half_precision_base_trains_float32_values(method: str, tmp_path: Path
     train(made, 0)
     model.half().to(torch.bfloat16)
     packs = [module.experts for module in made.cram.modules.values()]
-    state = made.method.state().values()
+    state = made.method.export_state().tensors.values()
     assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in state)
     assert all(bool(pack.a.isfinite().all() and pack.bt.isfinite().all()) for pack in packs)
 

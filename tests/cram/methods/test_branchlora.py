@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cram import load, save
 from cram.methods.branchlora import BRANCHES, frozen_after, pool_order
+from cram.model.state import ForwardState
 from cram.routing.query import Query
 from tests.cram import factories, runs
 
@@ -39,7 +40,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = runs.learner(tmp_path_factory.mktemp("run"), "branchlora")
     made.learn(0)
     made.first = weights(made.cram)
-    made.first_state = copy.deepcopy(made.method.state())
+    made.first_state = copy.deepcopy(made.method.export_state().tensors)
     made.learn(1)
     return made
 
@@ -74,9 +75,9 @@ def test_routers_of_all_tasks_follow_the_branches_that_move(learnt: Any) -> None
         module.gating.used = torch.randperm(len(BRANCHES)).float()
         orders[path] = pool_order(module.gating.used, 4, 2)
     assert len({tuple(order) for order in orders.values()}) > 1
-    pool, state = weights(cram), copy.deepcopy(method.state())
+    pool, state = weights(cram), copy.deepcopy(method.export_state().tensors)
     method.end_task()
-    moved, found = weights(cram), method.state()
+    moved, found = weights(cram), method.export_state().tensors
     for path, order in orders.items():
         assert order[:4] == [0, 1, 2, 3]
         assert torch.equal(found[f"{path}.routers"], state[f"{path}.routers"][:, order])
@@ -104,17 +105,18 @@ def test_third_task_trains_four_branches(learnt: Any) -> None:
 def test_training_routes_by_the_task_in_training_and_inference_by_keys(learnt: Any) -> None:
     model = copy.deepcopy(learnt.model)
     method, encoder = model.cram.method, model.cram.encoder
-    keys = method.state()
+    keys = method.export_state().tensors
     samples = [
         Query(keys["keys.text"][t : t + 1], keys["keys.image"][t : t + 1], torch.tensor([True]))
         for t in (0, 1)
     ]
     assert [int(method.route(sample, False).features) for sample in samples] == [0, 1]
     assert [int(method.route(sample, True).features) for sample in samples] == [0, 1]
-    assert method.extra_loss() is None
+    assert method.extra_loss(ForwardState()) is None
     method.begin_task("third", 3)
     assert [int(method.route(sample, True).features) for sample in samples] == [2, 2]
-    torch.testing.assert_close(method.extra_loss(), method._keys.loss(samples[1]))
+    route = method.route(samples[1], True)
+    torch.testing.assert_close(method.extra_loss(ForwardState(route)), method._keys.loss(samples[1]))
     assert keys["keys.image"].shape == (2, encoder.image_dim)
 
 
@@ -124,14 +126,14 @@ def test_a_loaded_pool_shares_its_a(learnt: Any, tmp_path: Path) -> None:
     model = factories.llava(clip=clip)
     cram = load(model, tmp_path / "b", factories.clip_encoder(model, clip), learnt.processor)
     assert all(module.experts.shared_a for module in cram.modules.values())
-    found, expected = cram.method.state(), learnt.method.state()
+    found, expected = cram.method.export_state().tensors, learnt.method.export_state().tensors
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_state_of_another_number_of_tasks_or_width_is_refused(learnt: Any) -> None:
     model = copy.deepcopy(learnt.model)
-    method, good = model.cram.method, learnt.method.state()
+    method, good = model.cram.method, learnt.method.export_state().tensors
     name = next(iter(good))
     for bad, message in (
         ({**good, name: good[name][:1]}, r"must have shape \[2, 8, \d+\], got \[1, 8"),
@@ -140,8 +142,8 @@ def test_a_state_of_another_number_of_tasks_or_width_is_refused(learnt: Any) -> 
         ({}, "missing"),
     ):
         with pytest.raises(ValueError, match=message):
-            method.load_state(bad)
-    assert all(torch.equal(method.state()[key], good[key]) for key in good)
+            method.import_state(bad, {})
+    assert all(torch.equal(method.export_state().tensors[key], good[key]) for key in good)
 
 
 def test_unequal_a_cannot_be_loaded(learnt: Any) -> None:
@@ -152,7 +154,7 @@ def test_unequal_a_cannot_be_loaded(learnt: Any) -> None:
     pool[3][path] = (pool[3][path][0] + 1, pool[3][path][1])
     cram.set_experts(BRANCHES, pool, 0)
     with pytest.raises(ValueError, match="branches must share one A"):
-        cram.method.load_state(learnt.method.state())
+        cram.method.import_state(learnt.method.export_state().tensors, {})
     cram.set_experts(BRANCHES[:3], pool[:3], 0)
     with pytest.raises(ValueError, match="branches must be 8, got 3 experts"):
-        cram.method.load_state(learnt.method.state())
+        cram.method.import_state(learnt.method.export_state().tensors, {})

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cram import attach
-from cram.attach import Cram
 from cram.methods.hide import TEMPERATURE, anchor_gates, fused
-from cram.model.linear import ExpertLinear, LayerState
+from cram.model.attached import AttachedModel
+from cram.model.linear import ExpertLinear
+from cram.model.state import ForwardState
 from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
 from cram_kernels import pack_experts
@@ -35,7 +36,7 @@ def golden_layer(name: str) -> tuple[ExpertLinear, dict[str, Tensor], int]:
     config = case["config"]
     base = nn.Linear(config["in_features"], config["out_features"], bias=False).requires_grad_(False)
     base.weight.copy_(tensors["param.weight"])
-    layer = ExpertLinear(base, 0, "linear", LayerState(), 0.0)
+    layer = ExpertLinear(base, 0, "linear", ForwardState(), 0.0)
     tasks = config["cur_task"] + 1
     pairs = list(zip(tensors["param.lora_A"][:tasks], tensors["param.lora_B"][:tasks], strict=True))
     layer.set_experts(pairs, config["scaling"], trained=0)
@@ -44,7 +45,7 @@ def golden_layer(name: str) -> tuple[ExpertLinear, dict[str, Tensor], int]:
 
 def run(layer: ExpertLinear, tensors: dict[str, Tensor], gates: Tensor) -> Tensor:
     """Output, after the backward pass of the case's functional; the gradient of x is checked."""
-    layer.state.begin(Route(gates[None, None], torch.tensor([-1])))
+    layer.current.state = ForwardState(Route(gates[None, None]))
     x = tensors["in.x"].clone().requires_grad_()
     output = layer(x)
     (output * tensors["in.functional"]).sum().backward()
@@ -66,7 +67,7 @@ def test_golden_training_uses_the_newest_alone() -> None:
 def test_golden_fused_layer() -> None:
     layer, tensors, tasks = golden_layer("fused")
     a, b = fused(layer.factors(range(tasks)))
-    layer.merged = pack_experts([a], [b], 2.0)
+    layer.solo = pack_experts([a], [b], 2.0)
     close(run(layer, tensors, torch.zeros(tasks)), tensors["out.y"])
 
 
@@ -124,7 +125,7 @@ def test_an_absent_image_has_cosine_zero() -> None:
     torch.testing.assert_close(anchor_gates(asked, images, texts)[0], wanted)
 
 
-def learnt(tasks: int) -> tuple[Any, Any, Cram]:
+def learnt(tasks: int) -> tuple[Any, Any, AttachedModel]:
     """A LLaVA after tasks whose LoRAs and anchors are random."""
     clip = factories.clip_model()
     model, processor = factories.llava(clip=clip), factories.llava_processor()
@@ -145,16 +146,16 @@ def test_layers_below_the_top_are_fused_and_the_top_is_weighed() -> None:
     model, processor, cram = learnt(3)
     batch = processor(text=[prompt(QUESTIONS[1])], images=[image(9)], return_tensors="pt")
     found = model(**batch).logits
-    current = cram.router.current
+    current = cram.state.route
     assert current is not None
     asked = cram.encode([QUESTIONS[1]], [[image(9)]])
-    weights = anchor_gates(asked, *cram.method.state().values())[0]
+    weights = anchor_gates(asked, *cram.method.export_state().tensors.values())[0]
     torch.testing.assert_close(current.gates, weights.expand(factories.LAYERS, 1, 3))
     assert weights.max() - weights.min() > 1e-3
     for module in cram.modules.values():
         pairs = module.factors(range(3))
         if module.layer == factories.LAYERS - 1:
-            assert module.merged is None
+            assert module.solo is None
             update = sum(weight * b @ a for weight, (a, b) in zip(weights, pairs, strict=True))
         else:
             update = sum(b for _, b in pairs) @ sum(a for a, _ in pairs)
@@ -165,13 +166,13 @@ def test_layers_below_the_top_are_fused_and_the_top_is_weighed() -> None:
 
 def test_anchors_are_means_by_sample_and_a_new_task_starts_its_own() -> None:
     _, _, cram = learnt(1)
-    before = {name: rows.clone() for name, rows in cram.method.state().items()}
+    before = {name: rows.clone() for name, rows in cram.method.export_state().tensors.items()}
     cram.method.begin_task("new", 5)
     queries = [cram.encode([QUESTIONS[i]] * n, [[image(i)]] * n) for i, n in ((0, 3), (1, 1))]
     for each in queries:
         cram.method.observe(each)
     cram.method.observe(cram.encode([QUESTIONS[2]], [[]]))
-    state = cram.method.state()
+    state = cram.method.export_state().tensors
     images = torch.cat([each.image for each in queries])
     texts = torch.cat([each.text for each in queries] + [cram.encoder.encode_text([QUESTIONS[2]])])
     torch.testing.assert_close(state["image_anchors"][1], images.mean(0))
@@ -199,7 +200,7 @@ def test_released_code_takes_the_largest_cosine_of_the_batch() -> None:
 
 def test_a_wrong_state_changes_nothing() -> None:
     _, _, cram = learnt(2)
-    state = {name: rows.clone() for name, rows in cram.method.state().items()}
+    state = {name: rows.clone() for name, rows in cram.method.export_state().tensors.items()}
     with pytest.raises(ValueError, match=r"image_anchors must have shape \[2, 16\], got \[1, 16\]"):
-        cram.method.load_state({**state, "image_anchors": state["image_anchors"][:1]})
-    assert all(torch.equal(rows, state[name]) for name, rows in cram.method.state().items())
+        cram.method.import_state({**state, "image_anchors": state["image_anchors"][:1]}, {})
+    assert all(torch.equal(rows, state[name]) for name, rows in cram.method.export_state().tensors.items())

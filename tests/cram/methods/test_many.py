@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from cram import attach
-from cram.attach import Cram
 from cram.methods.many import RHO
+from cram.model.attached import AttachedModel
 from tests.cram import factories, runs
 
 MODELS = ("llava", "qwen2_5_vl", "internvl")
 
 
-def learnt(family: str, tasks: int = 2) -> tuple[Any, Cram]:
+def learnt(family: str, tasks: int = 2) -> tuple[Any, AttachedModel]:
     """A model of a family after tasks whose LoRAs are random."""
     clip = factories.clip_model()
     model = factories.llava(clip=clip) if family == "llava" else factories.MODELS[family]()
@@ -26,13 +26,13 @@ def learnt(family: str, tasks: int = 2) -> tuple[Any, Cram]:
     return model.eval(), cram
 
 
-def learn(cram: Cram, task: str) -> None:
+def learn(cram: AttachedModel, task: str) -> None:
     cram.method.begin_task(task, 5)
     randomise(cram)
     cram.method.end_task()
 
 
-def randomise(cram: Cram) -> None:
+def randomise(cram: AttachedModel) -> None:
     parameters = cram.method.before_step(0)
     assert parameters is not None
     with torch.no_grad():
@@ -45,7 +45,7 @@ def logits(model: Any, family: str, images: int = 0) -> Tensor:
         return model(**factories.inputs(family, images=images, rows=2)).logits
 
 
-def folded(model: Any, family: str, cram: Cram, updates: dict[str, Tensor]) -> Tensor:
+def folded(model: Any, family: str, cram: AttachedModel, updates: dict[str, Tensor]) -> Tensor:
     """Logits of the base model with an update [D_out, D_in] added to every adapted weight."""
     kept = {path: module.base.weight.clone() for path, module in cram.modules.items()}
     for path, module in cram.modules.items():
@@ -101,8 +101,8 @@ def test_a_forced_expert_acts_alone() -> None:
 def test_a_merged_weight_has_the_sum_of_the_ranks_or_the_width() -> None:
     _, cram = learnt("llava", tasks=5)
     for module in cram.modules.values():
-        assert module.merged is not None and module.merged.num_experts == 1 and not module.merged.trained
-        assert module.merged.ranks == (min(20, module.in_features, module.out_features),)
+        assert module.solo is not None and module.solo.num_experts == 1 and not module.solo.trained
+        assert module.solo.ranks == (min(20, module.in_features, module.out_features),)
 
 
 def test_projector_values_are_counted() -> None:
@@ -115,11 +115,13 @@ def test_projector_values_are_counted() -> None:
 
 def test_a_wrong_state_changes_nothing() -> None:
     _, cram = learnt("llava")
-    state = {name: tensor.clone() for name, tensor in cram.method.state().items()}
+    state = {name: tensor.clone() for name, tensor in cram.method.export_state().tensors.items()}
     with pytest.raises(ValueError, match=r"missing \['projector.prototypes'\]"):
-        cram.method.load_state({n: t + 1 for n, t in state.items() if n != "projector.prototypes"})
+        cram.method.import_state({n: t + 1 for n, t in state.items() if n != "projector.prototypes"}, {})
     with pytest.raises(
         ValueError, match=r"projector.linear_1.a must have shape \[2, 4, 24\], got \[1, 4, 24\]"
     ):
-        cram.method.load_state({**state, "projector.linear_1.a": state["projector.linear_1.a"][:1]})
-    assert all(torch.equal(tensor, state[name]) for name, tensor in cram.method.state().items())
+        cram.method.import_state({**state, "projector.linear_1.a": state["projector.linear_1.a"][:1]}, {})
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in cram.method.export_state().tensors.items()
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cram.methods.moelora import EXPERTS, TokenRouter
-from cram.model.linear import LayerState
+from cram.model.state import ForwardState
 from cram_kernels import expert_lora, pack_experts
 from tests.cram import runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
@@ -27,7 +27,7 @@ def test_the_layer_is_that_of_the_released_code(name: str) -> None:
     router.weight.data = data["param.router"].clone()
     router.requires_grad_(True)
     x = data["in.x"].clone().requires_grad_()
-    gates = router(x, torch.ones(1, len(a)), LayerState())
+    gates = router(x, torch.ones(1, len(a)), ForwardState())
     y = expert_lora(x, data["param.weight"], data.get("param.bias"), experts, gates)
     exact = x.dtype == torch.float64
     budget = {"atol": 1e-10, "rtol": 1e-9} if exact else {"atol": 2e-5, "rtol": 1e-4}
@@ -58,7 +58,7 @@ def test_every_task_trains_all_experts_and_routers_further(tmp_path: Path) -> No
     routers = {path: module.gating.weight.clone() for path, module in cram.modules.items()}
     assert all(bool(router.any()) for router in routers.values())
     made.learn(1)
-    assert cram.router.expert_names == list(EXPERTS)
+    assert cram.expert_names == list(EXPERTS)
     for path, module in cram.modules.items():
         assert not torch.equal(module.gating.weight, routers[path])
         for index, weights in enumerate(first):

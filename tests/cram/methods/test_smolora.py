@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cram.methods.smolora import EXPERTS, HALF, SeparableGating, fused_gates, fusion_rows
 from cram.model.gating import token_means
-from cram.model.linear import ExpertLinear, LayerState
+from cram.model.linear import ExpertLinear
+from cram.model.state import Current, ForwardState
 from cram.routing.query import Route
 from cram_kernels import expert_lora, pack_experts
 from tests.cram import runs
@@ -64,27 +65,27 @@ def test_the_layer_is_that_of_the_released_code(name: str, impl: str) -> None:
         torch.testing.assert_close(gradient, data[f"grad.{key}"], **budget)
 
 
-def gated_linear() -> tuple[ExpertLinear, LayerState]:
+def gated_linear() -> tuple[ExpertLinear, Current]:
     """A linear of 8 experts of rank 2 with a gating that has been drawn."""
-    state = LayerState()
-    linear = ExpertLinear(nn.Linear(6, 5).requires_grad_(False), 0, "a.q_proj", state, 0.0)
+    current = Current()
+    linear = ExpertLinear(nn.Linear(6, 5).requires_grad_(False), 0, "a.q_proj", current, 0.0)
     linear.set_experts([(torch.randn(2, 6), torch.randn(5, 2)) for _ in EXPERTS], 2.0, len(EXPERTS))
     gating = SeparableGating(linear, 3)
     gating.reset()
     linear.gating = gating
-    return linear, state
+    return linear, current
 
 
-def begin(state: LayerState, features: Tensor, **settings: Any) -> None:
-    route = Route(torch.ones(1, len(features), len(EXPERTS)), torch.full((len(features),), -1), features)
-    state.begin(route, **settings)
+def begin(current: Current, features: Tensor, **settings: Any) -> None:
+    route = Route(torch.ones(1, len(features), len(EXPERTS)), features=features)
+    current.state = ForwardState(route, **settings)
 
 
 def test_a_module_is_the_formula() -> None:
-    linear, state = gated_linear()
+    linear, current = gated_linear()
     gating, x, features = linear.gating, torch.randn(4, 7, 6), torch.randn(2, 3)
     mask = torch.arange(7)[None] >= torch.tensor([0, 3, 0, 5])[:, None]
-    begin(state, features, mask=mask)
+    begin(current, features, mask=mask)
     y = linear(x)
     for row in range(4):
         kept = x[row, mask[row]]
@@ -97,25 +98,25 @@ def test_a_module_is_the_formula() -> None:
 
 
 def test_padding_changes_no_token() -> None:
-    linear, state = gated_linear()
+    linear, current = gated_linear()
     x, features = torch.randn(1, 4, 6), torch.randn(1, 3)
-    begin(state, features)
+    begin(current, features)
     alone = linear(x)
     padded = torch.cat([torch.full((1, 3, 6), 50.0), x], 1)
-    begin(state, features, mask=torch.tensor([[False] * 3 + [True] * 4]))
+    begin(current, features, mask=torch.tensor([[False] * 3 + [True] * 4]))
     torch.testing.assert_close(linear(padded)[:, 3:], alone, atol=1e-6, rtol=1e-5)
 
 
 def test_a_decode_step_keeps_the_experts_and_fuses_its_own_token() -> None:
-    linear, state = gated_linear()
+    linear, current = gated_linear()
     x, features = torch.randn(2, 5, 6), torch.randn(2, 3)
-    begin(state, features)
+    begin(current, features)
     linear(x)
-    memory = state.memory
+    memory = current.state.memory
     step = -x.mean(1, keepdim=True)  # alone it would choose other visual experts
-    route = Route(torch.ones(1, 2, 8), torch.full((2,), -1), features, memory=memory)
-    state.begin(route, decoding=True)
-    gates = linear.gating(step, torch.ones(2, 8), state)
+    route = Route(torch.ones(1, 2, 8), features=features, memory=memory)
+    current.state = ForwardState(route, decoding=True)
+    gates = linear.gating(step, torch.ones(2, 8), current.state)
     others = memory["a.q_proj.others"]
     assert torch.equal(gates == 0, others) and torch.equal(others.sum(1), torch.full((2,), 6))
     torch.testing.assert_close(gates.sum(1), torch.ones(2))
@@ -126,18 +127,18 @@ def test_a_decode_step_keeps_the_experts_and_fuses_its_own_token() -> None:
 
 
 def test_frozen_rows_are_folded_once_for_what_they_were_made_from() -> None:
-    linear, state = gated_linear()
+    linear, current = gated_linear()
     gating, x, features = linear.gating, torch.randn(2, 3, 6), torch.randn(2, 3)
     linear.experts = linear.experts.freeze()
     gating.requires_grad_(False)
-    begin(state, features)
+    begin(current, features)
 
     def rows() -> Tensor:
         linear(x)
-        return gating._rows(linear.experts, state)
+        return gating._rows(linear.experts, current.state)
 
     first = rows()
-    assert rows() is first and "a.q_proj.rows" not in state.memory
+    assert rows() is first and "a.q_proj.rows" not in current.state.memory
     gating.load_state_dict({**gating.state_dict(), "fusion": torch.randn_like(gating.fusion)})
     torch.testing.assert_close(rows(), fusion_rows(linear.experts, gating.fusion))
     linear.set_experts([(torch.randn(2, 6), torch.randn(5, 2)) for _ in EXPERTS], 2.0, 0)
@@ -169,7 +170,7 @@ def test_every_task_trains_experts_and_fusion_and_no_router(tmp_path: Path) -> N
         for index in range(len(EXPERTS)):
             moved[index] |= not torch.equal(cram.expert_weights(index)[path][1], pools[index][path][1])
     assert any(moved[:HALF]) and any(moved[HALF:])
-    assert cram.router.expert_names == list(EXPERTS)
+    assert cram.expert_names == list(EXPERTS)
     made.evaluate(0)
     made.evaluate(1)
     total = made._report()["methods"]["smolora"]["parameters"]["total"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cram.attach import Cram
+from cram.model.attached import AttachedModel
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
 from tests.cram.model.checkpointing import MODES, enable_checkpointing
 
@@ -30,22 +30,22 @@ def gradients(mode: dict[str, bool] | None, dropout: float, buffer: bool = False
     if buffer:
         start_buffer(cram)
     else:
-        cram.prepare_penalty()
-        cram.locked_group = 0
+        cram.method.prepare_penalty()
+        cram.method.locked_group = 0
     model.train()
     torch.manual_seed(5)
     loss = model(**training_batch(processor), use_cache=False).loss
     if not buffer:
-        loss = loss + cram.penalty()
+        loss = loss + cram.method.penalty(cram.state)
     loss.backward()
     found = {f"parameter{i}": p.grad for i, p in enumerate(cram.trainable_parameters())}
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found.values())
     return {"loss": loss.detach(), **found}
 
 
-def start_buffer(cram: Cram) -> None:
+def start_buffer(cram: AttachedModel) -> None:
     torch.manual_seed(3)
-    cram.begin_buffer()
+    cram.method.warm_up.begin()
     with torch.no_grad():
         for module in cram.modules.values():
             module.trainable()[1].normal_(std=0.1)
@@ -74,7 +74,7 @@ def test_dropout_differs_from_call_to_call() -> None:
     assert torch.equal(model(**batch).loss, first)
     assert not torch.equal(first, second)
     assert torch.equal(model.eval()(**batch).loss, model(**batch).loss)
-    cram.freeze()
+    cram.method.freeze()
     assert torch.equal(model.train()(**batch).loss, model.eval()(**batch).loss)
 
 

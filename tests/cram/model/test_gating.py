@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import cram.model.stack
-from cram.attach import Cram
+from cram.model.attached import AttachedModel
 from cram.model.gating import LayerGating
-from cram.model.linear import LayerState
+from cram.model.state import ForwardState
 from cram_kernels import expert_lora, pack_experts
 from tests.cram.factories import QUESTIONS, expert_weights, image, prompt, routed_llava
 
@@ -25,7 +25,7 @@ class MeanGating(LayerGating):
         self.name = name
         self.weight = nn.Parameter(torch.randn(experts, in_features) * 2)
 
-    def forward(self, x: Tensor, route: Tensor, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         def make() -> Tensor:
             kept = torch.ones(x.shape[:2]) if state.mask is None else state.mask.float()
             means = (x.float() * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
@@ -35,7 +35,7 @@ class MeanGating(LayerGating):
         return gates * route.repeat_interleave(len(gates) // len(route), 0)
 
 
-def gated(trained: bool = False) -> tuple[Any, Any, Cram]:
+def gated(trained: bool = False) -> tuple[Any, Any, AttachedModel]:
     torch.manual_seed(1)
     model, processor, cram = routed_llava(trained=trained)
     for path, module in cram.modules.items():
@@ -56,7 +56,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 def test_padding_does_not_reach_the_gates() -> None:
     model, processor, cram = gated()
     together = logits(model, **batch_of(processor, [0, 1, 2]))
-    assert not cram._state.mask.all()
+    assert not cram.state.mask.all()
     for row in range(3):
         alone = logits(model, **batch_of(processor, [row]))[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-4)
@@ -140,14 +140,14 @@ def test_only_gates_in_common_go_through_one_call(monkeypatch: pytest.MonkeyPatc
         logits(model, **batch)
     assert sizes
     sizes.clear()
-    next(m for path, m in cram_.modules.items() if path.endswith("k_proj")).merged = merged(cram_)
+    next(m for path, m in cram_.modules.items() if path.endswith("k_proj")).solo = merged(cram_)
     for module in cram_.modules.values():
         module.gating = None
     logits(model, **batch)
-    assert len(sizes) == cram_.router.num_layers - 1
+    assert len(sizes) == cram_.num_layers - 1
 
 
-def merged(cram: Cram) -> Any:
+def merged(cram: AttachedModel) -> Any:
     """A merged expert of the first layer's k_proj."""
     path = next(path for path in cram.modules if path.endswith("k_proj"))
     a, b = expert_weights(cram, 9)[path]
@@ -157,12 +157,12 @@ def merged(cram: Cram) -> Any:
 def test_merged_experts_act_alone_outside_of_training() -> None:
     _, _, cram = routed_llava()
     module = next(m for path, m in cram.modules.items() if path.endswith("k_proj"))
-    module.merged = merged(cram)
+    module.solo = merged(cram)
     x = torch.randn(2, 3, module.in_features)
-    expected = expert_lora(x, module.weight, module.bias, module.merged, torch.ones(1, 1))
+    expected = expert_lora(x, module.weight, module.bias, module.solo, torch.ones(1, 1))
     assert torch.equal(module.eval()(x), expected)
     with cram.forced(0) as route:
-        cram._state.begin(route)
+        module.current.state = ForwardState(route)
         alone = expert_lora(x, module.weight, module.bias, module.experts, route.gates[module.layer])
         assert torch.equal(module(x), alone) and torch.equal(module.train()(x), alone)
     assert not torch.allclose(alone, expected)
@@ -172,7 +172,7 @@ def test_a_pool_replaces_all_experts() -> None:
     model, processor, cram = routed_llava()
     pool = [expert_weights(cram, seed) for seed in (4, 5, 6)]
     cram.set_experts(["a", "b", "c"], pool, trained=2)
-    assert cram.in_training and cram.router.expert_names == ["a", "b", "c"]
+    assert cram.in_training and cram.expert_names == ["a", "b", "c"]
     with pytest.raises(ValueError, match="'c' must be frozen before adding one"):
         cram.add_expert("d", pool[0])
     batch = batch_of(processor, [0, 1])
@@ -182,10 +182,11 @@ def test_a_pool_replaces_all_experts() -> None:
         assert module.experts.trained_rank == sum(len(weights[path][0]) for weights in pool[1:])
         assert bool(module.experts.trained_a.grad.any())
         torch.testing.assert_close(cram.expert_weights(1)[path], pool[1][path])
-    cram.freeze()
+    cram.method.freeze()
     assert not cram.trainable_parameters()
     cram.add_expert("d", pool[0])
-    assert cram.router.trained_centroid is None and not cram.router.centroids().any()
+    with pytest.raises(ValueError, match="every expert must have a group and a centroid"):
+        logits(model, **batch)
     cram.freeze()
     cram.set_experts([], [], 0)
     assert cram.num_experts == 0
@@ -217,4 +218,4 @@ def test_a_wrong_pool_changes_nothing(names: list[str], trained: int) -> None:
     pool[1].popitem()
     with pytest.raises(ValueError, match="weights must name the adapted modules"):
         cram.set_experts(["a", "b"], pool, 0)
-    assert cram.router.expert_names == ["old", "other", "new"]
+    assert cram.expert_names == ["old", "other", "new"]

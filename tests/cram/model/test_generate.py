@@ -38,7 +38,7 @@ def answers(model: Any, batch: Any, **settings: Any) -> list[list[int]]:
 def test_a_mixed_batch_generates_what_its_rows_generate(settings: dict[str, Any]) -> None:
     model, processor, cram = routed_llava()
     together = answers(model, batch_of(processor, SAMPLES), **settings)
-    assert set(cram.router.current.groups.tolist()) == {0, 1}
+    assert set(cram.state.route.groups.tolist()) == {0, 1}
     alone = [row for sample in SAMPLES for row in answers(model, batch_of(processor, [sample]), **settings)]
     assert together == alone
     with cram.disabled():
@@ -57,11 +57,11 @@ def test_explicit_routes_generate_the_same(settings: dict[str, Any]) -> None:
 def test_gates_are_computed_once_at_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, cram = routed_llava()
     queries: list[Query] = []
-    cram.on_query.append(queries.append)
+    cram.hooks.on_query.append(queries.append)
     routes: list[Query] = []
-    route = cram.router.route
+    route = cram.method.router.route
     monkeypatch.setattr(
-        cram.router, "route", lambda query, group: routes.append(query) or route(query, group)
+        cram.method.router, "route", lambda query, group: routes.append(query) or route(query, group)
     )
     answers(model, batch_of(processor, SAMPLES), num_beams=3)
     assert len(queries) == len(routes) == 1

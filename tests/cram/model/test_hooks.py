@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cram.attach import Cram, attach
+from cram.attach import attach
 from cram.config import CramConfig
 from cram.families import FAMILIES
+from cram.model.attached import AttachedModel
 from cram.routing.clip import ClipEncoder
 from cram.routing.prompts import Call, TowerFeatures
 from cram.routing.query import Query
@@ -46,12 +47,12 @@ def own_logits(model: Any, batch: Any) -> list[Tensor]:
 def test_a_batch_equals_its_samples_alone(side: str) -> None:
     model, processor, cram = routed_llava()
     together = own_logits(model, batch_of(processor, SAMPLES, side))
-    groups, gates = cram.router.current.groups, cram.router.current.gates
+    groups, gates = cram.state.route.groups, cram.state.route.gates
     assert set(groups.tolist()) == {0, 1}
     for index, sample in enumerate(SAMPLES):
         alone = own_logits(model, batch_of(processor, [sample], side))[0]
         torch.testing.assert_close(together[index], alone, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(gates[:, index], cram.router.current.gates[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gates[:, index], cram.state.route.gates[:, 0], atol=1e-5, rtol=1e-5)
         with cram.disabled():
             base = own_logits(model, batch_of(processor, [sample], side))[0]
         assert (base - alone).abs().max() > 1e-2
@@ -60,7 +61,7 @@ def test_a_batch_equals_its_samples_alone(side: str) -> None:
 def test_gates_follow_group_and_image() -> None:
     model, processor, cram = routed_llava()
     model(**batch_of(processor, SAMPLES[:3]))
-    gates = cram.router.current.gates[0]
+    gates = cram.state.route.gates[0]
     assert gates[0, 1] == 0 and 0.5 < gates[0, 0] < 1
     assert gates[1].tolist() == [0, 1, 0]
     assert gates[2].tolist() == [1, 0, 0]
@@ -70,10 +71,10 @@ def test_gates_follow_group_and_image() -> None:
 def test_automatic_query_equals_the_explicit_one(side: str) -> None:
     model, processor, cram = routed_llava()
     queries: list[Query] = []
-    cram.on_query.append(queries.append)
+    cram.hooks.on_query.append(queries.append)
     automatic = model(**batch_of(processor, SAMPLES, side)).logits
     explicit = cram.encode([question for question, _ in SAMPLES], [pictures for _, pictures in SAMPLES])
-    assert cram.last_query is queries[0] and len(queries) == 1
+    assert cram.state.query is queries[0] and len(queries) == 1
     torch.testing.assert_close(queries[0].text, explicit.text, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(queries[0].image, explicit.image, atol=1e-5, rtol=1e-5)
     assert torch.equal(queries[0].has_image, explicit.has_image)
@@ -88,24 +89,24 @@ def test_answer_of_a_training_prompt_does_not_reach_the_query() -> None:
     for answer in ("", "a red one"):
         batch = processor(text=[prompt(QUESTIONS[0], answer=answer)], images=[image(0)], return_tensors="pt")
         model(**batch)
-        assert torch.equal(cram.last_query.text, cram.encoder.encode_text([QUESTIONS[0]]))
+        assert torch.equal(cram.state.query.text, cram.encoder.encode_text([QUESTIONS[0]]))
 
 
 def test_a_prompt_without_turns_is_taken_whole() -> None:
     model, processor, cram = routed_llava()
     model(**processor(text=["<image>\nJust words"], images=[image(0)], return_tensors="pt"))
-    assert torch.equal(cram.last_query.text, cram.encoder.encode_text(["Just words"]))
+    assert torch.equal(cram.state.query.text, cram.encoder.encode_text(["Just words"]))
 
 
 def test_training_uses_the_locked_group_and_inference_does_not() -> None:
     model, processor, cram = routed_llava()
     batch = batch_of(processor, SAMPLES[:2])
-    with cram.training_group(1):
+    with cram.method.training_group(1):
         model.train()(**batch)
-        assert cram.router.current.groups.tolist() == [1, 1]
+        assert cram.state.route.groups.tolist() == [1, 1]
         model.eval()(**batch)
-        assert cram.router.current.groups.tolist() == [0, 1]
-    assert cram.locked_group is None
+        assert cram.state.route.groups.tolist() == [0, 1]
+    assert cram.method.locked_group is None
 
 
 def test_observers_see_queries_before_the_first_expert() -> None:
@@ -113,12 +114,12 @@ def test_observers_see_queries_before_the_first_expert() -> None:
     model, processor = factories.llava(clip=clip), factories.llava_processor()
     cram = attach(model, CramConfig(), factories.clip_encoder(model, clip), processor)
     queries: list[Query] = []
-    cram.on_query.append(queries.append)
+    cram.hooks.on_query.append(queries.append)
     model(**batch_of(processor, SAMPLES))
     assert len(queries[0]) == len(SAMPLES)
-    cram.begin_buffer()
+    cram.method.warm_up.begin()
     model(**batch_of(processor, SAMPLES))
-    assert len(queries) == 2 and cram.router.current is None
+    assert len(queries) == 2 and cram.state.route is None
 
 
 def test_forced_expert_acts_alone() -> None:
@@ -126,7 +127,7 @@ def test_forced_expert_acts_alone() -> None:
     batch = batch_of(processor, SAMPLES)
     with cram.forced("other") as route:
         by_name = model(**batch).logits
-        assert route.groups.tolist() == [1]
+        assert route.groups is None
     with cram.forced(1):
         assert torch.equal(model(**batch).logits, by_name)
     one_hot = torch.tensor([0.0, 1.0, 0.0])
@@ -194,7 +195,9 @@ def test_rows_that_do_not_fit_the_route_are_refused() -> None:
 def test_a_route_from_before_an_expert_was_added_is_refused() -> None:
     model, processor, cram = routed_llava()
     with cram.fixed(torch.ones(3)):
-        cram.add_expert("late", factories.expert_weights(cram, 5), 0, torch.zeros(factories.PROJECTION))
+        cram.method.add_expert(
+            "late", factories.expert_weights(cram, 5), 0, torch.zeros(factories.PROJECTION)
+        )
         with pytest.raises(ValueError, match=r"gates must be \[2, S, 4\], got \[2, 1, 3\]"):
             model(**batch_of(processor, SAMPLES[:1]))
 
@@ -246,8 +249,8 @@ def test_a_separate_encoder_must_be_routed_explicitly() -> None:
     model, processor = factories.llava(seed=3), factories.llava_processor()
     cram = attach(model, CramConfig(), factories.clip_encoder(model, clip), processor)
     query = cram.encode([QUESTIONS[0]], [[image(0)]])
-    cram.router.groups.observe("task", query.text)
-    cram.add_expert("one", factories.expert_weights(cram, 0), 0, query.image[0], trained=False)
+    cram.method.router.groups.observe("task", query.text)
+    cram.method.add_expert("one", factories.expert_weights(cram, 0), 0, query.image[0], trained=False)
     with pytest.raises(ValueError, match="reuses_vision_tower=False"):
         model(**batch_of(processor, SAMPLES[:1]))
     with cram.fixed(cram.route(query)):
@@ -255,14 +258,14 @@ def test_a_separate_encoder_must_be_routed_explicitly() -> None:
     with cram.disabled():
         assert not torch.allclose(model(**batch_of(processor, SAMPLES[:1])).logits, routed)
     model(**batch_of(processor, SAMPLES[2:3]))
-    assert cram.router.current.gates.tolist() == [[[1.0]], [[1.0]]]
+    assert cram.state.route.gates.tolist() == [[[1.0]], [[1.0]]]
 
 
 def test_image_tokens_that_do_not_fit_the_images_are_refused() -> None:
     _, processor, cram = routed_llava()
     model = factories.llava()
     batch = batch_of(processor, [SAMPLES[0], SAMPLES[3]])
-    reader, ids = cram._reader, batch["input_ids"]
+    reader, ids = cram.hooks._reader, batch["input_ids"]
     features = torch.ones(2, factories.CLIP_HIDDEN)
     call = Call(ids, None, TowerFeatures(features, factories.TOKENS_PER_IMAGE + 1))
     with pytest.raises(ValueError, match=r"4 image tokens for each of 2 images, got \[4, 8\] in 2 rows"):
@@ -284,7 +287,7 @@ def test_automatic_routing_without_a_tokenizer_says_what_is_missing(tmp_path: Pa
     cram = attach(saved, CramConfig(), factories.clip_encoder(saved, clip))
     one_expert(cram)
     saved(**batch)
-    assert torch.equal(cram.last_query.text, cram.encoder.encode_text([QUESTIONS[0]]))
+    assert torch.equal(cram.state.query.text, cram.encoder.encode_text([QUESTIONS[0]]))
 
 
 def test_models_from_disk(tmp_path: Path) -> None:
@@ -298,7 +301,7 @@ def test_models_from_disk(tmp_path: Path) -> None:
         one_expert(cram)
         batch = batch_of(AutoProcessor.from_pretrained(tmp_path / "llava"), SAMPLES[2:3])
         model(**batch)
-        assert torch.equal(cram.last_query.text, cram.encoder.encode_text([prompt_text(name)]))
+        assert torch.equal(cram.state.query.text, cram.encoder.encode_text([prompt_text(name)]))
 
 
 def prompt_text(name: str) -> str:
@@ -306,10 +309,10 @@ def prompt_text(name: str) -> str:
     return QUESTIONS[0] if name == "llava" else prompt(QUESTIONS[0], 0)
 
 
-def one_expert(cram: Cram) -> None:
+def one_expert(cram: AttachedModel) -> None:
     query = cram.encode([QUESTIONS[0]], [[image(0)]])
-    cram.router.groups.observe("task", query.text)
-    cram.add_expert("one", factories.expert_weights(cram, 0), 0, query.image[0], trained=False)
+    cram.method.router.groups.observe("task", query.text)
+    cram.method.add_expert("one", factories.expert_weights(cram, 0), 0, query.image[0], trained=False)
 
 
 def test_features_that_are_not_finite_are_one_clear_error() -> None:
@@ -323,5 +326,5 @@ def test_features_that_are_not_finite_are_one_clear_error() -> None:
 def test_released_code_routes_on_the_batch_mean() -> None:
     model, processor, cram = routed_llava(released_code=True)
     model(**batch_of(processor, SAMPLES[:2]))
-    gates = cram.router.current.gates
+    gates = cram.state.route.gates
     assert torch.equal(gates[:, 0], gates[:, 1])

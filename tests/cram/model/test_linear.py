@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from cram import experts
-from cram.attach import Cram, attach
+from cram.attach import attach
 from cram.config import CramConfig
+from cram.model import linear
+from cram.model.attached import AttachedModel
 from cram_kernels import expert_lora
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
@@ -29,7 +30,7 @@ def test_buffer_starts_as_the_base_model_and_acts_alone() -> None:
     batch = batch_of(processor)
     with cram.disabled():
         base = model(**batch).logits
-    cram.begin_buffer()
+    cram.method.warm_up.begin()
     torch.testing.assert_close(model(**batch).logits, base, atol=1e-6, rtol=1e-6)
     with torch.no_grad():
         for module in cram.modules.values():
@@ -41,9 +42,9 @@ def test_buffer_starts_as_the_base_model_and_acts_alone() -> None:
 
 def test_buffer_equals_a_lora_with_gate_one() -> None:
     model, processor, cram = routed_llava()
-    cram.begin_buffer()
+    cram.method.warm_up.begin()
     path, module = next(iter(cram.modules.items()))
-    a, b = cram.buffers()[path]
+    a, b = cram.method.warm_up.factors()[path]
     with torch.no_grad():
         b.normal_()
     x = torch.randn(2, 5, module.in_features)
@@ -53,8 +54,8 @@ def test_buffer_equals_a_lora_with_gate_one() -> None:
 def test_buffer_rank_and_initial_values() -> None:
     _, _, cram = routed_llava(buffer_rank=12)
     torch.manual_seed(0)
-    cram.begin_buffer()
-    for path, (a, b) in cram.buffers().items():
+    cram.method.warm_up.begin()
+    for path, (a, b) in cram.method.warm_up.factors().items():
         linear = cram.modules[path]
         assert a.shape == (min(12, linear.in_features, linear.out_features), linear.in_features)
         assert b.shape == (linear.out_features, a.shape[0])
@@ -63,13 +64,13 @@ def test_buffer_rank_and_initial_values() -> None:
         assert not b.any() and 0.8 * bound < a.abs().max() <= bound
     assert a.dtype == torch.float32
     _, _, cram = routed_llava(buffer_rank=48)
-    cram.begin_buffer()
-    assert {a.shape[0] for a, _ in cram.buffers().values()} == {32, 16}
+    cram.method.warm_up.begin()
+    assert {a.shape[0] for a, _ in cram.method.warm_up.factors().values()} == {32, 16}
 
 
 def test_only_the_buffer_is_trained_during_the_warm_up() -> None:
     model, processor, cram = routed_llava()
-    cram.begin_buffer()
+    cram.method.warm_up.begin()
     batch = batch_of(processor)
     parameters = cram.trainable_parameters()
     assert len(parameters) == 2 * len(cram.modules)
@@ -77,7 +78,7 @@ def test_only_the_buffer_is_trained_during_the_warm_up() -> None:
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
     b_gradients = [p.grad for p in parameters[1::2]]
     assert all(gradient.abs().max() > 0 for gradient in b_gradients)
-    cram.end_buffer()
+    cram.method.warm_up.end()
     assert not cram.trainable_parameters() and not [p for p in model.parameters() if p.requires_grad]
 
 
@@ -85,7 +86,7 @@ def test_only_the_new_expert_is_trained_after_it() -> None:
     model, processor, cram = routed_llava(trained=True)
     parameters = cram.trainable_parameters()
     assert len(parameters) == 2 * len(cram.modules) + 1
-    assert parameters[-1] is cram.router.trained_centroid
+    assert parameters[-1] is cram.method.router.trained_centroid
     before = {path: [t.clone() for t in m.experts.expert(0)] for path, m in cram.modules.items()}
     batch = batch_of(processor)
     optimizer = torch.optim.AdamW(parameters, lr=0.1)
@@ -97,37 +98,37 @@ def test_only_the_new_expert_is_trained_after_it() -> None:
     for path, module in cram.modules.items():
         assert all(torch.equal(x, y) for x, y in zip(module.experts.expert(0), before[path], strict=True))
     trained = model.eval()(**batch).logits
-    cram.freeze()
+    cram.method.freeze()
     assert not cram.trainable_parameters() and not cram.in_training
     assert torch.equal(model(**batch).logits, trained)
 
 
 def test_life_of_a_task() -> None:
     _, _, cram = routed_llava()
-    history = cram.history(0)
+    history = cram.method.history(0)
     assert [a.shape[0] for a in history["model.language_model.layers.0.self_attn.q_proj"]] == [1, 3]
-    assert all(len(a) == 1 for a in cram.history(1).values())
-    assert not any(cram.history(5).values())
-    with pytest.raises(ValueError, match="buffers must follow begin_buffer"):
-        cram.buffers()
-    cram.begin_buffer()
-    with pytest.raises(ValueError, match="begin_buffer must follow end_buffer"):
-        cram.begin_buffer()
+    assert all(len(a) == 1 for a in cram.method.history(1).values())
+    assert not any(cram.method.history(5).values())
+    with pytest.raises(ValueError, match="asked for during the warm-up"):
+        cram.method.warm_up.factors()
+    cram.method.warm_up.begin()
+    with pytest.raises(ValueError, match="must begin after the last one has ended"):
+        cram.method.warm_up.begin()
     new = factories.expert_weights(cram, 9)
-    with pytest.raises(ValueError, match="end_buffer must come before"):
-        cram.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
-    cram.end_buffer()
-    cram.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
-    with pytest.raises(ValueError, match="begin_buffer must follow end_buffer and freeze"):
-        cram.begin_buffer()
+    with pytest.raises(ValueError, match="the warm-up must end before an expert is added"):
+        cram.method.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
+    cram.method.warm_up.end()
+    cram.method.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
+    with pytest.raises(ValueError, match="must begin after the last one has ended"):
+        cram.method.warm_up.begin()
     with pytest.raises(ValueError, match="must be frozen before"):
-        cram.add_expert("later", new, 0, torch.zeros(factories.PROJECTION))
-    cram.freeze()
+        cram.method.add_expert("later", new, 0, torch.zeros(factories.PROJECTION))
+    cram.method.freeze()
     with pytest.raises(ValueError, match="got no trained expert"):
-        cram.freeze()
+        cram.method.freeze()
 
 
-def wrong_weights(cram: Cram, change: str) -> dict[str, Any]:
+def wrong_weights(cram: AttachedModel, change: str) -> dict[str, Any]:
     weights: dict[str, Any] = dict(factories.expert_weights(cram, 3))
     path = next(iter(weights))
     a, b = weights[path]
@@ -159,7 +160,7 @@ def wrong_weights(cram: Cram, change: str) -> dict[str, Any]:
 def test_wrong_weights_change_nothing(change: str, message: str) -> None:
     _, _, cram = routed_llava()
     with pytest.raises(ValueError, match=message):
-        cram.add_expert("bad", wrong_weights(cram, change), 0, torch.zeros(factories.PROJECTION))
+        cram.method.add_expert("bad", wrong_weights(cram, change), 0, torch.zeros(factories.PROJECTION))
     assert cram.num_experts == 3
     assert {module.experts.num_experts for module in cram.modules.values()} == {3}
 
@@ -168,7 +169,7 @@ def test_wrong_weights_change_nothing(change: str, message: str) -> None:
 def test_wrong_centroids_change_nothing(centroid: torch.Tensor) -> None:
     _, _, cram = routed_llava()
     with pytest.raises(ValueError, match="centroid must"):
-        cram.add_expert("bad", factories.expert_weights(cram, 3), 0, centroid)
+        cram.method.add_expert("bad", factories.expert_weights(cram, 3), 0, centroid)
     assert {module.experts.num_experts for module in cram.modules.values()} == {3}
 
 
@@ -177,7 +178,7 @@ def test_experts_of_rank_zero_are_legal() -> None:
     nothing = {
         p: (torch.zeros(0, m.in_features), torch.zeros(m.out_features, 0)) for p, m in cram.modules.items()
     }
-    cram.add_expert("nothing", nothing, 0, torch.zeros(factories.PROJECTION), trained=False)
+    cram.method.add_expert("nothing", nothing, 0, torch.zeros(factories.PROJECTION), trained=False)
     batch = batch_of(processor)
     with cram.disabled():
         base = model(**batch).logits
@@ -193,22 +194,24 @@ def test_half_precision_base_with_float32_experts(
     clip = factories.clip_model()
     model = factories.llava(clip=clip).to(dtype)
     cram = attach(model, exact.config, factories.clip_encoder(model, clip), processor)
-    cram.router.groups.import_state(*exact.router.groups.export_state())
+    cram.method.router.groups.import_state(*exact.method.router.groups.export_state())
     for index, (name, group) in enumerate(zip(["old", "other", "new"], [0, 1, 0], strict=True)):
-        centroid = exact.router.centroids()[:, index]
-        cram.add_expert(name, factories.expert_weights(cram, index), group, centroid, trained=index == 2)
+        centroid = exact.method.router.centroids()[:, index]
+        cram.method.add_expert(
+            name, factories.expert_weights(cram, index), group, centroid, trained=index == 2
+        )
     batch = batch_of(processor, dtype)
     logits = model(**batch).logits
     assert logits.dtype == dtype
     expected = exact_model(**batch_of(processor)).logits
     with monkeypatch.context() as patched:
-        patched.setattr(experts, "expert_lora", partial(expert_lora, impl="reference"))
+        patched.setattr(linear, "expert_lora", partial(expert_lora, impl="reference"))
         plain = model(**batch).logits
     error, budget = ((found - expected).double().square().mean().sqrt() for found in (logits, plain))
     assert 0 < error <= 2 * budget
-    assert cram.router.current.gates.dtype == torch.float32
-    cram.prepare_penalty()
-    loss = model.train()(**batch, labels=batch["input_ids"]).loss + cram.penalty()
+    assert cram.state.route.gates.dtype == torch.float32
+    cram.method.prepare_penalty()
+    loss = model.train()(**batch, labels=batch["input_ids"]).loss + cram.method.penalty(cram.state)
     loss.backward()
     for parameter in cram.trainable_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cram.model.stack
+from cram.model.state import ForwardState
 from cram_kernels import expert_lora
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
 
@@ -40,7 +41,7 @@ def batch_of(processor: Any) -> Any:
 
 
 def alone(module: Any, x: torch.Tensor) -> torch.Tensor:
-    gates = module.state.gates[module.layer]
+    gates = module.current.state.gates[module.layer]
     return expert_lora(x, module.base.weight, module.base.bias, module.experts, gates)
 
 
@@ -50,10 +51,10 @@ def test_model_computes_shared_inputs_once(stacks: list[int]) -> None:
     batch = batch_of(processor)
     with torch.no_grad():
         logits = model(**batch).logits
-        layers = attached.router.num_layers
+        layers = attached.num_layers
         assert sorted(stacks) == [2] * layers + [3] * layers
         for module in attached.modules.values():
-            module.siblings = None
+            module.stack = None
         torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-6)
 
 
@@ -62,13 +63,13 @@ def test_results_go_only_to_what_they_were_computed_from(stacks: list[int]) -> N
     query = attached.encode(QUESTIONS[:1], [[image(0)]])
     q, k, v = attention(attached)
     x, other = torch.randn(3, q.in_features), torch.randn(3, q.in_features)
-    first, second = attached.route(query), attached.route(query, group=1)
-    attached.modules[q.name].state.begin(first)
+    first, second = attached.route(query), attached.method.route_within(query, 1)
+    q.current.state = ForwardState(first)
     q(x)
     torch.testing.assert_close(k(other), alone(k, other))
-    q.state.begin(second)
+    q.current.state = ForwardState(second)
     torch.testing.assert_close(v(x), alone(v, x))
-    q.state.begin(first)
+    q.current.state = ForwardState(first)
     with torch.no_grad():
         q(x)
     assert k(x.clone().requires_grad_()).requires_grad

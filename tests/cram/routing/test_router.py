@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cram.config import CramConfig
 from cram.methods.cram import warmup_steps
 from cram.routing.means import CentroidMean
-from cram.routing.query import Query
+from cram.routing.query import Query, Route
 from cram.routing.router import Router
 from cram_kernels import centroid_gates
 from tests.cram.golden_cases import assert_complete, golden_names, load
@@ -140,7 +140,7 @@ def test_gates_follow_the_formula(groups: list[int], samples: int, trained: bool
     query = mixed_query(samples, seed)
     route = router.route(query)
     torch.testing.assert_close(route.gates.double(), dense_gates(router, query), atol=1e-5, rtol=1e-4)
-    assert route.gates.dtype == torch.float32 and route is router.current
+    assert route.gates.dtype == torch.float32 and route.query is query
     members = torch.tensor(groups)[None] == route.groups[:, None]
     assert not route.gates.masked_select(~members).any()
 
@@ -161,7 +161,7 @@ def test_released_code_averages_over_the_batch() -> None:
     alone = make_router([0, 0, 1]).route(mean)
     torch.testing.assert_close(route.gates, alone.gates.expand(-1, 4, -1))
     assert route.groups.tolist() == alone.groups.tolist() * 4
-    assert router.query is query
+    assert route.query is query
 
 
 def test_no_image_gives_the_first_expert_weight_one_without_gradient() -> None:
@@ -215,9 +215,8 @@ def test_only_the_trained_centroid_gets_a_gradient() -> None:
     assert (router.trained_centroid.grad.abs().amax(-1) > 0).all()
 
 
-def gated_layer(router: Router, layer: int, x: Tensor) -> Tensor:
-    assert router.current is not None
-    return torch.sin(x * router.current.gates[layer])
+def gated_layer(gates: Tensor, layer: int, x: Tensor) -> Tensor:
+    return torch.sin(x * gates[layer])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -228,10 +227,9 @@ def test_one_route_serves_checkpointed_layers(reentrant: bool) -> None:
         gates = router.route(mixed_query(4), group=0).gates
         x = torch.ones(4, 2, requires_grad=True)
         for layer in range(LAYERS):
-            block = partial(gated_layer, router, layer)
+            block = partial(gated_layer, gates, layer)
             x = checkpoint(block, x, use_reentrant=reentrant) if checkpointed else block(x)
         x.square().sum().backward()
-        assert router.current is not None and router.current.gates is gates
         assert router.trained_centroid is not None and router.trained_centroid.grad is not None
         gradients.append(router.trained_centroid.grad)
     torch.testing.assert_close(*gradients)
@@ -243,7 +241,7 @@ def test_gamma_is_the_mass_of_older_experts_per_sample(released: bool) -> None:
     router = make_router([0, 1, 0, 0], trained=True, released_code=released)
     query = query_of(torch.randn(3, IMAGE, generator=seeded(7)))
     route = router.route(query, group=0)
-    gamma = router.gamma()
+    gamma = router.gamma(route)
     per_sample = make_router([0, 1, 0, 0], trained=True).route(query, group=0).gates
     torch.testing.assert_close(gamma, 1 - per_sample[:, :, -1])
     assert (gamma[:, :1] != gamma).any()
@@ -255,17 +253,17 @@ def test_gamma_is_the_mass_of_older_experts_per_sample(released: bool) -> None:
 
 def test_gamma_of_a_groups_first_expert_is_zero() -> None:
     router = make_router([0, 1], trained=True)
-    router.route(query_of(torch.zeros(2, IMAGE)), group=1)
-    assert not router.gamma().any()
+    assert not router.gamma(router.route(query_of(torch.zeros(2, IMAGE)), group=1)).any()
 
 
 def test_gamma_needs_a_route_and_a_trained_expert() -> None:
-    with pytest.raises(ValueError, match="gamma must follow a route"):
-        make_router([0], trained=True).gamma()
-    router = make_router([0])
-    router.route(mixed_query(2))
-    with pytest.raises(ValueError, match="gamma must follow a route"):
-        router.gamma()
+    trained, frozen = make_router([0], trained=True), make_router([0])
+    with pytest.raises(ValueError, match="gamma must be of a query's route"):
+        trained.gamma(Route(torch.ones(LAYERS, 2, 1)))
+    with pytest.raises(ValueError, match="gamma must be of a query's route"):
+        frozen.gamma(frozen.route(mixed_query(2)))
+    with pytest.raises(ValueError, match="gates must be of 1 experts, got 2"):
+        trained.gamma(make_router([0, 0]).route(mixed_query(2)))
 
 
 def test_freezing_keeps_the_gates_and_frees_the_slot() -> None:
@@ -307,14 +305,12 @@ def test_two_trained_experts_are_refused() -> None:
         make_router([0], trained=True).add_expert("x", 0, torch.zeros(IMAGE))
 
 
-def test_non_finite_or_misfit_images_are_refused_and_keep_the_route() -> None:
+def test_non_finite_or_misfit_images_are_refused() -> None:
     router = make_router([0])
-    route = router.route(mixed_query(3))
     with pytest.raises(ValueError, match="image features must be finite"):
         router.route(query_of(torch.full((1, IMAGE), float("nan"))), group=0)
     with pytest.raises(ValueError, match="image must have D_q=12 columns, got 5"):
         router.route(query_of(torch.zeros(1, 5)), group=0)
-    assert router.current is route
 
 
 @pytest.mark.parametrize(
@@ -331,13 +327,11 @@ def test_wrong_queries_are_refused(text: Tensor, image: Tensor, has_image: Tenso
         Query(text, image, has_image)
 
 
-def test_copies_leave_the_live_route_behind_and_keep_float32() -> None:
+def test_copies_keep_float32() -> None:
     router = make_router([0, 0], trained=True)
-    router.route(mixed_query(4))
     twin = copy.deepcopy(router).to(torch.bfloat16)
-    assert twin.current is None and twin.query is None and router.current is not None
     assert {t.dtype for t in twin.state_dict().values() if t.is_floating_point()} == {torch.float32}
-    assert torch.equal(twin.route(mixed_query(4)).gates, router.current.gates)
+    assert torch.equal(twin.route(mixed_query(4)).gates, router.route(mixed_query(4)).gates)
 
 
 def test_export_import_restores_the_gates() -> None:

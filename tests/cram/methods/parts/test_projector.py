@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cram import attach, detach
-from cram.attach import Cram
 from cram.methods.parts.projector import MixedProjector, mixing_weights
+from cram.model.attached import AttachedModel
 from cram.model.linear import ExpertLinear
 from tests.cram import factories, runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
@@ -43,7 +43,7 @@ def test_all_golden_cases_are_used() -> None:
     assert_complete("many_cpm_weights", {"a"})
 
 
-def prepared(family: str, tasks: int = 2) -> tuple[Any, Cram, MixedProjector]:
+def prepared(family: str, tasks: int = 2) -> tuple[Any, AttachedModel, MixedProjector]:
     """A model of a family after tasks with random LoRAs and prototypes."""
     clip = factories.clip_model()
     model = factories.llava(clip=clip) if family == "llava" else factories.MODELS[family]()
@@ -169,4 +169,8 @@ def test_families_without_a_separable_projector_have_none() -> None:
     for family in ("qwen2_5_vl", "qwen3_vl"):
         model = factories.MODELS[family]()
         cram = attach(model, runs.config(method="many"), factories.clip_encoder())
-        assert cram.projector is None and cram.method.projector is None and cram.method.state() == {}
+        assert (
+            cram.projector is None
+            and cram.method.projector is None
+            and cram.method.export_state() == ({}, {})
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cram.methods.parts.task_routers import TaskRouters
-from cram.model.linear import LayerState
+from cram.model.state import ForwardState
 from cram.routing.query import Route
 
 
@@ -18,13 +18,9 @@ def made(tasks: int) -> TaskRouters:
     return routers
 
 
-def begin(tasks: list[int], mask: Tensor | None = None, **settings: object) -> LayerState:
+def begin(tasks: list[int], mask: Tensor | None = None, **settings: object) -> ForwardState:
     features = torch.tensor(tasks)[:, None].float()
-    state = LayerState()
-    state.begin(
-        Route(torch.ones(1, len(tasks), 6), torch.full((len(tasks),), -1), features), mask=mask, **settings
-    )
-    return state
+    return ForwardState(Route(torch.ones(1, len(tasks), 6), features=features), mask=mask, **settings)
 
 
 def expected(routers: TaskRouters, token: Tensor, task: int) -> Tensor:

@@ -1,0 +1,136 @@
+"""What one forward knows: how it was routed, and what its linears left behind.
+
+Every forward gets a `ForwardState` of its own, which the linears read and the loss reads after them. It is
+never changed into another forward's: two forwards may run before their backwards, and gradient checkpointing
+runs a layer again during the backward with the state of its forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cram.routing.query import Query, Route
+from cram_kernels import visual_mean
+
+
+class ForwardState:
+    """One forward of an attached model.
+
+    Attributes:
+        route: How the experts act; None where none acts.
+        query: The features that were read from the forward's own inputs, or None.
+        gates: Per decoder layer the route's gates [S, E]; None without a route.
+        features: The route's features [S, F], or None.
+        disabled: Whether the experts are switched off, so that every linear is its base linear.
+        visual: Visual-token positions [B, T] (bool) where the loss needs the inputs' means, else None.
+        hidden: By module path the visual-token mean [B, D_in] of the module's input. Detached: the input
+            carries a graph only where gradient checkpointing is off.
+        mask: Real tokens [B, T] (bool) of a prefill or training forward; None for all.
+        memory: What `once` holds; it lives with the KV cache that is made under it.
+        decoding: Whether the forward continues a KV cache.
+    """
+
+    def __init__(
+        self,
+        route: Route | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        query: Query | None = None,
+        memory: dict[str, Tensor] | None = None,
+        disabled: bool = False,
+        visual: Tensor | None = None,
+        mask: Tensor | None = None,
+        decoding: bool = False,
+    ) -> None:
+        """Puts the route's tensors on `device`; `memory` replaces a copy of the route's."""
+        features = None if route is None else route.features
+        self.route, self.query = route, query
+        self.gates = None if route is None else route.gates.to(device).unbind(0)
+        self.features = None if features is None else features.to(device)
+        self.memory = memory if memory is not None else dict(route.memory) if route is not None else {}
+        self.disabled, self.visual, self.mask, self.decoding = disabled, visual, mask, decoding
+        self.hidden: dict[str, Tensor] = {}
+        self._pooled: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def overrides_gating(self) -> bool:
+        """Whether the route's gates are used as they are; see `Route.overrides_gating`."""
+        return self.route is not None and self.route.overrides_gating
+
+    def continued(self) -> ForwardState:
+        """The state of the decode steps that continue this forward's KV cache: its route and its memory."""
+        state = copy.copy(self)
+        state.decoding, state.mask, state.visual = True, None, None
+        state.hidden, state._pooled = {}, None
+        return state
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned at the prefill of this cache; outside of decoding it is made anew.
+
+        A generation's rows are those of its prefill, so the tensor fits every decode step; it has no gradient
+        there.
+
+        Args:
+            name: Unlike all other names of the model: put the module's path in front.
+            make: Computes the tensor from the prefill's whole input.
+
+        Raises:
+            ValueError: If the cache was made by a forward that made no such tensor.
+        """
+        if self.decoding:
+            if name not in self.memory:
+                raise ValueError(f"{name} must come from the prefill of the cache, got a cache without it")
+            return self.memory[name]
+        made = make()
+        self.memory[name] = made.detach()
+        return made
+
+    def keep_visual_mean(self, name: str, x: Tensor) -> None:
+        """Keep the mean of x [B, T, D_in] over its visual tokens as `hidden[name]`, where it is wanted.
+
+        Linears that read the same input (q, k and v) share one mean.
+        """
+        if self.visual is None:
+            return
+        if self._pooled is None or self._pooled[0] is not x:
+            self._pooled = (x, visual_mean(x.detach(), self.visual.to(x.device)))
+        self.hidden[name] = self._pooled[1]
+
+
+class Current:
+    """Which state the linears of one model read, in each thread its own.
+
+    The hooks of `cram.model.hooks` set it: at the start of a forward, and again before every attention block,
+    because checkpointing runs blocks again in an order of its own.
+    """
+
+    def __init__(self) -> None:
+        """No forward has run yet."""
+        self._local = threading.local()
+
+    @property
+    def state(self) -> ForwardState:
+        """The state of this thread's newest forward; one without a route before the first."""
+        found: ForwardState | None = getattr(self._local, "state", None)
+        return _BEFORE_ANY if found is None else found
+
+    @state.setter
+    def state(self, state: ForwardState) -> None:
+        """Sets the state of this thread's linears."""
+        self._local.state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the state, whose gates belong to a live autograd graph."""
+        return {}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+_BEFORE_ANY = ForwardState()

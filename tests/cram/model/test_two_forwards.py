@@ -1,0 +1,100 @@
+"""Two forwards before one backward: each has its own route, its own gates and its own penalty."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cram.model.attached import AttachedModel
+from tests.cram.factories import PROJECTION, QUESTIONS, expert_weights, image, prompt, routed_llava
+from tests.cram.model.checkpointing import MODES, enable_checkpointing
+
+# torch says this of the vision tower, whose frozen layers are checkpointed along with the language model's.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+
+def prepared(mode: dict[str, bool] | None) -> tuple[Any, list[Any], AttachedModel]:
+    """A model in training with a penalty, and two batches with different pictures and questions."""
+    model, processor, cram = routed_llava(trained=True, sigma=1.5)
+    if mode is not None:
+        enable_checkpointing(model, mode)
+    cram.method.prepare_penalty()
+    batches = []
+    for first in (0, 3):
+        texts = [prompt(QUESTIONS[0], 1, f"answer {first + i}") for i in range(2)]
+        pictures = [image(first), image(first + 1)]
+        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batches.append(batch)
+    return model.train(), batches, cram
+
+
+def gradients(cram: AttachedModel) -> list[Tensor]:
+    """Takes the gradients of all trained parameters, the centroid's included."""
+    found = []
+    for parameter in cram.trainable_parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad)
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("mode", [None, *MODES], ids=["plain", "non_reentrant", "reentrant"])
+def test_two_forwards_and_then_both_backwards_equal_separate_steps(mode: dict[str, bool] | None) -> None:
+    model, batches, cram = prepared(mode)
+    separate: list[list[Tensor]] = []
+    for batch in batches:
+        (model(**batch).loss + cram.method.penalty(cram.state)).backward()
+        separate.append(gradients(cram))
+    assert not torch.allclose(separate[0][0], separate[1][0])
+    losses, states = [], []
+    for batch in batches:
+        losses.append(model(**batch).loss)
+        states.append(cram.state)
+    assert states[0] is not states[1]
+    penalties = [cram.method.penalty(state) for state in states]
+    assert not torch.equal(*penalties)
+    for loss, penalty in zip(losses, penalties, strict=True):
+        (loss + penalty).backward()
+    for found, first, second in zip(gradients(cram), *separate, strict=True):
+        torch.testing.assert_close(found, first + second, atol=1e-6, rtol=1e-6)
+
+
+def test_the_penalty_of_a_forward_does_not_depend_on_later_ones() -> None:
+    model, batches, cram = prepared(None)
+    model(**batches[0])
+    state = cram.state
+    before = cram.method.penalty(state)
+    model(**batches[1])
+    assert torch.equal(cram.method.penalty(state), before)
+    assert not torch.equal(cram.method.penalty(cram.state), before)
+
+
+def test_replaced_experts_get_bases_of_their_own() -> None:
+    _, _, cram = prepared(None)
+    old = cram.method._penalty._bases
+    cram.method.freeze()
+    cram.set_experts((), (), 0)
+    for index, name in enumerate(("old", "other", "new")):
+        weights = expert_weights(cram, 10 + index)
+        cram.method.add_expert(name, weights, index % 2, torch.zeros(PROJECTION), trained=index == 2)
+    cram.method.prepare_penalty()
+    for before, after, module in zip(old, cram.method._penalty._bases, cram.modules.values(), strict=True):
+        ((_, b),) = module.factors([0])
+        torch.testing.assert_close(after @ (after.mT @ b), b, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(before @ (before.mT @ b), b, atol=1e-2)
+
+
+def test_each_thread_reads_its_own_state() -> None:
+    _, _, cram = prepared(None)
+    ours = cram.state
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(cram.state))
+    thread.start()
+    thread.join(10)
+    assert seen[0] is not ours or ours.route is None
+    assert seen[0].route is None
