@@ -254,7 +254,7 @@ def test_wrong_arguments_are_one_line(
 def test_quick_takes_the_small_base_fewer_steps_and_all_ablations(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import cram.compare.comparison
+    from cram.commands import compare
     from cram.compare.comparison import QUICK, QUICK_SEEDS, QUICK_TESTS, SMALL_BASE
     from cram.methods import METHODS as KNOWN
 
@@ -264,7 +264,7 @@ def test_quick_takes_the_small_base_fewer_steps_and_all_ablations(
         asked.append(made)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cram.compare, "run_comparison", stop)
+    monkeypatch.setattr(compare, "run_comparison", stop)
     out = str(tmp_path)
     assert main(["compare", "--quick", "--out", out]) == 130
     assert main(["compare", "--out", out, "--ablations", "--config", "batch_size=4"]) == 130
