@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu headers clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -26,6 +26,10 @@ bench: .venv/.installed-hf
 # there, else the python that has the CUDA build of torch.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu
+
+# What the slow tests of csrc/ compile against; two wheels of about 550 MB, of which the headers are kept.
+headers: .venv/.installed-dev
+	@$(BIN)/python -m tests.csrc.torch_headers 2.11.0 newest
 
 clean:
 	@rm -rf .venv runs build dist *.egg-info cram_kernels/*.so cram_kernels/native.json .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -9,7 +9,8 @@ info` finds it. Only torch's stable ABI is used, so one library serves torch 2.1
 An isolated build has no torch to import; its headers are found in the installation of the interpreter that
 runs the build.
 
-Without an installation: `python csrc/build.py` builds into cram_kernels/ beside this folder.
+Without an installation: `python csrc/build.py` builds into cram_kernels/ beside this folder. Its exit status
+is 1 where a library is missing that the torch there could use.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def version_of(torch: Path, name: str) -> str | None:
     return None
 
 
+def wanted(torch: Path) -> set[str]:
+    """Return the libraries that an installation with this torch should have."""
+    return {"cpu"} | ({"cuda"} if version_of(torch, "cuda") else set())
+
+
 def compile_cpu(torch: Path, target: Path) -> None:
     """Compile the CPU library.
 
@@ -115,12 +121,12 @@ def compile_cuda(torch: Path, target: Path) -> None:
     Raises:
         Unavailable: torch has no CUDA, there is no nvcc of its major version, or it fails.
     """
-    wanted = version_of(torch, "cuda")
-    if wanted is None:
+    cuda = version_of(torch, "cuda")
+    if cuda is None:
         raise Unavailable(f"torch {version_of(torch, '__version__')} has no CUDA")
     nvcc, found = find_nvcc()
-    if found.split(".")[0] != wanted.split(".")[0]:
-        raise Unavailable(f"nvcc must have the major version of torch's CUDA {wanted}, got {found} ({nvcc})")
+    if found.split(".")[0] != cuda.split(".")[0]:
+        raise Unavailable(f"nvcc must have the major version of torch's CUDA {cuda}, got {found} ({nvcc})")
     link = (f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-cudart=shared")
     call([*cuda_command(nvcc, torch), "-shared", *[str(path) for path in sources(".cu")], *link], target)
 
@@ -223,5 +229,18 @@ class Wheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
+def main() -> int:
+    """Build in place; return 1 if a library is missing that this torch could use, after saying why."""
+    missing = build(HERE.parent / "cram_kernels")
+    try:
+        expected = wanted(torch_folder())
+    except Unavailable:
+        expected = set(LIBRARIES)
+    lost = {name: reason for name, reason in missing.items() if name in expected}
+    for name, reason in lost.items():
+        print(f"missing: {LIBRARIES[name]}: {reason}")
+    return int(bool(lost))
+
+
 if __name__ == "__main__":
-    sys.exit("cpu" in build(HERE.parent / "cram_kernels"))
+    sys.exit(main())

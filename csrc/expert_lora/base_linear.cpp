@@ -6,6 +6,7 @@
 #include "layer.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
 
 #include <array>
 

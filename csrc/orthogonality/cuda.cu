@@ -23,6 +23,7 @@
 #include "readers.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <cuda_runtime.h>
 

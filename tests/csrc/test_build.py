@@ -129,6 +129,32 @@ def test_cuda_library_only_for_a_torch_with_cuda(tmp_path: Path, monkeypatch: py
         build.compile_cuda(torch, tmp_path / "library.so")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "missing", "status"),
+    [
+        (None, {}, 0),
+        (None, {"cuda": "torch has no CUDA"}, 0),
+        (None, {"cpu": "no compiler"}, 1),
+        ("13.0", {}, 0),
+        ("13.0", {"cuda": "nvcc failed: an error"}, 1),
+    ],
+)
+def test_exit_status_tells_of_a_library_that_torch_could_use(
+    cuda: str | None,
+    missing: dict[str, str],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch = fake_torch(tmp_path / "torch", cuda)
+    monkeypatch.setattr(build, "torch_folder", lambda: torch)
+    monkeypatch.setattr(build, "build", lambda folder: missing)
+    assert build.main() == status
+    said = [f"missing: {LIBRARIES[name]}: {reason}" for name, reason in missing.items()]
+    assert capsys.readouterr().out.splitlines() == (said if status else [])
+
+
 def test_torch_that_is_absent_or_old_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_spec", lambda _: None)
     monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
