@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.__main__ import PROGRAMS, main
 from cram import cli
+from cram.commands import bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,7 @@ def test_bench_runs_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_bench_needs_a_checkout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cram" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "cram" / "commands" / "bench.py"))
     assert cli.main(["bench"]) == 2
     assert "cram bench must run from a source checkout with its benchmarks, got" in capsys.readouterr().err
 
