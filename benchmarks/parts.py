@@ -70,7 +70,7 @@ def _sequence(launches: list[Launch], out: Tensor) -> Layer:
             launch.run()
         return out
 
-    return Layer(forward, {}, launches)
+    return Layer(forward, {})
 
 
 def _shrink(p: Problem, tile: Any) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, GATE_OPS, GROUP_SIZE, QUERY_WIDTH, Case, model_named
 from cram_kernels import PackedExperts, pack_experts
-from cram_kernels.launch import Launch
 
 SCALE, SIGMA = 2.0, 2.0
 # Sets of buffers together exceed the last cache so many times; a cyclic walk then finds nothing in it.
@@ -103,12 +102,10 @@ class Layer:
     Attributes:
         forward: Computes y (of a stack, each y) from the problem's tensors, which stay in place.
         leaves: What a training step differentiates by.
-        launches: The kernel launches that `forward` consists of, where it is nothing else.
     """
 
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: Mapping[str, Tensor]
-    launches: Sequence[Launch] = ()
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -199,13 +199,8 @@ def step(p: Problem, layer: Layer) -> Step:
 def costs(p: Problem, layer: Layer, ceilings: floors.Ceilings, name: str) -> dict[str, Any]:
     """Return a candidate's floor, the bytes it keeps for backward and its peak of memory."""
     case = p.case
-    found: dict[str, Any] = {}
-    if layer.launches:
-        rate = ceilings.flops_per_us[case.dtype]
-        found["floor_us"] = sum(launch.floor_us(ceilings.bytes_per_us, rate) for launch in layer.launches)
-    else:
-        work = floors.base_phases(case) if name == "base" else floors.phases(case)
-        found["floor_us"] = ceilings.floor_us(work, case.dtype)
+    work = floors.base_phases(case) if name == "base" else floors.phases(case)
+    found: dict[str, Any] = {"floor_us": ceilings.floor_us(work, case.dtype)}
     if case.training and case.op not in GATE_OPS:
         found["saved_bytes"] = saved_bytes(p, layer)
     if p.x.device.type == "cuda" and case.op not in PART_OPS:

@@ -2,12 +2,14 @@
 
     python -m benchmarks penalty                     128 modules of 512 x 512 on the CPU
     python -m benchmarks penalty --device cuda       128 modules of 4096 x 4096
+    python -m benchmarks penalty --toy               tiny shapes: whether it runs, not how fast
 
 All start from the means of the visual tokens, with a gradient for the expert and for gamma. Each must agree
 with float64 before it is timed; then they take turns, so none finds its data in the cache. "released" is the
 loop as the authors' code has it: an expert is a slot of a parameter padded to ten slots of the largest rank,
 and dropout acts on every module's means by itself. "reference" is the leanest form of that loop. The byte
 floor counts Q, A, Bt and H read once, dA and dBt written once, over a copy's bandwidth in the same run.
+With --out, the lines also go to penalty.json.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram_kernels import available_impls, orthogonality_penalty, orthonormal_basis
+from benchmarks import ours
+from cram_kernels import orthogonality_penalty
 
-MODULES, BATCH, RANK, WIDTH, SCALE = 128, 8, 8, 64, 2.0
-FEATURES = {"cpu": 512, "cuda": 4096}
+IMPLS = ("native", "cpu", "reference")
+BATCH, RANK, WIDTH, SCALE = 8, 8, 64, 2.0
+# Modules, and their width on each device.
+MODULES, FEATURES = 128, {"cpu": 512, "cuda": 4096}
+TOY_MODULES, TOY_FEATURES = 3, 80
 SLOTS, DROPOUT = 10, 0.05
 Step = Callable[[], tuple[Tensor, Sequence[Tensor]]]
 
@@ -42,18 +49,18 @@ class Model:
     gamma: Tensor
 
 
-def draw_model(features: int, device: torch.device) -> Model:
+def draw_model(modules: int, features: int, device: torch.device) -> Model:
     """Random modules whose outputs have unit scale."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, fan: int = 1) -> list[Tensor]:
-        return [(torch.randn(*shape, generator=generator) / fan**0.5).to(device) for _ in range(MODULES)]
+        return [(torch.randn(*shape, generator=generator) / fan**0.5).to(device) for _ in range(modules)]
 
     return Model(
         hidden=draw(BATCH, features),
         a=draw(RANK, features, fan=features),
         bt=draw(RANK, features, fan=RANK),
-        bases=[orthonormal_basis(columns) for columns in draw(features, WIDTH)],
+        bases=[torch.linalg.qr(columns)[0] for columns in draw(features, WIDTH)],
         gamma=torch.stack(draw(BATCH)).sigmoid(),
     )
 
@@ -71,6 +78,11 @@ def grouped(model: Model, impl: str) -> Step:
         return loss.detach(), [_grad(leaf) for leaf in (*a, *bt, gamma)]
 
     return step
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Return the implementations that run on a device, the one that "auto" stands for first."""
+    return [i for i in IMPLS if ours.missing("orthogonality_penalty", i, device, torch.float32) is None]
 
 
 def released(model: Model, dropout: float = DROPOUT) -> Step:
@@ -141,39 +153,51 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def floor_ms(features: int, device: torch.device) -> float:
+def floor_ms(modules: int, features: int, device: torch.device) -> float:
     """The bytes of one call over the bandwidth of a copy."""
-    moved = 4 * MODULES * features * (WIDTH + 4 * RANK + BATCH)
-    source = torch.empty(2**26, device=device)
+    moved = 4 * modules * features * (WIDTH + 4 * RANK + BATCH)
+    source = torch.empty(2**26 if modules == MODULES else 2**16, device=device)
     target = torch.empty_like(source)
     copies = time_ms({"copy": lambda: (target.copy_(source), ())}, 9, device)["copy"]
     return moved * min(copies) / (2 * source.numel() * source.element_size())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line of JSON for each candidate; returns the exit code."""
+    """Print a line of JSON for each candidate, and write penalty.json; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks penalty", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=FEATURES)
     parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--toy", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    parser.add_argument("--out", type=Path, help="folder of penalty.json")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    features = FEATURES[device.type]
-    model = draw_model(features, device)
+    modules, features = (TOY_MODULES, TOY_FEATURES) if arguments.toy else (MODULES, FEATURES[device.type])
+    model = draw_model(modules, features, device)
     lists = ([t.double() for t in each] for each in (model.hidden, model.a, model.bt, model.bases))
     wide = Model(*lists, model.gamma.double())
     truth = grouped(wide, "reference")
-    missing = available_impls()["orthogonality_penalty"]
-    steps = {name: grouped(model, name) for name in ("native", "cpu", "reference") if missing[name] is None}
+    steps = {name: grouped(model, name) for name in candidates(device)}
     for name, step in {**steps, "released": released(model, dropout=0.0)}.items():
         check(name, step, truth)
     times = time_ms(steps | {"released": released(model)}, arguments.repeats, device)
     best = statistics.median(times[next(iter(times))])
-    shared = {"device": device.type, "threads": torch.get_num_threads(), "features": features, "rank": RANK}
-    for name, values in times.items():
-        median = statistics.median(values)
-        row = {"candidate": name, "median_ms": median, "min_ms": min(values), "over_first": median / best}
-        print(json.dumps(row | shared))
-    print(json.dumps({"candidate": "byte floor", "median_ms": floor_ms(features, device)} | shared))
+    rows = [
+        {
+            "candidate": name,
+            "median_ms": statistics.median(values),
+            "min_ms": min(values),
+            "over_first": statistics.median(values) / best,
+        }
+        for name, values in times.items()
+    ]
+    rows.append({"candidate": "byte floor", "median_ms": floor_ms(modules, features, device)})
+    shared = {"device": device.type, "threads": torch.get_num_threads(), "modules": modules}
+    rows = [row | shared | {"features": features, "rank": RANK} for row in rows]
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "penalty.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     return 0
 
 

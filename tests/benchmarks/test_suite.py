@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, suite
+from benchmarks import candidates, floors, parts, suite
 from benchmarks.__main__ import main
 from benchmarks.baselines import linear, loops
 from benchmarks.cases import GATE_OPS, MODELS, PART_OPS, SUITES, Case
@@ -162,3 +162,16 @@ def test_every_candidate_that_runs_here_is_right(op: str) -> None:
         if candidate.missing(case, CPU) is None
     ]
     assert ran and max(ran) < 1e-5
+
+
+@pytest.mark.parametrize("op", PART_OPS)
+def test_floor_of_a_part_counts_no_partial_sums(op: str) -> None:
+    """Planes of a split sum are a kernel's own choice: the floor is the same for every tile."""
+    tiles = pytest.importorskip("cram_kernels.expert_lora.tiles")
+    case = Case(op, "toy", "q", "toy", 32, 1, "float32")
+    problem, ceilings = make(case, CPU), floors.Ceilings(4.0, {"float32": 1e9})
+    shipped = parts.shipped_tile(problem)
+    split = {tiles.ShrinkTile: "split_k", tiles.GramTile: "split_t"}.get(type(shipped))
+    for tile in [shipped, *([replace(shipped, **{split: 4})] if split else [])]:
+        found = suite.costs(problem, parts.triton_part(problem, tile), ceilings, "triton")
+        assert found["floor_us"] == ceilings.floor_us(floors.expert_phases(case), "float32")
