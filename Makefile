@@ -22,8 +22,8 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick
 
-# Tests, sanitizer, benchmark and tile tuning on a CUDA machine, in ten minutes. Installs nothing: takes .venv if it is
-# there, else the python that has the CUDA build of torch.
+# Everything that a CUDA machine can settle, in ten minutes. Installs nothing: takes .venv if it is there, else the
+# python that has the CUDA build of torch.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu
 

@@ -13,12 +13,18 @@ import torch
 # Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
     "e2e": "training step and generated tokens of whole models",
-    "scaling": "how the cost grows with experts, ranks, tokens and width",
-    "gpu": "everything that a CUDA machine can settle, within ten minutes",
+    "experiments": "how a layer's products are best put together on a GPU",
+    "gpu": "everything that a CUDA machine can settle, within ten minutes and a short second call",
+    "libraries": "see to the native libraries of this checkout",
     "methods": "the adapted layer of every method against CRAM's",
     "penalty": "the orthogonality penalty of a whole model against the loops it replaces",
+    "predictions": "what was predicted for an H200, and which predictions held in the results of a folder",
+    "prepare": "make the kit that the GPU command brings along: libraries and compiled kernels",
+    "profile": "each kernel of the layer a few times, for a profiler",
     "readme": "the README's speed table from the results in a folder",
+    "replays": "whether captured calls give the right values on new inputs",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",
+    "scaling": "how the cost grows with experts, ranks, tokens and width",
     "tune": "try the tiles of each kernel on this GPU",
 }
 
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    programs = "\n".join(f"  python -m benchmarks {name:10}{text}" for name, text in PROGRAMS.items())
+    programs = "\n".join(f"  python -m benchmarks {name:13}{text}" for name, text in PROGRAMS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time the expert layer against its baselines on the shapes of real models.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ def _no_peft(case: Case, device: torch.device) -> str | None:
 def _no_compiler(case: Case, device: torch.device) -> str | None:
     if not case.compiled:
         return "torch.compile is measured in selected cases only"
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "torch.compile is turned off (TORCH_COMPILE_DISABLE)"
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile needs a C++ compiler"
     return None

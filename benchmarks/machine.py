@@ -34,7 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load": load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "commit": commit(),
         "cache_bytes": cache_bytes(device),
     }
@@ -146,7 +146,8 @@ def _clocks() -> dict[str, str]:
     return dict(zip(_CLOCKS.split(","), (value.strip() for value in found.split(",")), strict=False))
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

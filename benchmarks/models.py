@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import QUERY_WIDTH
+from cram.base import base_folder
+from cram.loading import Sources, load_processor
 
 IMAGE_TOKEN, TEXT_TOKENS, ANSWER_TOKENS = 5, 128, 16
 
@@ -39,18 +41,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a random LLaVA: the language model's, and the vision tower's (its image gives the tokens)."""
+    """Shape of a random LLaVA: the language model's, the vision tower's, and CLIP's text model's."""
 
     hidden: int
     layers: int
     heads: int
     mlp: int
-    vision: tuple[int, int, int]  # hidden, layers, image size at 14 pixels a patch
+    vision: tuple[int, int, int]  # hidden, layers, image size at 14 pixels a patch: it gives the image tokens
     vocabulary: int = 32064
+    text: tuple[int, int] = (QUERY_WIDTH, 12)  # hidden, layers
 
 
 SIZES = {
-    "toy": Size(64, 2, 2, 96, (32, 2, 28), 512),
+    "toy": Size(64, 2, 2, 96, (32, 2, 28), 512, (32, 2)),
     "1b": Size(2048, 24, 16, 5504, (1024, 24, 336)),
     "7b": Size(4096, 32, 32, 11008, (1024, 24, 336)),
 }
@@ -65,7 +68,6 @@ def shared_copy(model: Any) -> Any:
 def demo(device: torch.device, dtype: torch.dtype, samples: int) -> Work:
     """The shipped base with samples of the built-in stream's first task."""
     from cram.learning.batches import collate, encode_sample, pad_id, training_batch
-    from cram.loading import Sources
     from cram.streams import load_stream
 
     name = str(dtype).removeprefix("torch.")
@@ -78,8 +80,13 @@ def demo(device: torch.device, dtype: torch.dtype, samples: int) -> Work:
     return Work(model, encoder, processor, move(batch), labels.to(device), move(prompt), routed=True)
 
 
-def random_llava(size: Size, device: torch.device, dtype: torch.dtype, samples: int) -> Work:
-    """A LLaVA with random weights; prompts of one image and `TEXT_TOKENS`."""
+def random_llava(
+    size: Size, device: torch.device, dtype: torch.dtype, samples: int, routed: bool = False
+) -> Work:
+    """A LLaVA with random weights; prompts of one image and `TEXT_TOKENS`, words of the shipped base.
+
+    With `routed`, a random CLIP encodes the prompts, on the model's own vision tower, as with LLaVA-1.5.
+    """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     width, depth, pixels = size.vision
@@ -116,7 +123,12 @@ def random_llava(size: Size, device: torch.device, dtype: torch.dtype, samples: 
         torch.set_default_dtype(before)
     model.generation_config.pad_token_id = 0
     image_tokens = (pixels // 14) ** 2
-    text = torch.randint(10, size.vocabulary, (samples, TEXT_TOKENS))
+    encoder, processor = SimpleNamespace(image_dim=QUERY_WIDTH, reuses_vision_tower=False), None
+    vocabulary = size.vocabulary
+    if routed:
+        encoder, processor = _random_clip(model, size), load_processor(base_folder() / "llava")
+        vocabulary = min(vocabulary, len(processor.tokenizer))
+    text = torch.randint(10, vocabulary, (samples, TEXT_TOKENS))
     ids = torch.cat([torch.full((samples, image_tokens), IMAGE_TOKEN), text], 1)
     inputs = {
         "input_ids": ids,
@@ -126,8 +138,36 @@ def random_llava(size: Size, device: torch.device, dtype: torch.dtype, samples: 
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWER_TOKENS:] = ids[:, -ANSWER_TOKENS:]
     inputs = _mover(device, dtype)(inputs)
-    encoder = SimpleNamespace(image_dim=QUERY_WIDTH, reuses_vision_tower=False)
-    return Work(model, encoder, None, inputs, labels.to(device), inputs, routed=False)
+    return Work(model, encoder, processor, inputs, labels.to(device), inputs, routed)
+
+
+def _random_clip(model: Any, size: Size) -> Any:
+    """A CLIP whose vision model has the weights of the model's tower, with the shipped base's tokenizer."""
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+
+    from cram.families import family_of
+    from cram.routing.clip import ClipEncoder
+
+    tower, source = model.get_submodule(family_of(model).vision_tower), base_folder() / "clip"
+    hidden, layers = size.text
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(hidden // 64, 1),
+        "vocab_size": max(len(tokenizer), 49408),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPConfig(
+        text_config=text, vision_config=tower.config.to_dict(), projection_dim=min(hidden, QUERY_WIDTH)
+    )
+    clip = CLIPModel(config)
+    clip.vision_model.load_state_dict(tower.state_dict())
+    clip = clip.to(model.device)
+    encoder = ClipEncoder(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model)
+    assert encoder.reuses_vision_tower
+    return encoder
 
 
 def _mover(device: torch.device, dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

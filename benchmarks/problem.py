@@ -133,7 +133,8 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def _draw(case: Case, device: torch.device, seed: int) -> Problem:
-    generator = torch.Generator(device).manual_seed(seed)
+    # Tensors without memory are not drawn.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     dtype, model = DTYPES[case.dtype], model_named(case.model)
 
     def draw(*shape: int, fan: int = 1, dtype: torch.dtype = dtype) -> Tensor:

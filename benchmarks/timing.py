@@ -123,6 +123,8 @@ def seconds(run: Step, repeats: int, device: torch.device) -> float:
 
 def interleaved(samplers: dict[str, Sampler], device: torch.device, limits: Limits) -> dict[str, Timing]:
     """Time the candidates in rounds, one sample each a round, in an order that rotates."""
+    if not samplers:
+        return {}
     repeats = {
         name: max(1, round(SAMPLE_SECONDS / max(seconds(s.run, 1, device), 1e-7)))
         for name, s in samplers.items()

@@ -66,8 +66,15 @@ def check_pytest(arguments: list[str]) -> None:
     assert all((ROOT / p).exists() for p in paths), arguments
 
 
-def check_venv(arguments: list[str]) -> None:
-    """An environment is made in the folder that the Makefile uses."""
+def check_python(arguments: list[str]) -> None:
+    """A program of the benchmarks accepts the arguments; an environment stands where the Makefile has it."""
+    if arguments[:2] == ["-m", "benchmarks"]:
+        command = [sys.executable, *arguments, "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        words = re.split(r"[\s\[\],]+", done.stdout)
+        assert set(arguments) <= set(words), arguments
+        return
     assert arguments == ["-m", "venv", ".venv"], arguments
 
 
@@ -76,7 +83,7 @@ CHECKS = {
     "cram": check_cram,
     "pip": check_pip,
     "pytest": check_pytest,
-    "python3": check_venv,
+    "python3": check_python,
 }
 
 
@@ -105,6 +112,8 @@ def test_documented_command_is_accepted(document: str, command: str) -> None:
         "pytest -m no-such-marker",
         "pytest tests/no_such_folder",
         "python3 -m venv elsewhere",
+        "python3 -m benchmarks no-such-program",
+        "python3 -m benchmarks gpu --no-such-option",
         "no-such-program",
     ],
 )

@@ -1,9 +1,15 @@
-"""Everything that a CUDA machine can settle, in one command within ten minutes: `make gpu`.
+"""Everything that a CUDA machine can settle, in a call of 570 seconds and a short second one.
 
-Parts run one after another as processes of their own, each within its share of the time; what a part does
-not use goes to the next. A part that fails or runs out of time costs the others nothing, and results are
-written as they come. The last lines are the summary. Without a CUDA device all parts run on toy shapes, so
-that they stay alive.
+    python -m benchmarks gpu                the first: values before speed
+    python -m benchmarks gpu --second       the second: the penalty, and whole models
+
+Parts are processes of their own. A part that fails or runs out of time costs the others nothing, and what it
+does not use of its time goes to the next. Results are written as they come; where $OUT is set, they are
+packed into one archive there after every part. The last lines say how the parts ended and which predictions
+held.
+
+A kit that `python -m benchmarks prepare` made elsewhere is unpacked first (build/gpu-kit.tgz). Without a CUDA
+device every part runs on toy shapes, and the summary names what is left out then.
 """
 
 from __future__ import annotations
@@ -11,179 +17,191 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import kit, machine, predictions, report
+from benchmarks.processes import Ended, Part, run_beside
 
-TOTAL_SECONDS = 570.0
-TAIL_LINES = 6
-SHOWN = ("tests", "penalty", "tiles")  # whose last lines belong into the summary
-# A case or shape that has begun may take so long.
-LAST_CASE_SECONDS = 25.0
+SECONDS = {1: 570.0, 2: 170.0}
 FAULT = 9  # exit code that compute-sanitizer is told to use
+TESTED = ("tests/cram_kernels", "tests/benchmarks/programs/test_gpu.py")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+HERE = (sys.executable, "-m", "benchmarks")
+Stage = tuple[Part, ...]  # parts that run side by side
 
 
-@dataclass(frozen=True)
-class Part:
-    """One process.
+def stages(call: int, device: torch.device, out: Path, has_kit: bool = False) -> list[Stage]:
+    """Return the parts of a call in their order.
 
-    Attributes:
-        name: Shown in the summary.
-        command: What runs; "{seconds}" stands for the time after which it should begin nothing more.
-        seconds: Its share of the time.
-        environment: Variables set for it.
-        restarts: Whether it resumes where a crash stopped it, if it is started again.
-        missing: Why it cannot run here, or None.
+    Args:
+        call: 1 or 2.
+        device: Where; on a CPU everything is a toy.
+        out: Folder of the results.
+        has_kit: Whether compiled kernels were brought along.
     """
-
-    name: str
-    command: tuple[str, ...]
-    seconds: float
-    environment: dict[str, str] = field(default_factory=dict)
-    restarts: bool = False
-    missing: str | None = None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a part ended: ok, failed, out of time or skipped, and its last lines."""
-
-    part: Part
-    status: str
-    seconds: float
-    tail: tuple[str, ...] = ()
-
-
-def parts(device: torch.device, out: Path) -> list[Part]:
-    """Return the parts in their order."""
     cuda = device.type == "cuda"
-    python, here = sys.executable, (sys.executable, "-m", "benchmarks")
-    size = () if cuda else ("--toy",)
-    tests = "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "--continue-on-collection-errors"
-    # Other versions of third-party packages warn of other things than those the suite knows.
-    tests += ("-W", "default", "-p", "no:cacheprovider", *(() if cuda else ("--collect-only",)))
-    # Most of the time goes into compiling kernels, which processes do side by side.
-    tests += ("-n", "8") if cuda and find_spec("xdist") else ()
-    no_pytest = None if find_spec("pytest") else "pytest is not installed"
-    out_option, until = ("--out", str(out)), ("--seconds", "{seconds}")
-    no_cuda = None if cuda else "no CUDA device"
+    toy, where, until = () if cuda else ("--toy",), ("--out", str(out)), ("--seconds", "{seconds}")
+    interpreter = {} if cuda else {"TRITON_INTERPRET": "1"}
+    eager = "calls are eager, under Triton's interpreter: no graph is captured"
+    if call == 2:
+        model = ("7b", "1", "16", "8") if cuda else ("toy", "0", "2", "2")
+        sizes = zip(("--model", "--seconds", "--tokens", "--samples"), model, strict=True)
+        whole = (*HERE, "e2e", *(text for pair in sizes for text in pair), *where)
+        penalty = (*HERE, "penalty", *toy, "--device", device.type, *where)
+        return [
+            (Part("penalty", penalty, 40, stub="the CPU's candidates on three small modules", shown=True),),
+            (Part("e2e", whole, 120, stub="a random LLaVA of two small layers", shown=True),),
+        ]
     return [
-        # The native libraries; where they cannot be built, their operations run otherwise and say so.
-        Part("build", (python, "csrc/build.py"), 60, missing=no_cuda),
-        Part("tests", (python, *tests), 140, missing=no_pytest),
-        _sanitized("memcheck", cuda),
-        _sanitized("racecheck", cuda),
-        Part("benchmark", (*here, *size, *out_option, "--resume", *until), 170, restarts=True),
-        Part("penalty", (*here, "penalty", "--device", device.type), 20, missing=no_cuda),
-        Part("tiles", (*here, "tune", *out_option, *until), 80),
+        (_libraries(cuda),),
+        (_asks("replays", 45, (*toy, *where, *until), interpreter, eager),),
+        (_asks("experiments", 90, (*toy, *where, *until), interpreter, eager),),
+        (_tests(cuda), *(_sanitized(tool, cuda) for tool in SANITIZERS)),
+        (
+            Part(
+                "benchmark",
+                (*HERE, *toy, *where, "--resume", *until),
+                125,
+                {"TORCH_COMPILE_DISABLE": "1"},
+                restarts=True,
+                stub="no candidate of Triton",
+            ),
+        ),
+        (_profiled(cuda, toy, interpreter),),
+        (_asks("tune", 75, (*where, *until, *(("--jobs", "0") if has_kit else ())), interpreter, eager),),
     ]
 
 
+def _asks(
+    name: str, seconds: float, options: tuple[str, ...], environment: dict[str, str], stub: str
+) -> Part:
+    options = (*options, "--replays", "3") if name == "replays" and environment else options
+    return Part(name, (*HERE, name, *options), seconds, environment, stub=stub, shown=True)
+
+
+def _libraries(cuda: bool) -> Part:
+    command = (*HERE, "libraries", *(() if cuda else ("--check",)))
+    return Part("libraries", command, 60, stub="what is amiss is said and not built", shown=True)
+
+
+def _tests(cuda: bool) -> Part:
+    command = (sys.executable, "-m", "pytest", *TESTED, "-m", "gpu", "-q", "--tb=short")
+    # Other versions of third-party packages warn of other things than those the suite knows.
+    command += ("--continue-on-collection-errors", "-W", "default", "-p", "no:cacheprovider")
+    # Most of the time goes into compiling kernels, which processes do side by side.
+    command += () if not cuda else ("-n", "8") if find_spec("xdist") else ()
+    command += () if cuda else ("--collect-only",)
+    missing = None if find_spec("pytest") else "pytest is not installed"
+    stub = "tests that need a CUDA device are collected, not run"
+    return Part("tests", command, 150, missing=missing, stub=stub, shown=True)
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
 def _sanitized(tool: str, cuda: bool) -> Part:
-    checks = (sys.executable, "-m", "benchmarks", "sanitize")
+    checks = (*HERE, "sanitize")
     if not cuda:
-        return Part(tool, checks, 50, missing=None if tool == "memcheck" else "no CUDA device")
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        missing = None if tool == SANITIZERS[0] else "no CUDA device; its command is the first sanitizer's"
+        return Part(tool, checks, 150, missing=missing, stub="the checks run without compute-sanitizer")
+    found = _tool("compute-sanitizer")
     command = (found or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FAULT), *checks)
     # Allocations from the cache of PyTorch would hide accesses between two tensors.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(tool, command, 50, environment, missing=None if found else "compute-sanitizer is not there")
+    return Part(tool, command, 150, environment, missing=None if found else "compute-sanitizer is not there")
 
 
-def run(part: Part, seconds: float, log: Path) -> Ended:
-    """Run a part for at most so long; its output goes to the log."""
-    if part.missing is not None:
-        return Ended(part, f"skipped: {part.missing}", 0.0)
-    begin = time.monotonic()
-    code: int | None = None
-    before = log.stat().st_size if log.is_file() else 0
-    while True:
-        left = seconds - (time.monotonic() - begin)
-        started = time.monotonic()
-        code = _process(part, left, log)
-        # A crash within seconds of a start would only repeat itself.
-        again = part.restarts and code not in (0, None) and time.monotonic() - started > 10
-        if not again or seconds - (time.monotonic() - begin) < 20:
-            break
-    status = "ok" if code == 0 else "out of time" if code is None else f"failed (exit code {code})"
-    with log.open(errors="replace") as file:
-        file.seek(before)
-        lines = [line.rstrip() for line in file if line.strip()]
-    return Ended(part, status, time.monotonic() - begin, tuple(lines[-TAIL_LINES:]))
+def _profiled(cuda: bool, toy: tuple[str, ...], environment: dict[str, str]) -> Part:
+    program = (*HERE, "profile", *toy)
+    if not cuda:
+        return Part("ncu", program, 45, environment, stub="the kernels run without ncu, in the interpreter")
+    found = _tool("ncu")
+    # The card's clocks are left as they are. The package's kernels begin with an underscore.
+    options = ("--clock-control", "none", "--set", "basic", "-k", "regex:^_")
+    missing = None if found else "ncu is not there"
+    return Part("ncu", (found or "ncu", *options, *program), 45, missing=missing)
 
 
-def _process(part: Part, seconds: float, log: Path) -> int | None:
-    """Return the exit code, or None if the time was over; the process and its children are ended then."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
-    with log.open("a") as file:
-        until = f"{max(seconds - LAST_CASE_SECONDS, 1.0):.0f}"
-        command = [text.replace("{seconds}", until) for text in part.command]
-        print(f"$ {' '.join(command)}", file=file, flush=True)
-        process = subprocess.Popen(
-            command,
-            cwd=machine.ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(max(seconds, 1.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None
-
-
-def summary(ended: Sequence[Ended], out: Path) -> list[str]:
-    """Return the lines printed last: how the parts ended, then the benchmark's goals and headline figures."""
+def summary(ended: Sequence[Ended], out: Path, cuda: bool) -> list[str]:
+    """Return the lines printed last: how the parts ended, the benchmark's goals, and what held."""
     lines = ["", "== parts"]
     for end in ended:
         lines.append(f"{end.part.name:12}{end.seconds:6.0f} s  {end.status}")
-        if end.status != "ok" or end.part.name in SHOWN:
+        if end.part.missing is None and end.part.stub and not cuda:
+            lines.append(f"    left out: {end.part.stub}")
+        if end.part.missing is None and (end.status != "ok" or end.part.shown):
             lines += [f"    {text[:160]}" for text in end.tail]
-    results = report.load(out / "results.json")
+    measured = any(end.part.name == "benchmark" for end in ended)
+    results = report.load(out / "results.json") if measured else None
     if results is not None:
         lines += ["", "== benchmark", *report.compact(results)]
-    return lines
+    return [*lines, "", "== predictions", *predictions.verdicts(predictions.load(out))]
+
+
+def brought(file: Path, cache: Path) -> list[str]:
+    """Unpack a kit; return lines for a reader."""
+    if not file.is_file():
+        return [f"no kit ({file.name}): libraries and kernels are made here"]
+    return kit.unpack(file, cache=cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all parts; returns 1 if one failed."""
+    """Run the parts of one call; returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the results (default: $OUT, or by machine)")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for all parts together")
+    parser.add_argument("--second", action="store_true", help="the short second call")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: build/gpu with $OUT set)")
+    parser.add_argument("--seconds", type=float, help="time for all parts together (default: 570, 170)")
     arguments = parser.parse_args(argv)
+    begin, call = time.monotonic(), 2 if arguments.second else 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = machine.results_folder()
-    default = results if "OUT" in os.environ else results / machine.machine_name(device)
+    results, back = machine.results_folder(), os.environ.get("OUT")
+    default = machine.ROOT / "build" / "gpu" if back else results / machine.machine_name(device)
     out = (arguments.out or default).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "gpu.log"
-    log.unlink(missing_ok=True)
+    logs = out / f"logs-{call}"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
     for name, value in machine.environment(device).items():
         print(f"{name}: {value}", flush=True)
-    if device.type != "cuda":
+    cuda = device.type == "cuda"
+    cache, file = (kit.CACHE, kit.KIT) if cuda else (out / "kernels", out / "kit.tgz")
+    deadline = begin + (arguments.seconds or SECONDS[call])
+    ended: list[Ended] = []
+    if not cuda:
         print("no CUDA device: every part on toy shapes", flush=True)
-    deadline, ended, spare = time.monotonic() + arguments.seconds, [], 0.0
-    for part in parts(device, out):
-        share = min(part.seconds + spare, deadline - time.monotonic())
-        print(f"{part.name}: at most {share:.0f} s", flush=True)
-        ended.append(run(part, share, log))
-        spare = max(share - ended[-1].seconds, 0.0)
-    lines = summary(ended, out)
-    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+        ended += run_beside((_prepared(file, out),), deadline - time.monotonic(), logs) if call == 1 else []
+    said = brought(file, cache)
+    print("\n".join(said), flush=True)
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    before, spare = kit.count_kernels(cache), 0.0
+    for stage in stages(call, device, out, file.is_file()):
+        share = min(max(part.seconds for part in stage) + spare, deadline - time.monotonic())
+        print(f"{', '.join(part.name for part in stage)}: at most {share:.0f} s", flush=True)
+        started = time.monotonic()
+        ended += run_beside(stage, share, logs)
+        spare = max(share - (time.monotonic() - started), 0.0)
+        if back:
+            kit.pack_results(out, Path(back) / f"gpu-{call}.tgz")
+    said.append(f"kernels compiled here: {kit.count_kernels(cache) - before}")
+    lines = [*said, *summary(ended, out, cuda)]
+    (out / f"summary-{call}.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if back:
+        kit.pack_results(out, Path(back) / f"gpu-{call}.tgz")
     return int(any(end.status.startswith("failed") for end in ended))
+
+
+def _prepared(file: Path, out: Path) -> Part:
+    command = (*HERE, "prepare", "--toy", "--out", str(file), "--cache", str(out / "kernels"))
+    return Part(
+        "prepare", command, 60, {"TRITON_INTERPRET": "0"}, stub="two kernels; libraries that are there"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import ours
+from benchmarks import machine, ours
 from cram_kernels import orthogonality_penalty
 
 IMPLS = ("native", "cpu", "reference")
@@ -195,9 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row | shared | {"features": features, "rank": RANK} for row in rows]
     for row in rows:
         print(json.dumps(row))
+    found = {"environment": machine.environment(device), "rows": rows}
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "penalty.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        (arguments.out / "penalty.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -12,7 +12,7 @@ from benchmarks import goals, markdown
 from benchmarks.machine import ROOT
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+MARKER = "speed"
 TITLES = {"decode": "inference", "train": "training step"}
 OTHERS = {"released": "released loop", "peft-9": "PEFT, one LoRA of rank 9", "packed": "packed PyTorch"}
 
@@ -22,21 +22,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with a results.json")
     results = json.loads((parser.parse_args(argv).folder / "results.json").read_text())
-    README.write_text(replaced(README.read_text(), section(results)))
+    README.write_text(markdown.replaced(README.read_text(), MARKER, section(results)))
     return 0
-
-
-def replaced(text: str, lines: list[str]) -> str:
-    """Return the text with `lines` between the markers.
-
-    Raises:
-        ValueError: If the markers are missing.
-    """
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{README.name} must hold {BEGIN} and {END}, got a text without them")
-    return f"{before}{begin}" + "".join(f"{line}\n" for line in lines) + f"{end}{after}"
 
 
 def section(results: dict[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import ours
-from benchmarks.candidates import taking_part
+from benchmarks import ours, truth
+from benchmarks.candidates import Candidate, taking_part
 from benchmarks.cases import GATE_OPS, LAYER_OPS, PART_OPS, STACKED_OPS, STREAMS, Case
 from benchmarks.problem import SCALE, make
 from benchmarks.suite import failures, passed
@@ -25,19 +25,34 @@ from cram_kernels.dispatch import IMPLS
 TOKENS = (1, 17, 65, 300)
 
 
-def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield name and check of every implementation that runs on the device."""
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    # On a GPU these run PyTorch's own kernels, which take long to check.
-    foreign = ("cram cpu", "cram cpu one-op", "cram cpu stacked") if device.type == "cuda" else ()
+def checked(dtype: str) -> Iterator[tuple[Case, str, Candidate]]:
+    """Yield every operation and size, with each way of this package to compute it."""
     for op in (*LAYER_OPS, *STACKED_OPS, *GATE_OPS, *PART_OPS):
         for tokens in TOKENS if op not in GATE_OPS else (3,):
             segments = tokens if op in ("decode", *GATE_OPS) else 1
             projection = "" if op in GATE_OPS else "q+k+v" if op in STACKED_OPS else "k"
             case = Case(op, "toy", projection, "toy", tokens, segments, dtype)
             for name, candidate in taking_part(op).items():
-                if candidate.ours and name not in foreign and candidate.missing(case, device) is None:
-                    yield f"{case.name} {name}", partial(_gated, candidate, case, device)
+                if candidate.ours:
+                    yield case, name, candidate
+
+
+def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield what launches kernels of Triton on a GPU, each with a call."""
+    for case, name, candidate in checked("bfloat16"):
+        if "triton" in name:
+            p = make(case, device)
+            yield f"sanitize {case.name}", partial(truth.results, p, candidate.build(p))
+    yield "sanitize dropout and segment map", partial(_dropped, device, "triton")
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield name and check of every implementation that runs on the device."""
+    # On a GPU these run PyTorch's own kernels, which take long to check.
+    foreign = ("cram cpu", "cram cpu one-op", "cram cpu stacked") if device.type == "cuda" else ()
+    for case, name, candidate in checked("bfloat16" if device.type == "cuda" else "float32"):
+        if name not in foreign and candidate.missing(case, device) is None:
+            yield f"{case.name} {name}", partial(_gated, candidate, case, device)
     for impl in IMPLS:
         if ours.missing("expert_lora", impl, device, torch.float32) is None:
             yield f"dropout and segment map, {impl}", partial(_dropped, device, impl)
@@ -45,8 +60,8 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"penalty, {impl}", partial(_penalised, device, impl)
 
 
-def _gated(candidate: object, case: Case, device: torch.device) -> float:
-    return passed(candidate, make(case, device))  # type: ignore[arg-type]
+def _gated(candidate: Candidate, case: Case, device: torch.device) -> float:
+    return passed(candidate, make(case, device))
 
 
 def _dropped(device: torch.device, impl: str) -> None:

@@ -1,8 +1,9 @@
 """Try the tiles of SHRINK, EXPAND and GRAM on this GPU, beside the shipped table's.
 
-Candidates are compiled in parallel processes into Triton's cache on disk, then checked and timed one after
-another in this one. Nothing is changed: tiles.json says what won, and a person edits
-`cram_kernels/expert_lora/tiles.py`.
+Candidates are compiled in parallel processes into Triton's cache on disk (with `--jobs 0` that cache is there
+already), then checked and timed one after another in this one. Nothing is changed: tiles.json says what won,
+and a person edits `cram_kernels/expert_lora/tiles.py`. Without a CUDA device two tiles are tried on toy
+shapes, under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
@@ -37,8 +39,9 @@ SHAPES = [
     *grid(("shrink", "expand"), (_7B,), (8192, 16), streams=("64x8",)),
     *grid(("shrink", "expand"), ("Qwen3-VL-2B.q",), (8192, 16)),
 ]
+TOY = grid(("shrink", "expand", "gram"), ("toy.q",), (32,), ("float32",), ("toy",))
 LIMITS = Limits(0.0, 5, 5)
-WORKERS = 12
+JOBS = max(1, min(12, (os.cpu_count() or 2) - 2))
 # Field -> values to try, up to 64 tokens and beyond; fields in the order of the tile's.
 SHRINK_SMALL = {
     "block_t": (16,),
@@ -94,6 +97,14 @@ def candidates(case: Case, shipped: Any) -> list[Any]:
     return [shipped, *(tile for tile in tiles if tile != shipped and tile.block_t <= most_t)]
 
 
+def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield every shape and tile, each with a call that launches its kernels."""
+    for case in SHAPES:
+        p = make(case, device)
+        for tile in candidates(case, shipped_tile(p)):
+            yield f"tune {case.name} {tile}", torch.no_grad()(triton_part(p, tile).forward)
+
+
 def compile_all(case: Case, tiles: Sequence[Any]) -> None:
     """Run each tile once, which leaves its code in the disk cache; what fails here fails again when timed."""
     problem = make(case, torch.device("cuda"))
@@ -105,12 +116,11 @@ def compile_all(case: Case, tiles: Sequence[Any]) -> None:
             continue
 
 
-def warm(pool: ProcessPoolExecutor, case: Case, tiles: Sequence[Any]) -> None:
+def warm(pool: ProcessPoolExecutor, case: Case, tiles: Sequence[Any], jobs: int) -> None:
     """Compile in parallel."""
-    chunks = [list(tiles[i::WORKERS]) for i in range(WORKERS)]
-    jobs = [pool.submit(compile_all, case, chunk) for chunk in chunks if chunk]
-    for job in jobs:
-        job.result()
+    chunks = [list(tiles[i::jobs]) for i in range(jobs)]
+    for done in [pool.submit(compile_all, case, chunk) for chunk in chunks if chunk]:
+        done.result()
 
 
 def measure(case: Case, device: torch.device, tiles: Sequence[Any]) -> list[dict[str, Any]]:
@@ -132,17 +142,20 @@ def measure(case: Case, device: torch.device, tiles: Sequence[Any]) -> list[dict
     return found
 
 
-def tune(device: torch.device, shapes: Sequence[Case], seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield one result a shape until the time is over."""
+def tune(
+    device: torch.device, shapes: Sequence[Case], seconds: float, jobs: int, most: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield one result for each shape until the time is over; with `jobs` 0, nothing is compiled ahead."""
     deadline = time.monotonic() + seconds
-    context = get_context("spawn")
-    with ProcessPoolExecutor(min(WORKERS, max(1, (os.cpu_count() or 2) - 2)), mp_context=context) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs else None
+    with pool or nullcontext():
         for case in shapes:
             if time.monotonic() > deadline:
                 return
-            tiles = candidates(case, shipped_tile(make(case, device)))
+            tiles = candidates(case, shipped_tile(make(case, device)))[:most]
             try:
-                warm(pool, case, tiles)
+                if pool is not None:
+                    warm(pool, case, tiles, jobs)
             except BrokenExecutor as error:
                 yield {"name": case.name, "failed": str(error)}
                 return
@@ -178,14 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of tiles.json")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no shape after so long")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes that compile; 0 for none")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("tune: no CUDA device, nothing to time")
-        return 0
-    device = torch.device("cuda")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     found: dict[str, Any] = {"environment": machine.environment(device), "shapes": []}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for shape in tune(device, SHAPES, arguments.seconds):
+    chosen = (SHAPES, arguments.seconds, arguments.jobs) if cuda else (TOY, arguments.seconds, 0, 2)
+    if not cuda:
+        print("tune: no CUDA device, two tiles on toy shapes")
+    for shape in tune(device, *chosen):
         found["shapes"].append(shape)
         (arguments.out / "tiles.json").write_text(json.dumps(found, indent=1) + "\n")
         print(line(shape), flush=True)

@@ -175,3 +175,10 @@ def test_floor_of_a_part_counts_no_partial_sums(op: str) -> None:
     for tile in [shipped, *([replace(shipped, **{split: 4})] if split else [])]:
         found = suite.costs(problem, parts.triton_part(problem, tile), ceilings, "triton")
         assert found["floor_us"] == ceilings.floor_us(floors.expert_phases(case), "float32")
+
+
+def test_a_case_without_a_right_candidate_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = {"broken": candidates.Candidate(_raises)}
+    monkeypatch.setattr(suite, "taking_part", lambda op: only)
+    cell = suite.measure(CASE, CPU, TOY, floors.Ceilings(1.0, {"float32": 1.0}))
+    assert list(cell["rows"]) == ["broken"] and list(cell["rows"]["broken"]) == ["failed"]

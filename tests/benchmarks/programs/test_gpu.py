@@ -1,92 +1,178 @@
-"""The GPU command's bookkeeping with harmless parts, and the tile tuner's without a GPU."""
+"""The GPU command's schedule and bookkeeping, with harmless parts; and the harness on a GPU."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import parts, timing
-from benchmarks.__main__ import main
+from benchmarks import kit, parts, timing
+from benchmarks.__main__ import PROGRAMS, main
 from benchmarks.cases import Case
 from benchmarks.problem import make
-from benchmarks.programs import gpu, sanitize, tune
-from benchmarks.programs.gpu import Part
+from benchmarks.processes import Ended, Part
+from benchmarks.programs import gpu, tune
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def python(code: str, **options: object) -> Part:
+def python(code: str, name: str = "part", **options: object) -> Part:
     """A part that runs some Python."""
-    return Part("part", (sys.executable, "-c", code), 5.0, **options)  # type: ignore[arg-type]
+    return Part(name, (sys.executable, "-c", code), 5.0, **options)  # type: ignore[arg-type]
 
 
-def test_parts_end_as_they_end(tmp_path: Path) -> None:
-    log = tmp_path / "gpu.log"
-    good = gpu.run(python("print('figures')"), 5.0, log)
-    bad = gpu.run(python("import sys; print('why'); sys.exit(3)"), 5.0, log)
-    slow = gpu.run(python("import time; print('begun', flush=True); time.sleep(60)"), 1.5, log)
-    absent = gpu.run(python("", missing="no such tool"), 5.0, log)
-    assert [end.status for end in (good, bad, slow, absent)] == [
-        "ok",
-        "failed (exit code 3)",
-        "out of time",
-        "skipped: no such tool",
-    ]
-    assert good.tail[-1] == "figures" and bad.tail[-1] == "why" and slow.tail[-1] == "begun"
-    assert slow.seconds < 10
-    shown = "\n".join(gpu.summary([good, bad, slow, absent], tmp_path))
-    assert "why" in shown and "begun" in shown and "figures" not in shown
+@pytest.fixture
+def harmless(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Stage]:
+    """Stages that take the place of the real ones."""
+    chosen: list[gpu.Stage] = []
+    monkeypatch.setattr(gpu, "stages", lambda *_: chosen)
+    monkeypatch.setattr(gpu, "_prepared", lambda file, out: python("print('prepared')", "prepare"))
+    return chosen
 
 
-def test_parts_know_when_to_stop(tmp_path: Path) -> None:
-    part = Part("part", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"), 5.0)
-    assert gpu.run(part, 65.0, tmp_path / "log").tail[-1] == f"{65 - gpu.LAST_CASE_SECONDS:.0f}"
-
-
-def test_parts_see_their_environment(tmp_path: Path) -> None:
-    part = python("import os; print(os.environ['SOME'], os.environ['OUT'])", environment={"SOME": "value"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OUT", "folder")
-        assert gpu.run(part, 5.0, tmp_path / "log").tail[-1] == "value folder"
-
-
-def test_main_runs_all_parts_and_fails_if_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_all_parts_run_and_one_failure_fails_the_command(
+    harmless: list[gpu.Stage], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = [python("print(1)"), python("raise SystemExit(2)"), python("print(3)")]
-    monkeypatch.setattr(gpu, "parts", lambda device, out: chosen)
+    harmless += [
+        (python("print(1)", "one"),),
+        (python("raise SystemExit(2)", "two"), python("print(2)", "beside", stub="the hard half")),
+        (python("print(3)", "three", shown=True),),
+    ]
     assert gpu.main(["--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
-    assert shown.count("part ") >= 3 and "failed (exit code 2)" in shown
-    assert (tmp_path / "summary.txt").read_text().strip() in shown
-    chosen.pop(1)
+    for name, status in (
+        ("prepare", "ok"),
+        ("one", "ok"),
+        ("two", r"failed \(exit code 2\)"),
+        ("three", "ok"),
+    ):
+        assert re.search(rf"^{name} +\d+ s  {status}$", shown, re.MULTILINE), name
+    assert "    left out: the hard half" in shown and "    3\n" in shown
+    assert "predictions have no figure" in shown and "no kit (kit.tgz)" in shown
+    assert (tmp_path / "summary-1.txt").read_text() in shown
+    assert sorted(path.stem for path in (tmp_path / "logs-1").iterdir()) == [
+        "beside",
+        "one",
+        "prepare",
+        "three",
+        "two",
+    ]
+    harmless.pop(1)
     assert gpu.main(["--out", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_shares_fit_into_ten_minutes(device: str, tmp_path: Path) -> None:
-    chosen = gpu.parts(torch.device(device), tmp_path)
-    assert [part.name for part in chosen] == [
-        "build",
-        "tests",
-        "memcheck",
-        "racecheck",
-        "benchmark",
-        "penalty",
-        "tiles",
-    ]
-    assert sum(part.seconds for part in chosen) <= 600 and gpu.TOTAL_SECONDS < 600
-    assert ("--toy" in chosen[4].command) == (device == "cpu")
+def test_results_go_back_in_one_file(
+    harmless: list[gpu.Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = tmp_path / "back"
+    back.mkdir()
+    monkeypatch.setenv("OUT", str(back))
+    harmless.append((python("print('figures')", "one"),))
+    assert gpu.main(["--second", "--out", str(tmp_path / "results")]) == 0
+    assert [path.name for path in back.iterdir()] == ["gpu-2.tgz"]
+    with tarfile.open(back / "gpu-2.tgz") as archive:
+        assert {"results/logs-2/one.log", "results/summary-2.txt"} <= set(archive.getnames())
+
+
+def test_a_kit_is_unpacked_and_its_kernels_are_counted(
+    harmless: list[gpu.Stage],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A part that compiles one kernel more, in the cache that it is told."""
+    (tmp_path / "made" / "HASH").mkdir(parents=True)
+    (tmp_path / "made" / "HASH" / "_shrink.cubin").touch()
+    kit.pack(tmp_path / "kit.tgz", tmp_path, tmp_path / "made")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    code = (
+        "import os, pathlib; folder = pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'NEW'); "
+        "folder.mkdir(); (folder / '_expand.cubin').touch()"
+    )
+    harmless.append((python(code, "one"),))
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "kit: no library, 1 kernels" in shown and "kernels compiled here: 1" in shown
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("call", [1, 2])
+def test_shares_fit_into_the_calls(call: int, device: torch.device, tmp_path: Path) -> None:
+    chosen = gpu.stages(call, device, tmp_path)
+    names = [[part.name for part in stage] for stage in chosen]
+    assert (
+        names
+        == {
+            1: [
+                ["libraries"],
+                ["replays"],
+                ["experiments"],
+                ["tests", *gpu.SANITIZERS],
+                ["benchmark"],
+                ["ncu"],
+                ["tune"],
+            ],
+            2: [["penalty"], ["e2e"]],
+        }[call]
+    )
+    # The libraries are built only where those of the kit do not load.
+    assert sum(max(part.seconds for part in stage) for stage in chosen) <= gpu.SECONDS[call] + 60
+    assert gpu.SECONDS[1] < 600 and sum(gpu.SECONDS.values()) <= 750
+    for part in (part for stage in chosen for part in stage):
+        assert part.stub or device.type == "cuda" and part.name in (*gpu.SANITIZERS, "ncu"), part.name
+        program = part.command[part.command.index("benchmarks") + 1] if "benchmarks" in part.command else ""
+        assert program in PROGRAMS or program.startswith("--") or part.name == "tests"
+
+
+def test_toys_where_there_is_no_device_and_real_shapes_where_there_is(tmp_path: Path) -> None:
+    for call in (1, 2):
+        toys, real = (
+            {p.name: p.command for stage in gpu.stages(call, device, tmp_path) for p in stage}
+            for device in (CPU, CUDA)
+        )
+        for name, command in real.items():
+            assert "--toy" not in command and "toy" not in command, name
+            # The tuner looks for a device itself.
+            assert toys[name] != command or name == "tune", name
+    assert "7b" in real["e2e"] and "toy" in toys["e2e"]
+
+
+def test_compiling_ahead_is_left_out_with_a_kit(tmp_path: Path) -> None:
+    tuned = {has: gpu.stages(1, CUDA, tmp_path, has)[-1][0].command for has in (False, True)}
+    assert "--jobs" not in tuned[False] and tuned[True][-2:] == ("--jobs", "0")
+
+
+def test_a_missing_library_is_in_the_summary(tmp_path: Path) -> None:
+    """What `libraries` says last is why the CUDA library is not there."""
+    (part,) = gpu.stages(1, CUDA, tmp_path)[0]
+    reason = "libcram_cuda.so: nvcc failed: error: identifier is undefined"
+    lines = gpu.summary([Ended(part, "failed (exit code 1)", 40.0, (reason,))], tmp_path, cuda=True)
+    assert any("failed" in line for line in lines) and f"    {reason}" in lines
+
+
+@pytest.mark.slow
+def test_the_command_without_a_device(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every part's own code runs, on toys."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for options in ([], ["--second"]):
+        assert gpu.main([*options, "--out", str(tmp_path)]) == 0
+    shown = capfd.readouterr().out
+    assert "out of time" not in shown and "failed" not in shown.split("== benchmark")[0]
+    files = ("results", "experiments", "replays", "penalty", "e2e-toy", "tiles")
+    assert all((tmp_path / f"{name}.json").is_file() for name in files)
+    assert json.loads((tmp_path / "replays.json").read_text())["rows"][0]["wrong"] == 0
 
 
 @pytest.mark.gpu
 def test_a_graph_calls_every_set() -> None:
-    device = torch.device("cuda")
-    totals = [torch.zeros(4, device=device) for _ in range(3)]
-    made = timing.sampler([lambda t=t: t.add_(1.0) for t in totals], device, captured=True)
+    totals = [torch.zeros(4, device=CUDA) for _ in range(3)]
+    made = timing.sampler([lambda t=t: t.add_(1.0) for t in totals], CUDA, captured=True)
     before = [total.clone() for total in totals]
     made.run()
     torch.cuda.synchronize()
@@ -110,56 +196,8 @@ def test_toy_suite_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_tile_is_tried(tmp_path: Path) -> None:
+def test_a_tile_is_tried() -> None:
     case = Case("expand", "toy", "q", "toy", 64, 1, "bfloat16")
-    device = torch.device("cuda")
-    tile = parts.shipped_tile(make(case, device))
-    (row,) = tune.measure(case, device, [tile])
+    tile = parts.shipped_tile(make(case, CUDA))
+    (row,) = tune.measure(case, CUDA, [tile])
     assert row["median_us"] > 0 and row["error"] < 2e-2
-
-
-def test_sanitised_checks_pass_here(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sanitize.main(["--device", "cpu"]) == 0
-    assert "checks passed on cpu" in capsys.readouterr().out
-
-
-def test_sanitised_checks_report_a_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("misaligned address")
-
-    monkeypatch.setattr(sanitize, "passed", broken)
-    assert sanitize.main(["--device", "cpu"]) == 1
-    assert "FAILED decode/toy.k/toy/T1/float32 cram cpu: misaligned address" in capsys.readouterr().out
-
-
-def test_tiles_to_try_are_the_shipped_one_and_the_grid() -> None:
-    tiles = pytest.importorskip("cram_kernels.expert_lora.tiles")
-    kinds = {"shrink": tiles.ShrinkTile, "expand": tiles.ExpandTile, "gram": tiles.GramTile}
-    for op, spaces in tune.SPACES.items():
-        for space in spaces:
-            assert list(space) == [field.name for field in dataclasses.fields(kinds[op])]
-    shipped = tiles.expand_tile(90, torch.bfloat16, 8192)
-    case = next(case for case in tune.SHAPES if case.op == "expand" and case.tokens == 8192)
-    found = tune.candidates(case, shipped)
-    assert found[0] == shipped and len(set(found)) == len(found) > 20
-
-
-def test_tile_summary_puts_the_fastest_beside_the_shipped() -> None:
-    rows = [
-        {"tile": {"warps": 4}, "median_us": 3.0},
-        {"tile": {"warps": 8}, "failed": "out of shared memory"},
-        {"tile": {"warps": 2}, "median_us": 2.0},
-    ]
-    found = tune.summary(tune.SHAPES[0], rows)
-    assert found["best"] == rows[2] and found["shipped"] == rows[0] and found["tried"] == 3
-    assert tune.line(found).endswith("shipped 3 µs, best 2 µs (2,) of 3")
-    assert tune.line(tune.summary(tune.SHAPES[0], rows[1:2])).endswith("no tile ran")
-
-
-def test_tuning_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert tune.main(["--out", str(tmp_path)]) == 0
-    assert "no CUDA device" in capsys.readouterr().out
