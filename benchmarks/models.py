@@ -162,9 +162,9 @@ def _random_clip(model: Any, size: Size) -> Any:
     config = CLIPConfig(
         text_config=text, vision_config=tower.config.to_dict(), projection_dim=min(hidden, QUERY_WIDTH)
     )
-    clip = CLIPModel(config)
+    with torch.device(model.device):
+        clip = CLIPModel(config)
     clip.vision_model.load_state_dict(tower.state_dict())
-    clip = clip.to(model.device)
     encoder = ClipEncoder(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model)
     assert encoder.reuses_vision_tower
     return encoder

@@ -52,7 +52,8 @@ def stages(call: int, device: torch.device, out: Path, has_kit: bool = False) ->
     if call == 2:
         model = ("7b", "1", "16", "8") if cuda else ("toy", "0", "2", "2")
         sizes = zip(("--model", "--seconds", "--tokens", "--samples"), model, strict=True)
-        whole = (*HERE, "e2e", *(text for pair in sizes for text in pair), *where)
+        variants = ("--variants", "bare", "released", "peft", "cram")
+        whole = (*HERE, "e2e", *(text for pair in sizes for text in pair), *variants, *where)
         penalty = (*HERE, "penalty", *toy, "--device", device.type, *where)
         return [
             (Part("penalty", penalty, 40, stub="the CPU's candidates on three small modules", shown=True),),
