@@ -143,26 +143,30 @@ def cram(work: Work, factors: Factors, penalty: bool = False) -> Variant:
         centroids = query.image.mean(0) + 0.1 * centroids.to(query.image.device)
     for e in range(count):
         weights = {path: pairs[e] for path, pairs in factors.items()}
-        handle.add_expert(f"expert{e}", weights, 0, centroids[e], trained=e == count - 1)
+        handle.method.add_expert(f"expert{e}", weights, 0, centroids[e], trained=e == count - 1)
     extra = None
     if penalty:
-        handle.prepare_penalty()
-        extra = handle.penalty
+        handle.method.prepare_penalty()
+        extra = partial(_penalty_of_last_forward, handle)
 
     even = torch.full((count,), 1 / count)
-    around = partial(handle.training_group, 0) if work.routed else partial(handle.fixed, even)
+    around = partial(handle.method.training_group, 0) if work.routed else partial(handle.fixed, even)
     # Moving an encoder to where it is empties its cache of texts.
     forget = partial(handle.encoder.to, work.model.device) if work.routed else Variant.forget
     return Variant(model, handle.trainable_parameters(), around, extra, forget)
 
 
+def _penalty_of_last_forward(handle: Any) -> Tensor:
+    return handle.method.penalty(handle.state)
+
+
 def _query(handle: Any, model: Any, work: Work) -> Any:
     """Return the automatic query of the prompts."""
     found: list[Any] = []
-    handle.on_query.append(found.append)
+    handle.hooks.on_query.append(found.append)
     with torch.no_grad():
         model(**work.prompt, use_cache=False, logits_to_keep=1)
-    handle.on_query.remove(found.append)
+    handle.hooks.on_query.remove(found.append)
     return found[0]
 
 

@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +51,7 @@ def equal_rank_config(method: str) -> Any:
     from cram.methods import METHODS
 
     rank = BUDGETS[METHODS[method].budget].rank(ROWS, TASKS, TASKS * ROWS)
-    fields = {"rank_min": rank, "rank_max": rank, "buffer_rank": max(48, rank), "max_groups": 1}
+    fields = {"rank": rank, "rank_min": rank, "rank_max": rank, "buffer_rank": max(48, rank), "max_groups": 1}
     return CramConfig(method=method, target_projections=(PROJECTION,), **fields)
 
 
@@ -88,28 +88,30 @@ def make_route(model: Any, samples: int, training: bool) -> Any:
     query = Query(features[0], features[1], torch.ones(samples, dtype=torch.bool, device=device))
     if method.told_task:
         gates = method.gates(f"task{TASKS - 1}").expand(handle.num_layers, samples, -1)
-        route = Route(gates, torch.full((samples,), -1), final=True)
+        route = Route(gates, overrides_gating=True)
     else:
         route = method.route(query, training)
     gates = route.gates.detach().requires_grad_(route.gates.requires_grad)
-    return Route(gates, route.groups, route.features, final=route.final)
+    return replace(route, gates=gates)
 
 
 def layer_steps(model: Any, kind: str, tokens: int, dtype: torch.dtype) -> list[Step]:
     """A call of a kind on each module of the model."""
+    from cram.model.state import ForwardState
+
     training, samples = kind == "train", tokens if kind == "decode" else 1
     model.train(training)
     modules = list(model.cram.modules.values())
-    state, route = modules[0].state, make_route(model, samples, training)
+    current = modules[0].current  # all modules share it
 
     def draw(module: Any, length: int) -> Tensor:
         return torch.randn(samples, length, module.in_features, device=model.device).to(dtype)
 
-    state.begin(route, model.device)
+    current.state = ForwardState(make_route(model, samples, training), model.device)
     if kind == "decode":
         for module in modules:
             _inference(module, draw(module, PROMPT))()
-        state.begin(route, model.device, decoding=True)
+        current.state = current.state.continued()
     made = []
     for module in modules:
         x = draw(module, tokens // samples)

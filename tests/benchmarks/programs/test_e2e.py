@@ -92,7 +92,7 @@ def test_a_random_model_routes_every_prompt_anew() -> None:
     handle = variant.model.cram
     run = e2e.generate(variant, work, 2)
     with torch.no_grad():
-        handle.on_query.append(lambda query: routes.append(handle.route(query).gates))
+        handle.hooks.on_query.append(lambda query: routes.append(handle.route(query).gates))
     run(), run()
     assert len(texts) == 2 and len(routes) == 2
     assert not torch.allclose(routes[0], torch.full_like(routes[0], 1 / 3))

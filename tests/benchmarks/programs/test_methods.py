@@ -48,10 +48,9 @@ def test_a_decode_step_answers_a_token_of_each_sample(name: str) -> None:
     base = random_llava(methods.SHAPES["toy"], CPU, torch.float32, samples=1).model
     model = methods.grown(base, name, CPU)
     model.cram.method.end_task()
-    state = next(iter(model.cram.modules.values())).state
     for kind, samples, length in (("decode", 3, 1), ("prompt", 1, 3)):
         for step in methods.layer_steps(model, kind, 3, torch.float32):
-            assert step().shape == (samples, length, 64) and state.decoding == (kind == "decode")
+            assert step().shape == (samples, length, 64) and model.cram.state.decoding == (kind == "decode")
 
 
 def test_a_missed_goal_is_said() -> None:
