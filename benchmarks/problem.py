@@ -44,7 +44,7 @@ class Problem:
     @property
     def stack(self) -> tuple[Problem, ...]:
         """This linear and its siblings."""
-        return (self, *self.stack)
+        return (self, *self.siblings)
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
@@ -92,7 +92,7 @@ class Problem:
     def nbytes(self) -> int:
         """Bytes of the tensors that a call works on."""
         tensors = (self.x, self.weight, self.dy, *self.a, *self.b, self.query, self.centroids)
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(p.nbytes for p in self.stack)
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(p.nbytes for p in self.siblings)
 
 
 @dataclass(frozen=True)
