@@ -6,7 +6,7 @@ computing how far it is from the hardware's floor all start from that one descri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel with its grid, arguments, compile options and cost.
 
     Args:
         kernel: The `triton.jit` function.
         grid: Programs along up to three axes; a launch with an empty axis does nothing.
-        arguments: Runtime arguments by name: tensors, integers, floats, None.
-        constants: Compile-time arguments by name.
+        arguments: Runtime arguments by name, in the kernel's order: tensors, integers, floats, None.
+        constants: Compile-time arguments by name, in the kernel's order behind `arguments`.
         warps: Warps a program.
         stages: Depth of the software pipeline.
-        moved_bytes: Least bytes through device memory: every input read once, every output written once.
-        flops: Floating-point operations on tensor cores (two a multiply-add), tile padding left out.
-        dependent: Start before the kernel in front has ended (programmatic dependent launch); the kernel must
-            wait for it before it reads what that one writes. Only architectures from sm_90 on have it.
+        cost: Returns `moved_bytes` and `flops`; called only where somebody asks.
+        late: Names of the arguments that the kernel in front writes while this one starts (programmatic dependent
+            launch); this kernel must wait for it before it reads them. Empty: it starts when that one has ended.
+            Only architectures from sm_90 on have it.
+        steps: How often a program passes the kernel's loop; 1 for a kernel without one.
     """
 
     kernel: Any
@@ -39,22 +40,38 @@ class Launch:
     constants: Mapping[str, Any]
     warps: int
     stages: int
-    moved_bytes: int = 0
-    flops: int = 0
-    dependent: bool = False
+    cost: Callable[[], tuple[int, int]]
+    late: tuple[str, ...] = ()
+    steps: int = 1
+
+    @property
+    def moved_bytes(self) -> int:
+        """Least bytes through device memory: every input read once, every output written once."""
+        return self.cost()[0]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations on tensor cores (two a multiply-add), tile padding left out."""
+        return self.cost()[1]
+
+    @property
+    def dependent(self) -> bool:
+        """Whether this kernel starts before the one in front has ended."""
+        return bool(self.late)
 
     def run(self) -> None:
         """Launch on the current stream of the tensors' device."""
         if not all(self.grid):
             return
         options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
-        if self.dependent:
+        if self.late:
             options["launch_pdl"] = True
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
     def floor_us(self, bytes_per_us: float, flops_per_us: float) -> float:
         """Return the least time in microseconds at a copy bandwidth and a matrix-product rate."""
-        return max(self.moved_bytes / bytes_per_us, self.flops / flops_per_us)
+        moved_bytes, flops = self.cost()
+        return max(moved_bytes / bytes_per_us, flops / flops_per_us)
 
 
 def cdiv(size: int, block: int) -> int:

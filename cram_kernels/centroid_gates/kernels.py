@@ -42,6 +42,9 @@ from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 TILES = {8: (4, 128, 4), 16: (4, 64, 4), 32: (4, 64, 8), 64: (4, 32, 8), 128: (2, 32, 8), 256: (1, 16, 8)}
 # Above the table: one sample, and the BLOCK_D that fills a 32-byte sector of memory.
 BEYOND = (1, 8, 8)
+# Steps whose rows are on their way together: a loop without tensor-core products is pipelined only on request, and
+# each of its steps would wait for the memory.
+STAGES: tl.constexpr = tl.constexpr(3)
 # dcentroids: most rows a program takes, its samples at once times those rows, BLOCK_D, warps. A trained
 # suffix is short (CRAM trains one centroid), so it is the programs along D_q and L that fill the machine.
 GRADIENT_ROWS, GRADIENT_PAIRS, GRADIENT_BLOCK_D, GRADIENT_WARPS = 8, 16, 128, 4
@@ -103,7 +106,7 @@ def sample_gates(
         allowed &= tl.load(places, mask=allowed, other=0) != 0
 
     squares = tl.zeros((BLOCK_S, BLOCK_E, BLOCK_D), tl.float32)
-    for start in range(0, width, BLOCK_D):
+    for start in tl.range(0, width, BLOCK_D, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK_D)
         v = _load_rows(query, rows, query_stride, d, here, width)
         c = _load_rows(centroids, columns, expert_stride, d, known, width)
@@ -112,7 +115,7 @@ def sample_gates(
     anchors = tl.argmin(tl.where(allowed, tl.sum(squares, 2), float("inf")), 1)
 
     products = tl.zeros((BLOCK_S, BLOCK_E, BLOCK_D), tl.float32)
-    for start in range(0, width, BLOCK_D):
+    for start in tl.range(0, width, BLOCK_D, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK_D)
         v = _load_rows(query, rows, query_stride, d, here, width)
         c = _load_rows(centroids, columns, expert_stride, d, known, width)
@@ -297,7 +300,8 @@ def forward_launch(
         constants={"BLOCK_S": block_s, "BLOCK_E": block_e, "BLOCK_D": block_d},
         warps=warps,
         stages=1,
-        moved_bytes=nbytes(query, centroids, members, gates),
+        cost=lambda: (nbytes(query, centroids, members, gates), 0),
+        steps=cdiv(query.shape[1], block_d),
     )
 
 
@@ -336,7 +340,8 @@ def centroid_gradient_launch(
         },
         warps=GRADIENT_WARPS,
         stages=1,
-        moved_bytes=nbytes(grad, gates, query, out) + needed,
+        cost=lambda: (nbytes(grad, gates, query, out) + needed, 0),
+        steps=cdiv(query.shape[0], GRADIENT_PAIRS // block_n),
     )
 
 
@@ -367,7 +372,8 @@ def query_gradient_launch(
         constants={"BLOCK_S": block_s, "BLOCK_E": block_e, "BLOCK_D": block_d},
         warps=warps,
         stages=1,
-        moved_bytes=nbytes(grad, gates, query, centroids, out),
+        cost=lambda: (nbytes(grad, gates, query, centroids, out), 0),
+        steps=centroids.shape[0],
     )
 
 

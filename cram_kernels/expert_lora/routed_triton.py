@@ -1,6 +1,7 @@
 """routed_expert_lora on Triton kernels: gates, SHRINK and EXPAND in two launches beside the base linear.
 
     forward     Y = X W0^T + b (BLAS)    Z = drop(X) A^T and g = softmax of distances    Y += (Z o w) Bt
+                (in decoding; else U = Z o w in a launch of its own, then Y += U Bt)
     backward    that of expert_lora, whose dg goes on through the softmax to query and centroids
 
 The gates are computed inside SHRINK's launch (see `kernels.routed_shrink`), so a layer with a router of its
@@ -19,21 +20,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates.triton import centroid_gates_backward
-from cram_kernels.dispatch import interpreted
 from cram_kernels.expert_lora import tiles
 from cram_kernels.expert_lora.dropout import keep_scale
 from cram_kernels.expert_lora.kernels.expand import expand
-from cram_kernels.expert_lora.kernels.gating import dropout_words, gating, pitch_of
-from cram_kernels.expert_lora.kernels.gram import reduce_planes
+from cram_kernels.expert_lora.kernels.fold import fold
+from cram_kernels.expert_lora.kernels.gating import gating, pitch_of
 from cram_kernels.expert_lora.kernels.routed_shrink import routed_shrink, routing
 from cram_kernels.expert_lora.triton import (
-    NO_DROPOUT,
     PLANES_TOKENS,
     LayerBackward,
+    kept_bits,
     kept_z,
     layer_backward,
     layer_gradients,
-    operand,
+    mask_bits,
+    new_planes,
+    operands,
+    starts_early,
 )
 from cram_kernels.launch import architecture, on_device_of
 from cram_kernels.packing import PackedExperts
@@ -102,35 +105,39 @@ def _forward(
     dropout: float,
     seed: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Y [T, D_out], then Z [1, T, pitch] and gates [S, E], empty and unset where nothing is kept."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Y [T, D_out], then Z [1, T, pitch], the dropout bits (both empty if not kept) and gates [S, E]."""
     with on_device_of(x):
         y = F.linear(x, weight, bias)
-        gates = query.new_zeros(query.shape[0], centroids.shape[0])
+        shape = query.shape[0], centroids.shape[0]
         if not x.shape[0] or not a.shape[0]:
-            return y, kept_z(x, [a], keep), gates
-        arch, pitch = architecture(x.device), pitch_of([a.shape[0]])
+            return y, kept_z(x, [a], keep), kept_bits(x, dropout, keep), query.new_zeros(shape)
+        gates, arch, pitch = query.new_empty(shape), architecture(x.device), pitch_of([a.shape[0]])
         tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
-        folded = tile.split_k > 1 and (keep or x.shape[0] > PLANES_TOKENS)
-        early = not keep and not folded and x.shape[0] <= PLANES_TOKENS and arch >= 90 and not interpreted()
-        dtype = torch.float32 if tile.split_k > 1 else x.dtype
-        z = x.new_empty(tile.split_k, 1, x.shape[0], pitch, dtype=dtype)
-        route, drop = routing(query, centroids, sigma, members), dropout_words(dropout, seed)
-        routed_shrink(x, operand(a, x), z, gates, route, drop, tile, dependents=early).run()
-        if folded:
-            planes, z = z, x.new_empty(1, *z.shape[1:])
-            reduce_planes(planes, z).run()
+        folded = keep or x.shape[0] > PLANES_TOKENS
+        early = not folded and starts_early(arch)
+        planes = new_planes(x, tile.split_k, 1, pitch)
+        route, bits = routing(query, centroids, sigma, members), mask_bits(x, dropout, seed)
+        (down,), ups = operands([a], x), operands([bt], x)
         gate = gating(gates, (owner,), segments, scale)
+        routed_shrink(x, down, planes, gates, route, tile, bits=bits, dependents=early).run()
+        z, u, kept = x.new_empty(0), planes, kept_bits(x, dropout, keep) if bits is None or not keep else bits
+        if folded:
+            u = new_planes(x, 1, 1, pitch)
+            whole = tile.split_k == 1
+            if keep:
+                z = planes[0] if whole else torch.empty_like(u[0])
+            fold(planes, z if keep and not whole else None, u[0], gate, [a.shape[0]]).run()
         into = tiles.expand_tile(arch, x.dtype, x.shape[0])
-        expand(z, (operand(bt, x),), y, gate, NO_DROPOUT, into, dependent=early, late_gates=True).run()
-        return y, z[0] if keep else x.new_empty(0), gates
+        expand(u, ups, [y], gate, into, dependent=early, gated=not folded).run()
+        return y, z, kept, gates
 
 
 class _RoutedExpertLora(torch.autograd.Function):
     """Differentiable `_forward`; the registered operation shares its context and its backward."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward(*inputs)
 
     @staticmethod
@@ -139,12 +146,12 @@ class _RoutedExpertLora(torch.autograd.Function):
         leaves = (x, query, centroids, trained_a, trained_b)
         ctx.needs = [bool(leaf is not None and leaf.requires_grad) for leaf in leaves]
         ctx.trained = 0 if trained_a is None else trained_a.shape[0]
-        ctx.sigma, *ctx.scalars = inputs[12:16]
-        _, z, gates = output
+        ctx.sigma, ctx.scale = inputs[12:14]
+        _, z, bits, gates = output
         ctx.save_for_backward(
-            x if ctx.needs[3] else None, z, gates, segments, query, centroids, weight, a, bt, owner
+            x if ctx.needs[3] else None, z, bits, gates, segments, query, centroids, weight, a, bt, owner
         )
-        ctx.mark_non_differentiable(z, gates)
+        ctx.mark_non_differentiable(z, bits, gates)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -155,7 +162,7 @@ class _RoutedExpertLora(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor, backward: LayerBackward) -> list[Tensor | None]:
     """Return the gradients of x, query, centroids and the trained factors."""
-    x, z, gates, segments, query, centroids, weight, a, bt, owner = ctx.saved_tensors
+    x, z, bits, gates, segments, query, centroids, weight, a, bt, owner = ctx.saved_tensors
     need_x, need_query, need_centroids, need_a, need_b = ctx.needs
     needs = (need_x, need_query or need_centroids, need_a, need_b)
     dx, dgates, da, db = layer_gradients(
@@ -163,6 +170,7 @@ def _gradients(ctx: Any, dy: Tensor, backward: LayerBackward) -> list[Tensor | N
         [dy],
         x,
         z,
+        bits,
         gates,
         [weight],
         [a],
@@ -170,7 +178,7 @@ def _gradients(ctx: Any, dy: Tensor, backward: LayerBackward) -> list[Tensor | N
         [owner],
         segments,
         [ctx.trained],
-        *ctx.scalars,
+        ctx.scale,
         *needs,
     )
     dquery = dcentroids = None
@@ -194,16 +202,17 @@ _LIBRARY = torch.library.Library("cram", "FRAGMENT")
 _LIBRARY.define(
     "routed_expert_lora(Tensor x, Tensor query, Tensor centroids, Tensor? trained_a, Tensor? trained_b, "
     "Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor? members, Tensor? segments, "
-    "float sigma, float scale, float dropout, SymInt seed, bool keep) -> (Tensor, Tensor, Tensor)"
+    "float sigma, float scale, float dropout, SymInt seed, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("routed_expert_lora", _forward, _device)
 
 
 def _forward_fake(x: Tensor, query: Tensor, centroids: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weight, a, keep = arguments[2], arguments[4], arguments[-1]
-    z = kept_z(x, [a], keep)
-    return x.new_empty(x.shape[0], weight.shape[0]), z, query.new_empty(query.shape[0], centroids.shape[0])
+    weight, a, dropout, keep = arguments[2], arguments[4], arguments[-3], arguments[-1]
+    kept = kept_z(x, [a], keep), kept_bits(x, dropout, keep)
+    gates = query.new_empty(query.shape[0], centroids.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), *kept, gates
 
 
 def _op_backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,9 @@ from typing import TypeVar
 import torch
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
+# Compute capabilities whose programs may take 227 KB of shared memory; the rows of 80 keep to the 99 KB that every
+# other one has (RTX 4090: 89, RTX 5090: 120). Source: CUDA programming guide, technical specifications.
+LARGE_SHARED = frozenset({90, 100, 103, 110})
 # K elements a split keeps at least: fewer leave the software pipeline nothing to overlap.
 LEAST_SPAN = 512
 
@@ -74,9 +77,10 @@ SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
     (90, False): [
         # float32 products run on the scalar units: tiles that fit the registers.
         (64, 16, 16, 64, 8, 4, 3),
-        (None, 32, 64, 32, 4, 4, 3),
+        (8192, 32, 64, 32, 4, 4, 3),
+        (None, 32, 64, 32, 1, 4, 3),
     ],
-    # Shared memory of 163 KB and 108 multiprocessors: as above with three stages.
+    # At most 99 KB of shared memory: as above with three stages.
     (80, True): [
         (64, 16, 16, 128, 8, 4, 3),
         (512, 32, 64, 64, 8, 4, 3),
@@ -84,39 +88,69 @@ SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
         (8192, 128, 128, 32, 4, 8, 3),
         (None, 128, 128, 32, 1, 8, 3),
     ],
-    (80, False): [(64, 16, 16, 64, 8, 4, 2), (None, 32, 64, 32, 4, 4, 2)],
+    (80, False): [(64, 16, 16, 64, 8, 4, 2), (8192, 32, 64, 32, 4, 4, 2), (None, 32, 64, 32, 1, 4, 2)],
 }
 
 # Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, warps, stages).
 ExpandRow = tuple[int | None, int, int, int, int, int]
 EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
     (90, True): [
-        # D_out / 64 programs: 64 of them at 4096, each with one small tile of Bt.
-        (64, 16, 64, 64, 4, 2),
-        (1024, 64, 64, 128, 4, 2),
-        # 8 warps keep the accumulator at 64 registers a thread; steps of 64 packed rows leave room for their
-        # gates.
-        (None, 128, 64, 128, 8, 2),
+        # D_out / 64 programs. One step for up to 128 packed rows: F is loaded before the wait; 8 warps keep more loads
+        # in flight.
+        (64, 16, 128, 64, 8, 1),
+        (1024, 64, 64, 128, 4, 1),
+        # 8 warps and steps of 64 packed rows keep to 128 registers, so that two programs share a multiprocessor: one
+        # hides the other's waiting, and there is no pipeline to fill.
+        (None, 128, 64, 128, 8, 1),
     ],
-    (90, False): [(64, 16, 32, 64, 4, 2), (None, 32, 32, 64, 4, 2)],
-    # Steps of 32 packed rows: triton 3.6 spills at 64.
-    (80, True): [(64, 16, 64, 64, 4, 2), (1024, 64, 32, 128, 4, 2), (None, 128, 32, 128, 8, 2)],
-    (80, False): [(64, 16, 32, 64, 4, 2), (None, 32, 32, 64, 4, 2)],
+    (90, False): [(64, 16, 64, 32, 4, 1), (None, 32, 32, 64, 4, 1)],
+    (80, True): [(64, 16, 128, 64, 8, 1), (1024, 64, 64, 128, 4, 1), (None, 128, 64, 128, 8, 1)],
+    (80, False): [(64, 16, 64, 32, 4, 1), (None, 32, 32, 64, 4, 1)],
 }
 
 # Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, most SPLIT_T, warps, stages).
 GramRow = tuple[int | None, int, int, int, int, int, int]
 GRAM: dict[tuple[int, bool], list[GramRow]] = {
-    # D / 128 programs a gradient; the split over tokens makes two waves of them. 8 warps hold the tile of x
-    # or dy, its dropout mask and the gates without spilling.
-    (90, True): [(512, 32, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 8, 3)],
-    (90, False): [(None, 32, 32, 64, 8, 4, 2)],
-    (80, True): [(512, 32, 64, 64, 2, 4, 3), (None, 64, 64, 128, 8, 8, 3)],
-    (80, False): [(None, 32, 32, 64, 8, 4, 2)],
+    # D / 128 programs a gradient; the split over tokens makes three waves of them. One stage: X and dY are loaded
+    # where U says that they are needed, and three or four programs on a multiprocessor hide each other's waiting.
+    (90, True): [(512, 32, 64, 128, 4, 4, 1), (None, 64, 64, 128, 8, 8, 1)],
+    (90, False): [(None, 32, 32, 64, 8, 4, 1)],
+    (80, True): [(512, 32, 64, 128, 4, 4, 1), (None, 64, 64, 128, 8, 8, 1)],
+    (80, False): [(None, 32, 32, 64, 8, 4, 1)],
 }
 
 
-Row = TypeVar("Row", ShrinkRow, ExpandRow, GramRow)
+@dataclass(frozen=True)
+class Order:
+    """How the base product and EXPAND share their result Y.
+
+    Attributes:
+        chunk: Tokens that go through both before the next ones do, or None for all at once. While a chunk of Y
+            fits the L2 cache, the second finds what the first wrote.
+        base_last: EXPAND writes Y with the bias, and the base product adds to it (beta = 1), which hides the
+            read of Y behind its products and rounds once less. Otherwise EXPAND adds to the base product.
+    """
+
+    chunk: int | None = None
+    base_last: bool = False
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """Return the rows of each chunk."""
+        chunk = self.chunk or max(tokens, 1)
+        return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
+
+
+# Largest T of the bucket -> how. 4096 tokens of width 4096 in two bytes take 32 of the 50 MB of an H200's L2 cache.
+OrderRow = tuple[int | None, int | None, bool]
+ORDER: dict[tuple[int, bool], list[OrderRow]] = {
+    (90, True): [(4096, None, False), (None, 4096, False)],
+    (90, False): [(None, None, False)],
+    (80, True): [(None, None, False)],
+    (80, False): [(None, None, False)],
+}
+
+
+Row = TypeVar("Row", ShrinkRow, ExpandRow, GramRow, OrderRow)
 
 
 @lru_cache(4096)
@@ -140,8 +174,15 @@ def expand_tile(arch: int, dtype: torch.dtype, tokens: int) -> ExpandTile:
 def gram_tile(arch: int, dtype: torch.dtype, tokens: int, width: int) -> GramTile:
     """Return the tile of the gradients of total `width` (D_in + D_out, or one of them)."""
     _, block_t, block_r, block_d, split_t, warps, stages = _row(GRAM, arch, dtype, tokens)
-    wanted = -(-2 * PROCESSORS[_known(arch)] // max(1, width // block_d))
+    wanted = -(-3 * PROCESSORS[_known(arch)] // max(1, width // block_d))
     return GramTile(block_t, block_r, block_d, max(1, min(split_t, wanted)), warps, stages)
+
+
+@lru_cache(4096)
+def order(arch: int, dtype: torch.dtype, tokens: int) -> Order:
+    """Return how the base product and EXPAND share their result."""
+    _, *row = _row(ORDER, arch, dtype, tokens)
+    return Order(*row)
 
 
 def _known(arch: int) -> int:
@@ -150,5 +191,5 @@ def _known(arch: int) -> int:
 
 
 def _row(table: dict[tuple[int, bool], list[Row]], arch: int, dtype: torch.dtype, tokens: int) -> Row:
-    rows = table[(90 if _known(arch) >= 90 else 80, dtype.itemsize == 2)]
+    rows = table[(90 if arch in LARGE_SHARED else 80, dtype.itemsize == 2)]
     return next(row for row in rows if row[0] is None or tokens <= row[0])

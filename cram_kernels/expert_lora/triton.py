@@ -1,18 +1,20 @@
 """expert_lora on Triton kernels: SHRINK and EXPAND around the base linear, GRAM for the trained suffix.
 
-    forward     Y_p = X W_p^T + b_p (BLAS)    Z_p = drop(X) A_p^T    Y_p += (Z_p o w_p) Bt_p  in place
-    backward    dX = sum_p dY_p W_p (BLAS)    V_p = dY_p Bt_p^T      dg from Z_p o V_p
-                dA_p and dBt_p in one launch                         dX += drop(sum_p (V_p o w_p) A_p)
+    forward     Z_p = drop(X) A_p^T    U_p = Z_p o w_p    Y_p = X W_p^T + b_p (BLAS)    Y_p += U_p Bt_p  in place
+    backward    V_p = dY_p Bt_p^T      dZ_p = V_p o w_p   dg from Z_p o V_p
+                dA_p and dBt_p in one launch              dX = sum_p dY_p W_p (BLAS)    dX += drop(sum_p dZ_p A_p)
 
 p runs over projections that read the same x (one, or q, k and v). Passes over an activation beyond the base
-linear's for one projection: 3 forward, 5 backward. A stack reads X once in the forward and adds to dX once.
+linear's for one projection: 3 forward, 5 backward. A stack reads X once in the forward, adds to its Y in one
+launch, and adds to dX once. Long inputs run in chunks of tokens, or with the base product last (`tiles.ORDER`).
 
-Saved: x if a suffix trains A, Z [T, R], the gates. Everything that runs lies in two functional operations,
-`cram::expert_lora` and `cram::expert_lora_backward`, which a compiler sees whole. Eager calls reach the same
-Python functions through an autograd Function, which costs the host less than the dispatcher does.
+Saved: x if a suffix trains A, Z [T, R], the gates, the dropout mask as bits. Everything that runs lies in two
+functional operations, `cram::expert_lora` and `cram::expert_lora_backward`, which a compiler sees whole. Eager
+calls reach the same Python functions through an autograd Function, which costs the host less than the
+dispatcher does.
 
 Inference with T <= 64 is the decode path: two launches back to back, of which the second starts before the
-first has ended (sm_90), Z staying in the planes of its split.
+first has ended (sm_90), U staying in the planes of its split.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from torch.autograd.function import once_differentiable
 from cram_kernels.dispatch import interpreted
 from cram_kernels.expert_lora import tiles
 from cram_kernels.expert_lora.dropout import keep_scale
+from cram_kernels.expert_lora.kernels.dropout import bits_pitch, dropout_bits
 from cram_kernels.expert_lora.kernels.expand import expand
+from cram_kernels.expert_lora.kernels.fold import fold
 from cram_kernels.expert_lora.kernels.gate_gradient import gate_gradient
-from cram_kernels.expert_lora.kernels.gating import Dropout, Gating, dropout_words, gating, pitch_of
+from cram_kernels.expert_lora.kernels.gating import Gating, gating, pitch_of
 from cram_kernels.expert_lora.kernels.gram import gram, reduce_planes
 from cram_kernels.expert_lora.kernels.shrink import shrink
 from cram_kernels.launch import architecture, on_device_of
@@ -38,12 +42,11 @@ from cram_kernels.packing import PackedExperts
 
 # From here on casting the float32 experts once, in a launch, costs less than casting their tiles everywhere.
 CAST_TOKENS = 1024
-# Up to here EXPAND adds the planes of a split SHRINK itself; beyond, a launch of its own does.
+# Up to here EXPAND adds the planes of a split SHRINK itself; beyond, FOLD does.
 PLANES_TOKENS = 64
 # Rank tiles without a live gate can be left out only where R takes more than one.
 SKIP_RANK = 128
 MAX_STACK = 3
-NO_DROPOUT = dropout_words(0.0, 0)
 
 
 LayerBackward = Callable[..., list[Tensor]]
@@ -123,23 +126,49 @@ def _forward(
     seed: int,
     keep: bool,
 ) -> list[Tensor]:
-    """Return every Y_p [T, D_out_p], then Z [STACK, T, pitch] (empty where nothing is kept for backward)."""
+    """Return every Y_p [T, D_out_p], then Z [STACK, T, pitch] and the dropout bits, empty if not kept."""
     with on_device_of(x):
-        bases = zip(weights, biases, strict=True)
-        outputs = [F.linear(x, weight, bias if bias.numel() else None) for weight, bias in bases]
         if not x.shape[0] or not any(factor.shape[0] for factor in a):
-            return [*outputs, kept_z(x, a, keep)]
+            outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            return [*outputs, kept_z(x, a, keep), kept_bits(x, dropout, keep)]
         arch, gate = architecture(x.device), gating(gates, owners, segments, scale)
-        # A first layer without rows would not wait for SHRINK, and nothing behind it would.
-        early = not keep and a[0].shape[0] > 0 and x.shape[0] <= PLANES_TOKENS
-        early = early and arch >= 90 and not interpreted()
-        z = _project(x, a, gate, dropout_words(dropout, seed), skip=not keep, fold=keep, dependents=early)
-        tile = tiles.expand_tile(arch, x.dtype, x.shape[0])
-        for p, y in enumerate(outputs):
-            of_p = gate._replace(owner=(owners[p],))
-            factors = (operand(bt[p], x),)
-            expand(z[:, p : p + 1], factors, y, of_p, NO_DROPOUT, tile, dependent=early and p == 0).run()
-        return [*outputs, z[0] if keep else x.new_empty(0)]
+        bits = mask_bits(x, dropout, seed)
+        if keep or x.shape[0] > PLANES_TOKENS:
+            z, u = project(x, operands(a, x), gate, bits=bits, skip=not keep, keep=keep)
+            outputs = _forward_outputs(x, weights, biases, bt, u, gate)
+            kept = kept_bits(x, dropout, keep) if bits is None or not keep else bits
+            return [*outputs, x.new_empty(0) if z is None else z, kept]
+        outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
+        downs, ups = operands(a, x), operands(bt, x)
+        pitch, early = pitch_of([down.shape[0] for down in downs]), starts_early(arch)
+        tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
+        planes = new_planes(x, tile.split_k, len(downs), pitch)
+        skip = pitch > SKIP_RANK
+        shrink(x, downs, planes, gate, tile, bits=bits, skip=skip, gated=True, dependents=early).run()
+        into = tiles.expand_tile(arch, x.dtype, x.shape[0])
+        expand(planes, ups, outputs, gate, into, dependent=early).run()
+        return [*outputs, x.new_empty(0), kept_bits(x, dropout, keep)]
+
+
+def starts_early(arch: int) -> bool:
+    """Whether EXPAND may start before the SHRINK in front has ended."""
+    return arch >= 90 and not interpreted()
+
+
+def new_planes(x: Tensor, split_k: int, stack: int, pitch: int) -> Tensor:
+    """Return memory for what SHRINK writes: one plane in x's precision, or several in float32."""
+    dtype = torch.float32 if split_k > 1 else x.dtype
+    return torch.empty(split_k, stack, x.shape[0], pitch, dtype=dtype, device=x.device)
+
+
+def mask_bits(x: Tensor, dropout: float, seed: int) -> Tensor | None:
+    """Return the dropout mask of x as bits; None without dropout."""
+    if not dropout:
+        return None
+    bits = torch.empty(x.shape[0], bits_pitch(x.shape[1]), dtype=torch.uint8, device=x.device)
+    dropout_bits(bits, dropout, seed).run()
+    return bits
 
 
 def kept_z(x: Tensor, a: Sequence[Tensor], keep: bool) -> Tensor:
@@ -149,10 +178,83 @@ def kept_z(x: Tensor, a: Sequence[Tensor], keep: bool) -> Tensor:
     return x.new_empty(len(a), x.shape[0], pitch_of([factor.shape[0] for factor in a]))
 
 
+def kept_bits(x: Tensor, dropout: float, keep: bool) -> Tensor:
+    """Return memory for the dropout bits that backward reads; empty if there are none."""
+    shape = (x.shape[0], bits_pitch(x.shape[1])) if keep and dropout else (0,)
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+def project(
+    x: Tensor, factors: Sequence[Tensor], gate: Gating, *, bits: Tensor | None, skip: bool, keep: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return Z [STACK, T, pitch], None unless it is kept, and U [1, STACK, T, pitch]."""
+    tokens, width = x.shape
+    ranks = [factor.shape[0] for factor in factors]
+    pitch = pitch_of(ranks)
+    tile = tiles.shrink_tile(architecture(x.device), x.dtype, tokens, pitch, width)
+    planes = new_planes(x, tile.split_k, len(factors), pitch)
+    whole = tile.split_k == 1
+    gated, skip = whole and not keep, skip and pitch > SKIP_RANK
+    shrink(x, factors, planes, gate, tile, bits=bits, skip=skip, gated=gated).run()
+    if gated:
+        return None, planes
+    u = new_planes(x, 1, len(factors), pitch)
+    z = None if not keep else planes[0] if whole else torch.empty_like(u[0])
+    fold(planes, None if whole else z, u[0], gate, ranks).run()
+    return z, u
+
+
+def operands(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Return the factors as the kernels should read them: cast in a launch of its own where that is cheaper.
+
+    A stack's factors have one dtype.
+    """
+    dtypes = {factor.dtype for factor in factors}
+    if x.shape[0] >= CAST_TOKENS or len(dtypes) > 1:
+        factors = [factor.to(x.dtype) for factor in factors]
+    return [factor.contiguous() for factor in factors]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias if bias.numel() else None)
+
+
+def _forward_outputs(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bt: Sequence[Tensor], u: Tensor, gate: Gating
+) -> list[Tensor]:
+    """Return every Y_p, base products and U_p Bt_p, in the order that the table says."""
+    tokens, arch, ups = x.shape[0], architecture(x.device), operands(bt, x)
+    tile, order = tiles.expand_tile(arch, x.dtype, tokens), tiles.order(arch, x.dtype, tokens)
+    if not order.base_last and order.chunk is None:
+        outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        expand(u, ups, outputs, gate, tile).run()
+        return outputs
+    outputs = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
+    given = None
+    if order.base_last and any(bias.numel() for bias in biases):
+        given = [b.contiguous() if b.numel() else y.new_zeros(y.shape[1]) for b, y in zip(biases, outputs, strict=True)]
+    for rows in order.chunks(tokens):
+        parts = [y[rows] for y in outputs]
+        added = expand(u[:, :, rows], ups, parts, gate, tile, biases=given, adds=not order.base_last)
+        if order.base_last:
+            added.run()
+            for y, weight in zip(parts, weights, strict=True):
+                y.addmm_(x[rows], weight.t())
+            continue
+        for y, weight, bias in zip(parts, weights, biases, strict=True):
+            if bias.numel():
+                torch.addmm(bias, x[rows], weight.t(), out=y)
+            else:
+                torch.mm(x[rows], weight.t(), out=y)
+        added.run()
+    return outputs
+
+
 def layer_backward(
     dys: list[Tensor],
     x: Tensor | None,
     z: Tensor,
+    bits: Tensor,
     gates: Tensor,
     weights: list[Tensor],
     a: list[Tensor],
@@ -161,8 +263,6 @@ def layer_backward(
     segments: Tensor | None,
     trained: list[int],
     scale: float,
-    dropout: float,
-    seed: int,
     need_x: bool,
     need_gates: bool,
     need_a: bool,
@@ -171,8 +271,6 @@ def layer_backward(
     """Return dX, dg, then dA_p and dBt_p of every projection; empty where not needed."""
     first = dys[0]
     with on_device_of(first):
-        gate, drop = gating(gates, owners, segments, scale), dropout_words(dropout, seed)
-        dx = _base_gradient(dys, weights) if need_x else first.new_empty(0)
         new = torch.Tensor.new_empty if z.numel() else torch.Tensor.new_zeros
         dgates = new(gates, gates.shape if need_gates else (0,))
         factors = [
@@ -181,64 +279,82 @@ def layer_backward(
             for side, need in ((a_p, need_a), (bt_p, need_b))
         ]
         if not z.numel():
+            dx = _base_gradient(dys, weights) if need_x else first.new_empty(0)
             return [dx, dgates, *factors]
-        v = torch.empty_like(z)
+        gate, mask = gating(gates, owners, segments, scale), bits if bits.numel() else None
+        dz = torch.empty_like(z)
+        v = torch.empty_like(z) if need_gates else None
         if need_x or need_gates or need_a:
             for p, dy in enumerate(dys):
                 of_p = gate._replace(owner=(owners[p],))
-                _project(dy, [bt[p]], of_p, NO_DROPOUT, skip=not need_gates, out=v[p])
-        if need_gates:
+                _back_project(dy, bt[p], of_p, dz[p], None if v is None else v[p])
+        if v is not None:
             dgates = _gate_gradient(z, v, gate)
+        if need_b and any(trained):
+            u = torch.empty_like(z)
+            fold(z.unsqueeze(0), None, u, gate, [a_p.shape[0] for a_p in a]).run()
         for p, dy in enumerate(dys):
             if trained[p]:
-                of_p = gate._replace(owner=(owners[p],))
-                sides = ((v[p], x) if need_a else None, (z[p], dy) if need_b else None)
-                _factor_gradients(sides, of_p, drop, trained[p], factors[2 * p : 2 * p + 2])
-        if need_x:
-            tile = tiles.expand_tile(architecture(dx.device), dx.dtype, dx.shape[0])
-            expand(v.unsqueeze(0), tuple(operand(each, dx) for each in a), dx, gate, drop, tile).run()
+                sides = ((dz[p], x) if need_a else None, (u[p], dy) if need_b else None)
+                begin = bt[p].shape[0] - trained[p]
+                _factor_gradients(sides, mask, begin, trained[p], factors[2 * p : 2 * p + 2])
+        dx = _input_gradient(dys, weights, dz, a, mask, gate) if need_x else first.new_empty(0)
         return [dx, dgates, *factors]
 
 
-def _project(
-    x: Tensor,
-    factors: Sequence[Tensor],
-    gate: Gating,
-    drop: Dropout,
-    *,
-    skip: bool,
-    fold: bool = True,
-    dependents: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Run SHRINK; return Z [planes, STACK, T, pitch]: one plane if `fold` or T is large, else the split's."""
-    tokens, width = x.shape
-    pitch = out.shape[-1] if out is not None else pitch_of([f.shape[0] for f in factors])
-    tile = tiles.shrink_tile(architecture(x.device), x.dtype, tokens, pitch, width)
-    z = x.new_empty(1, len(factors), tokens, pitch) if out is None else out.view(1, 1, tokens, pitch)
-    same = all(factor.dtype == factors[0].dtype for factor in factors)
-    operands = tuple(operand(factor if same else factor.to(x.dtype), x) for factor in factors)
-    options = {"skip": skip and pitch > SKIP_RANK, "dependents": dependents}
-    if tile.split_k == 1:
-        shrink(x, operands, z, gate, drop, tile, **options).run()
-        return z
-    planes = x.new_empty(tile.split_k, *z.shape[1:], dtype=torch.float32)
-    shrink(x, operands, planes, gate, drop, tile, **options).run()
-    if not fold and tokens <= PLANES_TOKENS:
-        return planes
-    reduce_planes(planes, z).run()
-    return z
-
-
-def operand(factor: Tensor, x: Tensor) -> Tensor:
-    """Return the factor as the kernels should read it: cast in a launch of its own where that is cheaper."""
-    return (factor.to(x.dtype) if x.shape[0] >= CAST_TOKENS else factor).contiguous()
+def _back_project(dy: Tensor, bt: Tensor, gate: Gating, dz: Tensor, v: Tensor | None) -> None:
+    """Fill dZ [T, pitch] of one projection, and V where it is wanted."""
+    (tokens, width), pitch = dy.shape, dz.shape[1]
+    tile = tiles.shrink_tile(architecture(dy.device), dy.dtype, tokens, pitch, width)
+    whole, shape = tile.split_k == 1, (1, 1, tokens, pitch)
+    skip = v is None and pitch > SKIP_RANK
+    if whole:
+        planes = (dz if v is None else v).view(shape)
+    else:
+        planes = new_planes(dy, tile.split_k, 1, pitch)
+    gated = whole and v is None
+    shrink(dy, operands([bt], dy), planes, gate, tile, skip=skip, gated=gated).run()
+    if not gated:
+        fold(planes, None if whole or v is None else v[None], dz[None], gate, [bt.shape[0]]).run()
 
 
 def _base_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     dx = dys[0] @ weights[0]
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
+    return dx
+
+
+def _input_gradient(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dz: Tensor,
+    a: Sequence[Tensor],
+    bits: Tensor | None,
+    gate: Gating,
+) -> Tensor:
+    """Return dX: base products and drop(sum_p dZ_p A_p), in the order that the table says."""
+    first = dys[0]
+    tokens, arch, downs = first.shape[0], architecture(first.device), operands(a, first)
+    tile, order = tiles.expand_tile(arch, first.dtype, tokens), tiles.order(arch, first.dtype, tokens)
+    if not order.base_last and order.chunk is None:
+        dx = _base_gradient(dys, weights)
+        expand(dz.unsqueeze(0), downs, [dx], gate, tile, bits=bits).run()
+        return dx
+    dx = first.new_empty(tokens, weights[0].shape[1])
+    for rows in order.chunks(tokens):
+        part, mask = dx[rows], None if bits is None else bits[rows]
+        added = expand(dz[None, :, rows], downs, [part], gate, tile, bits=mask, adds=not order.base_last)
+        pairs = list(zip(dys, weights, strict=True))
+        if order.base_last:
+            added.run()
+        else:
+            dy, weight = pairs.pop(0)
+            torch.mm(dy[rows], weight, out=part)
+        for dy, weight in pairs:
+            part.addmm_(dy[rows], weight)
+        if not order.base_last:
+            added.run()
     return dx
 
 
@@ -253,12 +369,12 @@ def _gate_gradient(z: Tensor, v: Tensor, gate: Gating) -> Tensor:
 
 def _factor_gradients(
     sides: Sequence[tuple[Tensor, Tensor | None] | None],
-    gate: Gating,
-    drop: Dropout,
+    bits: Tensor | None,
+    first: int,
     count: int,
     grads: Sequence[Tensor],
 ) -> None:
-    """Fill dA and dBt of one projection's last `count` rows; leave out what has a side of None."""
+    """Fill dA and dBt of one projection's `count` rows from `first` on; leave out what has a side of None."""
     chosen = [(side, grad) for side, grad in zip(sides, grads, strict=True) if side is not None]
     if not chosen:
         return
@@ -266,8 +382,7 @@ def _factor_gradients(
     rows, width = rights[0].shape[0], sum(right.shape[1] for right in rights)
     tile = tiles.gram_tile(architecture(rights[0].device), rights[0].dtype, rows, width)
     planes = rights[0].new_empty(tile.split_t, count * width, dtype=torch.float32)
-    first = gate.owner[0].shape[0] - count
-    gram(lefts, rights, planes, gate, drop if sides[0] is not None else NO_DROPOUT, first, tile).run()
+    gram(lefts, rights, planes, first, tile, bits=bits if sides[0] is not None else None).run()
     reduce_planes(planes, *(grad for _, grad in chosen)).run()
 
 
@@ -284,21 +399,21 @@ class _ExpertLora(torch.autograd.Function):
         weights, _, a, bt, owners, segments = inputs[8:14]
         ctx.needs = [bool(t is not None and t.requires_grad) for t in (x, gates, *trained)]
         ctx.trained = [0 if factor is None else factor.shape[0] for factor in trained[0 : 2 * len(a) : 2]]
-        ctx.scalars = inputs[14:17]
+        ctx.scale = inputs[14]
         ctx.save_for_backward(
-            x if any(ctx.needs[2::2]) else None, output[-1], gates, segments, *weights, *a, *bt, *owners
+            x if any(ctx.needs[2::2]) else None, *output[-2:], gates, segments, *weights, *a, *bt, *owners
         )
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grads[:-1], layer_backward), *[None] * 10)
+        return (*_gradients(ctx, grads[:-2], layer_backward), *[None] * 10)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], backward: LayerBackward) -> list[Tensor | None]:
     """Return the gradients of x, gates and the three pairs of trained factors."""
-    x, z, gates, segments, *lists = ctx.saved_tensors
+    x, z, bits, gates, segments, *lists = ctx.saved_tensors
     count = len(grads)
     weights, a, bt, owners = (lists[i * count : (i + 1) * count] for i in range(4))
     rows = z.shape[1] if z.numel() else next(g.shape[0] for g in grads if g is not None)
@@ -309,7 +424,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], backward: LayerBackward
     needs = (ctx.needs[0], ctx.needs[1], any(ctx.needs[2::2]), any(ctx.needs[3::2]))
     found: list[Tensor | None] = [
         *layer_gradients(
-            backward, dys, x, z, gates, weights, a, bt, owners, segments, ctx.trained, *ctx.scalars, *needs
+            backward, dys, x, z, bits, gates, weights, a, bt, owners, segments, ctx.trained, ctx.scale, *needs
         )
     ]
     found += [None] * (8 - len(found))
@@ -331,9 +446,9 @@ _LIBRARY.define(
     "bool keep) -> Tensor[]"
 )
 _LIBRARY.define(
-    "expert_lora_backward(Tensor[] dys, Tensor? x, Tensor z, Tensor gates, Tensor[] weights, Tensor[] a, "
-    "Tensor[] bt, Tensor[] owners, Tensor? segments, int[] trained, float scale, float dropout, SymInt seed, "
-    "bool need_x, bool need_gates, bool need_a, bool need_b) -> Tensor[]"
+    "expert_lora_backward(Tensor[] dys, Tensor? x, Tensor z, Tensor bits, Tensor gates, Tensor[] weights, "
+    "Tensor[] a, Tensor[] bt, Tensor[] owners, Tensor? segments, int[] trained, float scale, bool need_x, "
+    "bool need_gates, bool need_a, bool need_b) -> Tensor[]"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_lora", _forward, _device)
@@ -343,13 +458,14 @@ for _device in ("CPU", "CUDA"):
 def _forward_fake(x: Tensor, *arguments: Any) -> list[Tensor]:
     weights, _, a = arguments[7:10]
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-    return [*outputs, kept_z(x, a, arguments[-1])]
+    dropout, keep = arguments[-3], arguments[-1]
+    return [*outputs, kept_z(x, a, keep), kept_bits(x, dropout, keep)]
 
 
 def _backward_fake(
-    dys: list[Tensor], x: Tensor | None, z: Tensor, gates: Tensor, *arguments: Any
+    dys: list[Tensor], x: Tensor | None, z: Tensor, bits: Tensor, gates: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    weights, a, bt, _, _, trained, _, _, _, need_x, need_gates, need_a, need_b = arguments
+    weights, a, bt, _, _, trained, _, need_x, need_gates, need_a, need_b = arguments
     factors = [
         a_p.new_empty(r if need else 0, side.shape[1])
         for a_p, bt_p, r in zip(a, bt, trained, strict=True)
@@ -361,7 +477,7 @@ def _backward_fake(
 
 def _op_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     lists = [[None] * len(ctx.trained)] * 5
-    return (*_gradients(ctx, grads[:-1], torch.ops.cram.expert_lora_backward), *lists, *[None] * 5)
+    return (*_gradients(ctx, grads[:-2], torch.ops.cram.expert_lora_backward), *lists, *[None] * 5)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:

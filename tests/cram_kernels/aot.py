@@ -31,10 +31,13 @@ from typing import Any
 import torch
 
 from cram_kernels.launch import Launch
+from tests.cram_kernels.aot_code import BYTES_A_US, FLOPS_A_US, Work, early_reads, issue_us, read_sass
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that one program may ask for; registers of a multiprocessor and of a thread.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# What a launch in a captured graph costs anyway: instructions that fit into it need no bytes to hide behind.
+LAUNCH_US = 2.5
 REGISTERS, REGISTERS_A_THREAD = 65536, 255
 # The assembler itself keeps a few loop-invariant addresses in local memory where this lets one more program
 # fit on a multiprocessor (8 and 16 bytes a thread were seen, at 48 to 96 registers).
@@ -55,12 +58,14 @@ class Case:
         launches: In the order in which they run.
         narrow: Names of the kernels that cannot load all that is large by 16 bytes.
         wgmma: Names of the kernels whose tiles are large enough for sm_90's asynchronous products.
+        excused: Kernel -> why its instructions may take longer than its bytes on an H200.
     """
 
     label: str
     launches: tuple[Launch, ...]
     narrow: tuple[str, ...] = ()
     wgmma: tuple[str, ...] = ()
+    excused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,8 +81,9 @@ class Compiled:
     products: bool
     aligned: bool
     wgmma: bool
-    dependent: bool
+    late: list[str]
     front: bool
+    excused: str = ""
     error: str = ""
     # Runtime argument -> type, with ":16" where the JIT knows divisibility by 16.
     signature: dict[str, Any] = field(default_factory=dict)
@@ -87,9 +93,26 @@ class Compiled:
     local: bool = False
     waits: bool = False
     signals: bool = False
+    # Arguments read in front of the wait; loads there in the PTX and in the machine code.
+    early: list[str] = field(default_factory=list)
+    early_loads: tuple[int, int] = (0, 0)
+    work: dict[str, Any] = field(default_factory=dict)
+    # Least microseconds of one launch on an H200: issuing its instructions; moving its bytes or its products.
+    issue_us: float = 0.0
+    bytes_us: float = 0.0
     mma: list[str] = field(default_factory=list)
     # Bytes of a load -> loads in the program's text.
     loads: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dependent(self) -> bool:
+        """Whether it starts before the kernel in front has ended."""
+        return bool(self.late)
+
+    @property
+    def hidden(self) -> float:
+        """Microseconds by which issuing exceeds what hides it; negative if it does not."""
+        return self.issue_us - max(self.bytes_us, LAUNCH_US)
 
     @property
     def half(self) -> bool:
@@ -132,6 +155,18 @@ def violations(kernel: Compiled) -> list[str]:
         (
             kernel.waits == kernel.dependent,
             f"a kernel must wait iff its launch is dependent ({kernel.dependent}), got {kernel.waits}",
+        ),
+        (
+            not set(kernel.early) & set(kernel.late),
+            f"a kernel must not read {kernel.late} before it waits, got {kernel.early}",
+        ),
+        (
+            not kernel.dependent or kernel.early_loads[1] <= kernel.early_loads[0],
+            f"the assembler must move no load in front of the wait, got (PTX, SASS) {kernel.early_loads}",
+        ),
+        (
+            kernel.arch != 90 or (kernel.hidden <= 0) or bool(kernel.excused),
+            f"issuing must hide behind bytes ({kernel.bytes_us:.1f} us), got {kernel.issue_us:.1f} us",
         ),
         (
             kernel.signals == kernel.front,
@@ -228,14 +263,19 @@ def compile_cases(cases: Iterable[Case], arch: int) -> list[Compiled]:
         followers = [launch.dependent for launch in case.launches[1:]] + [False]
         for launch, front in zip(case.launches, followers, strict=True):
             if all(launch.grid):
-                key, record = _compile(case, launch, arch, front)
+                key, kernel, record = _compile(case, launch, arch, front)
                 known = seen.setdefault(key, record)
+                if kernel is not None:
+                    if known is record:
+                        _read(kernel, record, launch)
+                    _bounds(known, record, launch)
                 for flag in ("products", "aligned", "wgmma", "front"):
                     setattr(known, flag, getattr(known, flag) or getattr(record, flag))
     return list(seen.values())
 
 
-def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, Compiled]:
+def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, Any, Compiled]:
+    """Return what tells the kernel from others, the kernel (None if it fails), and a record without its code."""
     from triton.errors import TritonError
 
     name = launch.kernel.fn.__name__
@@ -249,8 +289,9 @@ def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, C
         products=launch.flops > 0,
         aligned=name not in case.narrow,
         wgmma=name in case.wgmma,
-        dependent=launch.dependent,
+        late=list(launch.late),
         front=front,
+        excused=case.excused.get(name, ""),
     )
     warm = _Warm(launch.kernel)
     try:
@@ -259,14 +300,38 @@ def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, C
             dataclasses.replace(launch, kernel=warm).run()
     except (TritonError, RuntimeError) as error:
         record.error = _reason(error)
-        return (case.label, name, str(record.constants)), record
+        return (case.label, name, str(record.constants)), None, record
     kernel: Any = warm.result
+    return kernel.hash, kernel, record
+
+
+def _read(kernel: Any, record: Compiled, launch: Launch) -> None:
+    """Fill in what the compiled code says."""
     record.signature = _signature(kernel.src)
-    record.shared, record.dependent = kernel.metadata.shared, kernel.metadata.launch_pdl
-    record.registers, record.stack = _resources(kernel)
+    record.shared = kernel.metadata.shared
+    if not kernel.metadata.launch_pdl:
+        record.late = []
+    record.registers, record.stack = map(int, _USAGE.findall(_dumped(kernel, "--dump-resource-usage"))[0])
     for found, value in read_ptx(kernel.asm["ptx"]).items():
         setattr(record, found, value)
-    return kernel.hash, record
+    work = read_sass(_dumped(kernel, "--dump-sass"))
+    record.work = dataclasses.asdict(work)
+    names = [name for name, kinds in record.signature.items() for kind in _leaves([kinds]) if kind != "constexpr"]
+    read, loads = early_reads(kernel.asm["ptx"])
+    record.early = sorted({names[place] for place in read if place < len(names)})
+    record.early_loads = (loads, max(work.early_loads, 0))
+
+
+def _bounds(known: Compiled, record: Compiled, launch: Launch) -> None:
+    """Keep the bounds of the launch of a kernel whose instructions are hidden least."""
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    record.issue_us = issue_us(Work(**known.work), programs * launch.warps, launch.steps)
+    record.bytes_us = launch.floor_us(BYTES_A_US, FLOPS_A_US)
+    if known.hidden <= record.hidden:
+        known.issue_us, known.bytes_us = record.issue_us, record.bytes_us
+        known.label, known.excused = record.label, record.excused
 
 
 def _reason(error: BaseException) -> str:
@@ -287,15 +352,13 @@ def _signature(source: Any) -> dict[str, Any]:
     return {name: mark(kind, (place,)) for place, (name, kind) in kinds if kind != "constexpr"}
 
 
-def _resources(kernel: Any) -> tuple[int, int]:
-    """Return registers and bytes of stack, where spilled registers lie, of a thread of a compiled kernel."""
+def _dumped(kernel: Any, what: str) -> str:
+    """Return what the CUDA toolkit's reader says of a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-    done = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    registers, stack = map(int, _USAGE.findall(done.stdout)[0])
-    return registers, stack
+    return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(cases: str, arch: int, *, full: bool = False) -> list[Compiled]:
@@ -328,14 +391,17 @@ def compiled(cases: str, arch: int, *, full: bool = False) -> list[Compiled]:
 
 def table(kernels: list[Compiled]) -> str:
     """Return one line a kernel, most registers first, and below it what is wrong with it."""
-    head = "kernel sm warps stages registers stack shared programs products loads(bytes:count) constants case"
+    head = "kernel sm warps stages registers stack shared programs issue_us bytes_us instructions products "
+    head += "loads(bytes:count) constants case"
     rows, notes = [head.split()], [[]]
     for one in sorted(kernels, key=lambda k: (k.kernel, k.arch, -k.registers)):
         numbers = (one.arch, one.warps, one.stages, one.registers, one.stack, one.shared, one.programs)
         mma = ",".join(sorted({name.split(".")[0] for name in one.mma})) or "-"
         loads = ",".join(f"{width}:{count}" for width, count in one.loads.items())
         constants = ",".join(f"{name}={value}" for name, value in one.constants.items())
-        rows.append([one.kernel, *map(str, numbers), mma, loads, constants, one.label])
+        bounds = f"{one.issue_us:.1f}", f"{one.bytes_us:.1f}"
+        count = "+".join(str(one.work.get(part, {}).get("all", 0)) for part in ("once", "looped"))
+        rows.append([one.kernel, *map(str, numbers), *bounds, count, mma, loads, constants, one.label])
         notes.append(violations(one))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

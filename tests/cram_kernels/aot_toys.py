@@ -32,9 +32,13 @@ def _toy(
     SUM: tl.constexpr,
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     if SIGNAL:
         gdc_launch_dependents()
+    first = 0.0
+    if EARLY:
+        first = tl.load(x + tl.program_id(0)).to(tl.float32)
     if WAIT:
         gdc_wait()
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -49,6 +53,8 @@ def _toy(
         else:
             total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION, out_dtype=SUM)
     places = y + rows[:, None] * BLOCK_N + columns[None, :]
+    if EARLY:
+        total += first
     tl.store(places, total.to(y.dtype.element_ty), mask=rows[:, None] < tokens)
 
 
@@ -62,6 +68,8 @@ def toy(
     warps: int = 4,
     stages: int = 3,
     dependent: bool = False,
+    moved_bytes: int = 10**9,
+    steps: int = 1,
     **constants: Any,
 ) -> Launch:
     """Return a launch of Y = X W^T; X starts `offset` elements into its storage."""
@@ -83,11 +91,12 @@ def toy(
             "stride": stride,
             "offsets": offsets,
         },
-        constants={**usual, "SIGNAL": False, "WAIT": False, **constants},
+        constants={**usual, "SIGNAL": False, "WAIT": False, "EARLY": False, **constants},
         warps=warps,
         stages=stages,
-        flops=1,
-        dependent=dependent,
+        cost=lambda: (moved_bytes, 1),
+        steps=steps,
+        late=("x",) if dependent else (),
     )
 
 
@@ -118,5 +127,7 @@ def unsound(arch: int, full: bool) -> Iterator[Case]:
     yield Case("must be 16 bytes wide, pointer", (toy(offset=1),))
     yield Case("must wait iff", (toy(dependent=True, BLOCK_T=128),))
     yield Case("must wait iff, not dependent", (toy(WAIT=True, BLOCK_T=128),))
+    yield Case("must not read ['x'] before it waits", (toy(WAIT=True, EARLY=True, dependent=True),))
+    yield Case("issuing must hide", (toy(tokens=1 << 22, moved_bytes=0, steps=64, BLOCK_K=32),))
     yield Case("must release iff", (toy(BLOCK_N=16), toy(WAIT=True, BLOCK_N=32, dependent=True)))
     yield Case("must release iff, nothing behind", (toy(SIGNAL=True, BLOCK_T=128),))

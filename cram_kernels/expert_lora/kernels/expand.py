@@ -1,161 +1,285 @@
-"""EXPAND: Y += sum_p (Z_p o w_p) F_p, in place, for up to three stacked projections; w is made on load.
+"""EXPAND: Y_p += sum over q of U_q F_q, in place; U is gated already.
 
-The base linear has written Y; adding into it here is the only pass over Y beyond it. Forward: F = Bt, one
-projection a launch (each has its own Y). Backward: F_p = A_p and Y = dX, all projections that read the same X
-in one launch, and the dropout mask on the sum.
+Forward: F = Bt, one Y for each of up to three stacked projections, all in one launch. Backward: one Y = dX, to
+which every projection that read the same X adds its U = dZ times F = A; the dropout mask acts on the sum.
 
-A program owns BLOCK_T x BLOCK_D of Y. Rows of F whose gates are 0 for all of the block's tokens are read as
+A program owns BLOCK_T x BLOCK_D of one Y. Rows of F at which U is 0 for all of the block's tokens count as
 zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows).
-Z may lie in several float32 planes (a split SHRINK), which are added in order; what SHRINK skipped is read
-and dropped by selection.
+U may lie in several float32 planes (a split SHRINK), which are added in order.
 
-DEPENDENT: the kernel in front is the SHRINK that writes Z, and this one starts before it has ended;
-everything but Z was written by kernels before that one. LATE_GATES: it writes the gates too.
+ADDS: Y holds the base product, which this pass adds to. Otherwise Y is written, with the bias, and the base
+product is added behind (`tiles.ORDER`).
 
-Bytes: 2 T D_out + R D_out + T R elements.  FLOPs: 2 T R D_out.
+DEPENDENT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended; everything
+but U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7 move loads of
+a pipelined loop in front of it. PREFETCH: one step covers every rank, so F is loaded before the wait. GATED: the planes are Z, and the gates are applied here, because
+the kernel in front writes those too.
+
+Bytes: 2 T D_out + R D_out + T R elements, T D_out less where Y is not read.  FLOPs: 2 T R D_out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from cram_kernels.expert_lora.kernels.dropout import kept
 from cram_kernels.expert_lora.kernels.gating import (
-    Dropout,
+    FREE,
     Gating,
     block_of,
-    gate_row,
+    decoded,
+    encoded,
     gated,
-    kept,
     row_gates,
-    tokens_per_gate,
+    stacked,
+    used,
 )
 from cram_kernels.expert_lora.tiles import ExpandTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
 
-@triton.jit(do_not_specialize=["tokens", "per_gate", "dropout"])
-def _expand(
-    z,
-    factors,
-    y,
-    gating,
-    dropout,
-    tokens,
+@triton.jit
+def _added(
+    acc,
+    u,
+    factor,
+    gates,
+    segments,
+    owner,
+    samples,
+    experts,
     per_gate,
+    scale,
+    rows,
+    valid,
+    d,
+    known,
+    rank,
     width,
-    ranks,
+    pitch,
+    plane_stride,
+    dtype,
+    PLANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Return acc + U F of one projection; with PREFETCH it waits for U, and BLOCK_R covers every rank."""
+    for first in range(0, BLOCK_R if PREFETCH else pitch, BLOCK_R):
+        columns = first + tl.arange(0, BLOCK_R)
+        inside, stored = columns < rank, columns < pitch
+        places = factor + columns.to(tl.int64)[:, None] * width + d[None, :]
+        if PREFETCH:
+            # What SHRINK does not write is loaded while it runs.
+            tile = tl.load(places, mask=inside[:, None] & known[None, :], other=0.0)
+            gdc_wait()
+        u_places = u + rows.to(tl.int64)[:, None] * pitch + columns[None, :]
+        total = tl.load(u_places, mask=valid[:, None] & stored[None, :], other=0.0)
+        for plane in tl.static_range(1, PLANES):
+            more = u_places + plane * tl.cast(plane_stride, tl.int64)
+            total += tl.load(more, mask=valid[:, None] & stored[None, :], other=0.0)
+        if GATED:
+            w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+            total = gated(total, w)
+        left = total.to(dtype)
+        live = used(left, 0)
+        if PREFETCH:
+            tile = tl.where(live[:, None], tile, 0.0)
+        else:
+            tile = tl.load(places, mask=(live & inside)[:, None] & known[None, :], other=0.0)
+        acc = tl.dot(left, tile.to(dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=FREE)
+def _expand(
+    u,  # [PLANES, STACK, T, pitch], planes and projections of any stride; gated, or Z where GATED
+    factors,  # one [r_p, width] a projection
+    ys,  # one [T, width_p] a projection, or one [T, width] for all
+    biases,  # one [width_p] a Y or None; with ADDS none
+    bits,  # the dropout mask on what is added, uint8 [T, bits_pitch], or None
+    gates,  # float32 [S, E]
+    segments,  # integers [T], the row of gates of each token, or None
+    owners,  # one [r_p] a projection: the expert of each packed row
+    samples,
+    experts,
+    per_gate,
+    scale,
+    tokens,
+    widths,
+    ranks,  # encoded
     pitch,
     plane_stride,
     stack_stride,
+    bits_pitch,
     STACK: tl.constexpr,
+    OUTS: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MAPPED: tl.constexpr,
+    ADDS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    LATE_GATES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = rows < tokens
-    wanted = valid[:, None] & ((d < width)[None, :] | EVEN_D)
-    y_tile = y + rows.to(tl.int64)[:, None] * width + d[None, :]
-    gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
-    if LATE_GATES:
+    if DEPENDENT and not PREFETCH:
         gdc_wait()
+    block, out = tl.program_id(0), 0
+    if OUTS > 1:
+        tiles = tl.cdiv(widths[0], BLOCK_D)
+        out = (block >= tiles).to(tl.int32)
+        block -= out * tiles
+    if OUTS > 2:
+        tiles = tl.where(out == 0, block + 1, tl.cdiv(widths[1], BLOCK_D))
+        beyond = (block >= tiles).to(tl.int32)
+        block -= beyond * tiles
+        out += beyond
+    y, width = stacked(ys, out, OUTS), stacked(widths, out, OUTS)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid, known = rows < tokens, (d < width) | EVEN_D
+    wanted = valid[:, None] & known[None, :]
+    y_tile = y + rows.to(tl.int64)[:, None] * width + d[None, :]
+    dtype: tl.constexpr = ys[0].dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for p in tl.static_range(STACK):
-        for first in range(0, ranks[p], BLOCK_R):
-            columns = first + tl.arange(0, BLOCK_R)
-            inside, stored = columns < ranks[p], columns < pitch
-            w = row_gates(
-                gating, gating.owner[p], gate_rows[:, None], valid[:, None], columns[None, :], inside[None, :]
+    if OUTS > 1:
+        acc = _added(
+            acc,
+            u + out * tl.cast(stack_stride, tl.int64),
+            stacked(factors, out, OUTS),
+            gates,
+            segments,
+            stacked(owners, out, OUTS),
+            samples,
+            experts,
+            per_gate,
+            scale,
+            rows,
+            valid,
+            d,
+            known,
+            decoded(stacked(ranks, out, OUTS)),
+            width,
+            pitch,
+            plane_stride,
+            dtype,
+            PLANES,
+            BLOCK_R,
+            PREFETCH,
+            GATED,
+        )
+    else:
+        for p in tl.static_range(STACK):
+            acc = _added(
+                acc,
+                u + p * tl.cast(stack_stride, tl.int64),
+                factors[p],
+                gates,
+                segments,
+                owners[p],
+                samples,
+                experts,
+                per_gate,
+                scale,
+                rows,
+                valid,
+                d,
+                known,
+                decoded(ranks[p]),
+                width,
+                pitch,
+                plane_stride,
+                dtype,
+                PLANES,
+                BLOCK_R,
+                PREFETCH,
+                GATED,
             )
-            live = tl.max((w != 0.0).to(tl.int32), 0) > 0
-            factor_rows = factors[p] + columns.to(tl.int64)[:, None] * width
-            factor = tl.load(
-                factor_rows + d[None, :], mask=live[:, None] & ((d < width)[None, :] | EVEN_D), other=0.0
-            )
-            if DEPENDENT:
-                gdc_wait()
-            sum_z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-            for plane in tl.static_range(PLANES):
-                z_rows = z + plane * tl.cast(plane_stride, tl.int64) + p * tl.cast(stack_stride, tl.int64)
-                z_rows += rows.to(tl.int64)[:, None] * pitch
-                # What lies beyond the rank, and what SHRINK skipped, is never used: its gate is 0.
-                sum_z += tl.load(z_rows + columns[None, :], mask=valid[:, None] & stored[None, :], other=0.0)
-            # The plane sums are Z in float32; like a stored Z they round to y's dtype before the gate.
-            u = gated(sum_z.to(y.dtype.element_ty), w).to(y.dtype.element_ty)
-            acc = tl.dot(u, factor.to(y.dtype.element_ty), acc, input_precision="ieee")
-    if DROPOUT:
-        acc = tl.where(kept(dropout, rows, d), acc, 0.0)
-    before = tl.load(y_tile, mask=wanted, other=0.0)
-    tl.store(y_tile, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=wanted)
+    if bits is not None:
+        acc = tl.where(kept(bits, rows, valid, block * BLOCK_D, bits_pitch, BLOCK_D), acc, 0.0)
+    if ADDS:
+        acc += tl.load(y_tile, mask=wanted, other=0.0).to(tl.float32)
+    if biases is not None:
+        bias = tl.load(stacked(biases, out, OUTS) + d, mask=known, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(y_tile, acc.to(dtype), mask=wanted)
 
 
 def expand(
-    z: Tensor,
-    factors: tuple[Tensor, ...],
-    y: Tensor,
+    u: Tensor,
+    factors: Sequence[Tensor],
+    ys: Sequence[Tensor],
     gating: Gating,
-    dropout: Dropout,
     tile: ExpandTile,
     *,
+    bits: Tensor | None = None,
+    biases: Sequence[Tensor] | None = None,
+    adds: bool = True,
     dependent: bool = False,
-    late_gates: bool = False,
+    gated: bool = False,
 ) -> Launch:
-    """Describe Y += sum_p (Z_p o w_p) F_p.
+    """Describe Y_p += U_p F_p for every projection, or Y += sum over p of U_p F_p.
 
     Args:
-        z: [planes, STACK, T, pitch], the planes and projections of any stride; filled by SHRINK.
-        factors: One [r_p, D] a projection, contiguous; y's dtype or float32.
-        y: [T, D], contiguous; added to in place.
-        gating: Gates and one owner a projection.
-        dropout: Mask on what is added; zeros for none.
+        u: [planes, STACK, T, pitch], the planes and projections of any stride; columns beyond a rank are 0.
+        factors: One [r_p, D_p] a projection, contiguous, of one dtype: y's or float32.
+        ys: One [T, D_p] a projection, or one [T, D] for all; contiguous; added to in place.
+        gating: Gates and one owner a projection; read if `gated`.
         tile: Block sizes.
+        bits: Dropout mask on what is added, see `dropout_bits`; None for none.
+        biases: One [D_p] for each of `ys`, added where `adds` is False; None for none.
+        adds: Add to `ys`; otherwise write them.
         dependent: Start before the SHRINK in front has ended.
-        late_gates: That SHRINK writes the gates too.
+        gated: `u` is not gated yet, and that SHRINK writes the gates too.
     """
-    tokens, width = y.shape
-    ranks = tuple(factor.shape[0] for factor in factors)
+    tokens, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
+    planes, stack, _, pitch = u.shape
+    block_r = block_of(pitch, most=tile.block_r)
+    late = ("u", "gates") if gated else ("u",)
     return Launch(
         kernel=_expand,
-        grid=(cdiv(width, tile.block_d), cdiv(tokens, tile.block_t)),
+        grid=(sum(cdiv(width, tile.block_d) for width in widths), cdiv(tokens, tile.block_t)),
         arguments={
-            "z": z,
-            "factors": factors,
-            "y": y,
-            "gating": gating,
-            "dropout": dropout,
+            "u": u,
+            "factors": tuple(factors),
+            "ys": tuple(ys),
+            "biases": None if biases is None else tuple(biases),
+            "bits": bits,
+            **gating.arguments(tokens),
             "tokens": tokens,
-            "per_gate": tokens_per_gate(tokens, gating.gates),
-            "width": width,
-            "ranks": ranks,
-            "pitch": z.shape[-1],
-            "plane_stride": z.stride(0),
-            "stack_stride": z.stride(1),
+            "widths": widths,
+            "ranks": encoded([factor.shape[0] for factor in factors]),
+            "pitch": pitch,
+            "plane_stride": u.stride(0),
+            "stack_stride": u.stride(1),
+            "bits_pitch": 0 if bits is None else bits.shape[1],
         },
         constants={
-            "STACK": len(factors),
-            "PLANES": z.shape[0],
+            "STACK": stack,
+            "OUTS": len(widths),
+            "PLANES": planes,
             "BLOCK_T": tile.block_t,
-            "BLOCK_R": block_of(z.shape[-1], most=tile.block_r),
+            "BLOCK_R": block_r,
             "BLOCK_D": tile.block_d,
-            "EVEN_D": width % tile.block_d == 0,
-            "DROPOUT": dropout.dropped > 0,
-            "MAPPED": gating.segments is not None,
+            "EVEN_D": all(width % tile.block_d == 0 for width in widths),
+            "ADDS": adds,
             "DEPENDENT": dependent,
-            "LATE_GATES": dependent and late_gates,
+            "PREFETCH": dependent and pitch <= block_r,
+            "GATED": gated,
         },
         warps=tile.warps,
         stages=tile.stages,
-        moved_bytes=nbytes(z, *factors, y, y),
-        flops=2 * tokens * sum(ranks) * width,
-        dependent=dependent,
+        late=late if dependent else (),
+        cost=lambda: (
+            nbytes(u, *factors, *ys, *(ys if adds else ()), bits),
+            2 * tokens * sum(f.numel() for f in factors),
+        ),
+        steps=cdiv(pitch, block_r),
     )

@@ -1,4 +1,4 @@
-"""What the kernels share: gates applied on load, and the dropout mask made again.
+"""What the kernels share: the gates of packed rows, and small helpers of their launchers.
 
 Where a gate is exactly 0 the product is exactly 0, whatever it is multiplied with (select, not multiply).
 """
@@ -12,65 +12,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cram_kernels.expert_lora.dropout import dropped_lanes, seed_words
 from cram_kernels.launch import power_of_two
 
 
 class Gating(NamedTuple):
-    """Kernel argument: what turns tokens and packed rows into gates.
+    """What turns tokens and packed rows into gates.
 
     Attributes:
         gates: [S, E] float32, contiguous.
         owner: One [R] integer tensor a stacked projection: the expert of each packed row.
         segments: [T] integers, the gate row of each token, or None for equal blocks of tokens.
-        samples: S.
-        experts: E.
         scale: Factor of every gate.
     """
 
-    gates: Any
-    owner: Any
-    segments: Any
-    samples: Any
-    experts: Any
-    scale: Any
+    gates: Tensor
+    owner: tuple[Tensor, ...]
+    segments: Tensor | None
+    scale: float
+
+    def arguments(self, tokens: int) -> dict[str, Any]:
+        """Return the arguments that every kernel with gates takes, for calls of so many tokens."""
+        samples, experts = self.gates.shape
+        return {
+            "gates": self.gates,
+            "segments": self.segments,
+            "owners": self.owner,
+            "samples": samples,
+            "experts": experts,
+            "per_gate": tokens_per_gate(tokens, self.gates),
+            "scale": self.scale,
+        }
 
 
-class Dropout(NamedTuple):
-    """Kernel argument: the two seed words and how many of the 2^16 lanes are dropped; zeros for none.
-
-    A word comes as two 16-bit halves, each doubled plus one: Triton compiles a kernel anew for an integer
-    that is a multiple of 16, which an odd one never is, so new seeds compile nothing.
-    """
-
-    row_high: Any
-    row_low: Any
-    pair_high: Any
-    pair_low: Any
-    dropped: Any
+# Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or an address is not. What differs from
+# call to call must not: such arguments stand here. Items of a tuple are always specialised, hence `encoded`.
+FREE = ("gates", "segments", "samples", "experts", "per_gate", "tokens")
 
 
 def gating(gates: Tensor, owners: Sequence[Tensor], segments: Tensor | None, scale: float) -> Gating:
-    """Return the kernels' view of gates [S, E]."""
+    """Return gates [S, E] as the kernels read them."""
     samples, experts = gates.shape
     # Their offsets are 32 bits wide: a tile of wider ones takes the registers of the products.
     if gates.numel() >= 1 << 31:
         raise ValueError(f"gates must have fewer than 2^31 elements, got {samples} x {experts}")
     segments = None if segments is None else segments.contiguous()
-    return Gating(gates.contiguous(), tuple(owners), segments, samples, experts, scale)
+    return Gating(gates.contiguous(), tuple(owners), segments, scale)
 
 
 def tokens_per_gate(tokens: int, gates: Tensor) -> int:
     """Return how many consecutive tokens share a row of gates [S, E] where no map says otherwise."""
     return max(tokens // max(gates.shape[0], 1), 1)
-
-
-def dropout_words(p: float, seed: int) -> Dropout:
-    """Return the kernels' view of a dropout with probability p."""
-    if not p:
-        return Dropout(0, 0, 0, 0, 0)
-    row, pair = ((2 * (word >> 16 & 0xFFFF) + 1, 2 * (word & 0xFFFF) + 1) for word in seed_words(seed))
-    return Dropout(*row, *pair, dropped_lanes(p))
 
 
 def block_of(size: int, least: int = 16, most: int = 128) -> int:
@@ -81,6 +72,17 @@ def block_of(size: int, least: int = 16, most: int = 128) -> int:
 def pitch_of(ranks: Sequence[int]) -> int:
     """Return the row pitch of Z: the largest rank rounded up to 16, so that rows start on 32 bytes."""
     return -(-max(ranks) // 16) * 16
+
+
+def encoded(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return sizes as odd numbers above 1, for which Triton compiles one kernel."""
+    return tuple(2 * size + 3 for size in sizes)
+
+
+@triton.jit
+def decoded(size):
+    """Return the size that `encoded` made odd."""
+    return (size >> 1) - 1
 
 
 @triton.jit
@@ -97,25 +99,23 @@ def stacked(items, index, STACK: tl.constexpr):
 
 
 @triton.jit
-def gate_row(gating, rows, valid, tokens_per_gate, MAPPED: tl.constexpr):
-    """Return the row of gates [S, E] that each token uses; -1 for one that does not exist."""
-    if MAPPED:
-        row = tl.load(gating.segments + rows, mask=valid, other=0)
-        return tl.where((row >= 0) & (row < gating.samples), row, -1).to(tl.int32)
-    return rows // tokens_per_gate
+def row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside):
+    """Return w [T, C]: scale times the gate of each token for the expert of each packed row; 0 outside.
 
-
-@triton.jit
-def row_gates(gating, owner, gate_row, valid, columns, inside):
-    """Return w: scale times the gate of each token for the expert of each packed row; 0 outside.
-
-    The tokens (`gate_row`, `valid`) and the packed rows (`columns`, `inside`) come as [T, 1] and [1, C], or
-    the other way round. A token whose row of gates does not exist gets NaN, which shows in its output.
+    A token whose row of gates does not exist gets NaN, which shows in its output.
     """
-    experts = tl.load(owner + columns, mask=inside, other=0).to(tl.int32)
-    offsets = gate_row * gating.experts + experts
-    w = tl.load(gating.gates + offsets, mask=valid & inside & (gate_row >= 0), other=0.0) * gating.scale
-    return tl.where(valid & inside & (gate_row < 0), float("nan"), w)
+    expert = tl.load(owner + columns, mask=inside, other=0).to(tl.int32)
+    if segments is None:
+        row, known = rows // per_gate, valid
+    else:
+        segment = tl.load(segments + rows, mask=valid, other=0)
+        known = valid & (segment >= 0) & (segment < samples)
+        row = segment.to(tl.int32)
+    places = gates + (row * experts)[:, None] + expert[None, :]
+    w = tl.load(places, mask=known[:, None] & inside[None, :], other=0.0) * scale
+    if segments is not None:
+        w = tl.where((valid & ~known)[:, None] & inside[None, :], float("nan"), w)
+    return w
 
 
 @triton.jit
@@ -125,26 +125,13 @@ def gated(z, w):
 
 
 @triton.jit
-def _finish(h):
-    """Mix uint32 words; the two rounds of `dropout_mask`."""
-    h ^= h >> 16
-    h *= 0x7FEB352D
-    h ^= h >> 15
-    h *= 0x846CA68B
-    return h ^ (h >> 16)
+def _either(a, b):
+    return a | b
 
 
 @triton.jit
-def _word(high, low):
-    """Return the seed word of two halves as `Dropout` holds them."""
-    return (tl.cast(high, tl.uint32) >> 1 << 16) | (tl.cast(low, tl.uint32) >> 1)
-
-
-@triton.jit
-def kept(dropout, rows, columns):
-    """Return the mask of `dropout_mask` for rows and columns: [T, D], about 12 integer operations each."""
-    row_hash = _finish(rows.to(tl.uint32) + _word(dropout.row_high, dropout.row_low))
-    pair_hash = _finish((columns // 2).to(tl.uint32) + _word(dropout.pair_high, dropout.pair_low))
-    mixed = _finish(row_hash[:, None] + pair_hash[None, :])
-    lane = (mixed >> ((columns % 2) * 16).to(tl.uint32)[None, :]) & 0xFFFF
-    return (lane ^ 0x8000) >= tl.cast(dropout.dropped, tl.uint32)
+def used(u, AXIS: tl.constexpr):
+    """Return where u [T, C] holds along an axis anything but the 0.0 that an unused gate leaves; NaN counts."""
+    # By its bits: comparing and converting each element takes twice the instructions, and more registers.
+    bits = u.to(tl.int16 if u.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
+    return tl.reduce(bits, AXIS, _either) != 0

@@ -1,30 +1,25 @@
 """GRAM: the weight gradients of the trained suffix, both in one launch, split over tokens, summed in order.
 
-    dA = (V o w)^T drop(X)        dBt = (Z o w)^T dY
+    dA = dZ^T drop(X)        dBt = U^T dY        dZ = V o w and U = Z o w, made by FOLD
 
 A program owns BLOCK_R x BLOCK_D of one gradient over one slab of tokens and writes a float32 plane;
-`reduce_planes` adds the planes in order: no atomics. Tokens whose trained gates are all exactly 0 are read as
-zeros, so NaN in their rows stays out.
+`reduce_planes` adds the planes in order: no atomics. Tokens at which the left factor is 0 in all of the program's
+rows, as where their trained gates are 0, are read as zeros, so NaN in their rows stays out. Rows of packed ranks
+start at a multiple of 16, in front of the first trained one, so that they load by 16 bytes.
 
 Bytes: T (D_in + D_out) + 2 T r elements, planes apart.  FLOPs: 2 T r (D_in + D_out).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cram_kernels.expert_lora.kernels.gating import (
-    Dropout,
-    Gating,
-    block_of,
-    gate_row,
-    gated,
-    kept,
-    row_gates,
-    tokens_per_gate,
-)
+from cram_kernels.expert_lora.kernels.dropout import kept
+from cram_kernels.expert_lora.kernels.gating import block_of, used
 from cram_kernels.expert_lora.tiles import GramTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
@@ -41,18 +36,17 @@ def _problem(items, index, PROBLEMS: tl.constexpr):
     return item
 
 
-@triton.jit(do_not_specialize=["tokens", "per_gate", "dropout", "first"])
+@triton.jit(do_not_specialize=["tokens", "first", "count"])
 def _gram(
-    lefts,
-    rights,
-    planes,
-    gating,
-    dropout,
+    lefts,  # one or two [T, pitch]: dZ, U
+    rights,  # one or two [T, width_i], rows strides[i] elements apart: X, dY
+    planes,  # float32 [SPLIT_T, count * sum of the widths], written
+    bits,  # the dropout mask on the first of `rights`, uint8 [T, bits_pitch], or None
     tokens,
-    per_gate,
     widths,
     strides,
     pitch,
+    bits_pitch,
     first,
     count,
     PROBLEMS: tl.constexpr,
@@ -60,52 +54,56 @@ def _gram(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MAPPED: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
     tiles = tl.cdiv(widths[0], BLOCK_D)
     problem = (tl.program_id(0) >= tiles).to(tl.int32)
     width = _problem(widths, problem, PROBLEMS)
-    d = (tl.program_id(0) - problem * tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    trained = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = (tl.program_id(0) - problem * tiles) * BLOCK_D
+    d = column + tl.arange(0, BLOCK_D)
+    known = (d < width) | EVEN_D
+    columns = first // 16 * 16 + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
-    inside = trained < count
-    columns = first + trained
     left = _problem(lefts, problem, PROBLEMS)
     right = _problem(rights, problem, PROBLEMS)
     # Each comes 32 or 64 bits wide, as its value needs.
     wide = (tl.cast(strides[0], tl.int64), tl.cast(strides[PROBLEMS - 1], tl.int64))
     stride = _problem(wide, problem, PROBLEMS)
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     slab = tl.cdiv(tl.cdiv(tokens, BLOCK_T), SPLIT_T) * BLOCK_T
     for start in range(split * slab, tl.minimum((split + 1) * slab, tokens), BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         valid = rows < tokens
         offsets = rows.to(tl.int64)
-        gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
-        w = row_gates(
-            gating, gating.owner[0], gate_rows[None, :], valid[None, :], columns[:, None], inside[:, None]
-        )
-        left_tile = left + offsets[None, :] * pitch + columns[:, None]
-        loaded = tl.load(left_tile, mask=valid[None, :] & inside[:, None], other=0.0)
+        u_tile = left + offsets[:, None] * pitch + columns[None, :]
+        u = tl.load(u_tile, mask=valid[:, None] & (columns < pitch)[None, :], other=0.0)
+        # Frozen columns in front of the first trained one make sums of their own, which are not stored.
+        busy = valid & used(tl.where((columns >= first)[None, :], u, 0.0), 1)
         right_tile = right + offsets[:, None] * stride + d[None, :]
-        tile = tl.load(right_tile, mask=valid[:, None] & (d < width)[None, :], other=0.0)
-        busy = tl.max((w != 0.0).to(tl.int32), 0) > 0
-        tile = tl.where(busy[:, None], tile, 0.0)
-        if DROPOUT:
-            tile = tl.where((problem == 1) | kept(dropout, rows, d), tile, 0.0)
-        u = gated(loaded, w).to(tile.dtype)
-        acc = tl.dot(u, tile, acc, input_precision="ieee")
+        tile = tl.load(right_tile, mask=busy[:, None] & known[None, :], other=0.0)
+        if bits is not None:
+            if problem == 0:
+                tile = tl.where(kept(bits, rows, valid, column, bits_pitch, BLOCK_D), tile, 0.0)
+        acc = tl.dot(tl.trans(tile), u, acc, input_precision="ieee")
+    trained = columns - first
     total = widths[0] * count
     if PROBLEMS > 1:
         total += widths[1] * count
+    acc = tl.trans(acc)
     plane = planes + split.to(tl.int64) * total + problem * widths[0] * count
-    tl.store(plane + trained[:, None] * width + d[None, :], acc, mask=inside[:, None] & (d < width)[None, :])
+    inside = (trained >= 0) & (trained < count)
+    tl.store(plane + trained[:, None] * width + d[None, :], acc, mask=inside[:, None] & known[None, :])
 
 
 @triton.jit
 def _reduce_planes(
-    planes, outs, first_count, count, OUTS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr
+    planes,  # float32 [PLANES, count]
+    outs,  # one or two, together `count` elements, written; `first_count` in the first
+    first_count,
+    count,
+    OUTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
@@ -119,47 +117,46 @@ def _reduce_planes(
 
 
 def gram(
-    lefts: tuple[Tensor, ...],
-    rights: tuple[Tensor, ...],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
     planes: Tensor,
-    gating: Gating,
-    dropout: Dropout,
     first: int,
     tile: GramTile,
+    *,
+    bits: Tensor | None = None,
 ) -> Launch:
-    """Describe the planes of (left o w)^T right for one problem or two.
+    """Describe the planes of left^T right for one problem or two.
 
     Args:
-        lefts: V, Z or one of them: [T, pitch] each.
-        rights: X, dY or one of them: [T, D] each, rows of any stride; dropout acts on the first.
+        lefts: dZ, U or one of them: [T, pitch] each; columns beyond the rank are 0.
+        rights: X, dY or one of them: [T, D] each, rows of any stride.
         planes: float32 [SPLIT_T, r * sum of the widths]; gradients one after another, each [r, D].
-        gating: Gates and one owner.
-        dropout: Mask on the first of `rights`; zeros for none.
-        first: First trained packed row; those from it to the end of the owner are trained.
+        first: First trained packed row; r of them from there on are trained.
         tile: Block sizes.
+        bits: Dropout mask on the first of `rights`, see `dropout_bits`; None for none.
     """
-    tokens = rights[0].shape[0]
+    tokens, pitch = lefts[0].shape
     widths = tuple(right.shape[1] for right in rights)
-    count = gating.owner[0].shape[0] - first
-    block_r = block_of(count, most=tile.block_r)
+    count = planes.shape[1] // sum(widths)
+    span = first % 16 + count
+    block_r = block_of(span, most=tile.block_r)
     return Launch(
         kernel=_gram,
         grid=(
             sum(cdiv(w, tile.block_d) for w in widths),
-            cdiv(count, block_r),
+            cdiv(span, block_r),
             planes.shape[0],
         ),
         arguments={
-            "lefts": lefts,
-            "rights": rights,
+            "lefts": tuple(lefts),
+            "rights": tuple(rights),
             "planes": planes,
-            "gating": gating,
-            "dropout": dropout,
+            "bits": bits,
             "tokens": tokens,
-            "per_gate": tokens_per_gate(tokens, gating.gates),
             "widths": widths,
             "strides": tuple(right.stride(0) for right in rights),
-            "pitch": lefts[0].shape[1],
+            "pitch": pitch,
+            "bits_pitch": 0 if bits is None else bits.shape[1],
             "first": first,
             "count": count,
         },
@@ -169,13 +166,15 @@ def gram(
             "BLOCK_T": tile.block_t,
             "BLOCK_R": block_r,
             "BLOCK_D": tile.block_d,
-            "DROPOUT": dropout.dropped > 0,
-            "MAPPED": gating.segments is not None,
+            "EVEN_D": all(width % tile.block_d == 0 for width in widths),
         },
         warps=tile.warps,
         stages=tile.stages,
-        moved_bytes=nbytes(*rights, planes) + len(lefts) * tokens * count * lefts[0].element_size(),
-        flops=2 * tokens * count * sum(widths),
+        cost=lambda: (
+            nbytes(*rights, planes, bits) + len(lefts) * tokens * count * lefts[0].element_size(),
+            2 * tokens * count * sum(widths),
+        ),
+        steps=cdiv(cdiv(tokens, tile.block_t), planes.shape[0]),
     )
 
 
@@ -194,5 +193,5 @@ def reduce_planes(planes: Tensor, *outs: Tensor) -> Launch:
         constants={"OUTS": len(outs), "PLANES": planes.shape[0], "BLOCK": REDUCE_BLOCK},
         warps=REDUCE_WARPS,
         stages=1,
-        moved_bytes=nbytes(planes, *outs),
+        cost=lambda: (nbytes(planes, *outs), 0),
     )

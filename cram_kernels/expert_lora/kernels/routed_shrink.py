@@ -1,6 +1,6 @@
 """ROUTED SHRINK: Z = drop(X) A^T and the segments' gates in one launch.
 
-SHRINK does not need the gates (its readers gate on load), so the distances to the centroids and their softmax
+SHRINK does not need the gates (FOLD or EXPAND applies them), so the distances to the centroids and their softmax
 are programs of the same launch, beside those of SHRINK and at the same time: routing adds no launch and no
 pass. The programs that route follow those that shrink along the first axis; each takes BLOCK_S segments and
 writes their rows of gates [S, E]. Whatever reads Z reads the gates after this launch.
@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from cram_kernels.centroid_gates.kernels import sample_gates, tile_of
-from cram_kernels.expert_lora.kernels.gating import Dropout, block_of
-from cram_kernels.expert_lora.kernels.shrink import shrink_block
+from cram_kernels.expert_lora.kernels.gating import block_of
+from cram_kernels.expert_lora.kernels.shrink import shrink_block, store_block
 from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
@@ -43,14 +43,14 @@ def routing(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | No
     return Routing(query, centroids, members, -0.5 / sigma**2, query.shape[1], *strides)
 
 
-@triton.jit(do_not_specialize=["tokens", "dropout", "segments", "experts"])
+@triton.jit(do_not_specialize=["tokens", "segments", "experts", "rank"])
 def _routed_shrink(
-    x,
-    factor,
-    z,
-    gates,
+    x,  # [T, width], rows x_stride elements apart
+    factor,  # [rank, width]
+    z,  # [SPLIT_K, 1, T, pitch], written
+    gates,  # float32 [S, E], written
     routing,
-    dropout,
+    bits,  # the dropout mask on x, uint8 [T, bits_pitch], or None
     tokens,
     segments,
     experts,
@@ -58,12 +58,12 @@ def _routed_shrink(
     x_stride,
     rank,
     pitch,
+    bits_pitch,
     SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    DROPOUT: tl.constexpr,
     DEPENDENTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -75,16 +75,14 @@ def _routed_shrink(
     if tl.program_id(0) < tiles:
         rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
         columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        shrink_block(
+        acc = shrink_block(
             x,
             factor,
-            z,
-            dropout,
+            bits,
             tokens,
             width,
             x_stride,
-            pitch,
-            tl.program_id(2),
+            bits_pitch,
             rank,
             rows,
             columns,
@@ -93,8 +91,8 @@ def _routed_shrink(
             BLOCK_R,
             BLOCK_K,
             EVEN_K,
-            DROPOUT,
         )
+        store_block(z, acc, tl.program_id(2), tokens, pitch, rows, columns)
     else:
         layer = (tl.program_id(0) - tiles) * tl.num_programs(1) + tl.program_id(1)
         first = (layer * tl.num_programs(2) + tl.program_id(2)) * BLOCK_S
@@ -123,15 +121,15 @@ def routed_shrink(
     z: Tensor,
     gates: Tensor,
     route: Routing,
-    dropout: Dropout,
     tile: ShrinkTile,
     *,
+    bits: Tensor | None = None,
     dependents: bool = False,
 ) -> Launch:
     """Describe Z = drop(X) A^T and gates = softmax of the distances.
 
     Args:
-        x, z, dropout, tile, dependents: As in `shrink`, for one projection.
+        x, z, tile, bits, dependents: As in `shrink`, for one projection.
         factor: A [R, D_in], contiguous; x's dtype or float32.
         gates: float32 [S, E], contiguous; written.
         route: The router.
@@ -151,7 +149,7 @@ def routed_shrink(
             "z": z,
             "gates": gates,
             "routing": route,
-            "dropout": dropout,
+            "bits": bits,
             "tokens": tokens,
             "segments": gates.shape[0],
             "experts": gates.shape[1],
@@ -159,6 +157,7 @@ def routed_shrink(
             "x_stride": x.stride(0),
             "rank": factor.shape[0],
             "pitch": pitch,
+            "bits_pitch": 0 if bits is None else bits.shape[1],
         },
         constants={
             "SPLIT_K": split_k,
@@ -166,7 +165,6 @@ def routed_shrink(
             "BLOCK_R": block_r,
             "BLOCK_K": tile.block_k,
             "EVEN_K": width % tile.block_k == 0,
-            "DROPOUT": dropout.dropped > 0,
             "DEPENDENTS": dependents,
             "BLOCK_S": block_s,
             "BLOCK_E": block_e,
@@ -174,6 +172,9 @@ def routed_shrink(
         },
         warps=tile.warps,
         stages=tile.stages,
-        moved_bytes=nbytes(x, factor, z, route.query, route.centroids, route.members, gates),
-        flops=2 * tokens * factor.shape[0] * width,
+        cost=lambda: (
+            nbytes(x, factor, z, bits, route.query, route.centroids, route.members, gates),
+            2 * tokens * factor.numel(),
+        ),
+        steps=cdiv(cdiv(width, tile.block_k), split_k),
     )

@@ -6,28 +6,32 @@ number of rank tiles and projections. With SPLIT_K > 1 the partial sums go to fl
 adds in order: no atomics, and the split depends on the size bucket only, so a row's result does not depend on
 the rows beside it.
 
-SKIP leaves out rank tiles whose gates are all exactly 0 in a row block (experts of other groups); their Z
-stays unwritten, and no reader uses it.
+GATED: what is written is U = Z o w, plane by plane, for an EXPAND that follows at once. SKIP leaves out rank
+tiles whose gates are all exactly 0 in a row block (experts of other groups): U is 0 there; Z stays unwritten,
+and FOLD selects it away.
 
 Bytes: T D_in + R D_in + T R elements.  FLOPs: 2 T R D_in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from cram_kernels.expert_lora.kernels.dropout import kept
 from cram_kernels.expert_lora.kernels.gating import (
-    Dropout,
+    FREE,
     Gating,
     block_of,
-    gate_row,
-    kept,
+    decoded,
+    encoded,
+    gated,
     row_gates,
     stacked,
-    tokens_per_gate,
 )
 from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, cdiv, nbytes
@@ -37,13 +41,11 @@ from cram_kernels.launch import Launch, cdiv, nbytes
 def shrink_block(
     x,
     factor,
-    z,
-    dropout,
+    bits,
     tokens,
     width,
     x_stride,
-    pitch,
-    plane,
+    bits_pitch,
     rank,
     rows,
     columns,
@@ -52,9 +54,8 @@ def shrink_block(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    DROPOUT: tl.constexpr,
 ):
-    """Write one block of one plane of Z: the sum over the K range of the program's split."""
+    """Return one block of one plane of Z: the sum over the K range of the program's split."""
     split = tl.program_id(2)
     valid, inside = rows < tokens, columns < rank
     x_rows = x + rows.to(tl.int64)[:, None] * x_stride
@@ -71,40 +72,47 @@ def shrink_block(
             factor_tile = tl.load(
                 factor_rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0
             )
-        if DROPOUT:
-            x_tile = tl.where(kept(dropout, rows, k), x_tile, 0.0)
+        if bits is not None:
+            x_tile = tl.where(kept(bits, rows, valid, start, bits_pitch, BLOCK_K), x_tile, 0.0)
         factor_tile = tl.trans(factor_tile.to(x_tile.dtype))
         acc = tl.dot(x_tile, factor_tile, acc, input_precision="ieee")
-    z_rows = z + (plane.to(tl.int64) * tokens + rows)[:, None] * pitch
-    tl.store(
-        z_rows + columns[None, :],
-        acc.to(z.dtype.element_ty),
-        mask=valid[:, None] & (columns < pitch)[None, :],
-    )
+    return acc
 
 
-@triton.jit(do_not_specialize=["tokens", "per_gate", "dropout"])
+@triton.jit
+def store_block(z, values, plane, tokens, pitch, rows, columns):
+    """Write one block of one plane [T, pitch] of Z or U."""
+    places = z + (plane.to(tl.int64) * tokens + rows)[:, None] * pitch + columns[None, :]
+    tl.store(places, values.to(z.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < pitch)[None, :])
+
+
+@triton.jit(do_not_specialize=FREE)
 def _shrink(
-    x,
-    factors,
-    z,
-    gating,
-    dropout,
-    tokens,
+    x,  # [T, width], rows x_stride elements apart
+    factors,  # one [r_p, width] a projection
+    z,  # [SPLIT_K, STACK, T, pitch], written: Z, or U where GATED
+    bits,  # the dropout mask on x, uint8 [T, bits_pitch], or None
+    gates,  # float32 [S, E]
+    segments,  # integers [T], the row of gates of each token, or None
+    owners,  # one [r_p] a projection: the expert of each packed row
+    samples,
+    experts,
     per_gate,
+    scale,
+    tokens,
     width,
     x_stride,
-    ranks,
+    ranks,  # encoded
     pitch,
+    bits_pitch,
     STACK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    DROPOUT: tl.constexpr,
     SKIP: tl.constexpr,
-    MAPPED: tl.constexpr,
+    GATED: tl.constexpr,
     DEPENDENTS: tl.constexpr,
 ):
     if DEPENDENTS:
@@ -113,24 +121,25 @@ def _shrink(
     projection = tl.program_id(0) // tiles
     columns = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rank = stacked(ranks, projection, STACK)
-    if SKIP:
+    rank = decoded(stacked(ranks, projection, STACK))
+    plane = tl.program_id(2) * STACK + projection
+    if SKIP or GATED:
         valid, inside = rows < tokens, columns < rank
-        owner = stacked(gating.owner, projection, STACK)
-        gate_rows = gate_row(gating, rows, valid, per_gate, MAPPED)
-        w = row_gates(gating, owner, gate_rows[:, None], valid[:, None], columns[None, :], inside[None, :])
+        owner = stacked(owners, projection, STACK)
+        w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+    if SKIP:
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
+            if GATED:
+                store_block(z, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), plane, tokens, pitch, rows, columns)
             return
-    shrink_block(
+    acc = shrink_block(
         x,
         stacked(factors, projection, STACK),
-        z,
-        dropout,
+        bits,
         tokens,
         width,
         x_stride,
-        pitch,
-        tl.program_id(2) * STACK + projection,
+        bits_pitch,
         rank,
         rows,
         columns,
@@ -139,67 +148,72 @@ def _shrink(
         BLOCK_R,
         BLOCK_K,
         EVEN_K,
-        DROPOUT,
     )
+    if GATED:
+        acc = gated(acc, w)
+    store_block(z, acc, plane, tokens, pitch, rows, columns)
 
 
 def shrink(
     x: Tensor,
-    factors: tuple[Tensor, ...],
+    factors: Sequence[Tensor],
     z: Tensor,
     gating: Gating,
-    dropout: Dropout,
     tile: ShrinkTile,
     *,
+    bits: Tensor | None = None,
     skip: bool = False,
+    gated: bool = False,
     dependents: bool = False,
 ) -> Launch:
-    """Describe Z = drop(X) A^T.
+    """Describe Z = drop(X) A^T, or U = Z o w.
 
     Args:
         x: [T, D_in], rows of any stride, elements of a row adjacent.
-        factors: One [r_p, D_in] a projection (at most three), contiguous; x's dtype or float32.
+        factors: One [r_p, D_in] a projection (at most three), contiguous, of one dtype: x's or float32.
         z: [SPLIT_K, STACK, T, pitch], contiguous; pitch is a multiple of 16 and covers every rank.
-        gating: Read by `skip` only.
-        dropout: Mask on x; zeros for none.
+        gating: Gates and one owner a projection; read by `skip` and `gated` only.
         tile: Block sizes.
+        bits: Dropout mask on x, see `dropout_bits`; None for none.
         skip: Leave out rank tiles without a live gate.
+        gated: Write U.
         dependents: Let the kernel behind this one start early.
     """
     tokens, width = x.shape
-    ranks = tuple(factor.shape[0] for factor in factors)
-    split_k, _, _, pitch = z.shape
+    split_k, stack, _, pitch = z.shape
     block_r = block_of(pitch, most=tile.block_r)
     return Launch(
         kernel=_shrink,
-        grid=(len(factors) * cdiv(pitch, block_r), cdiv(tokens, tile.block_t), split_k),
+        grid=(stack * cdiv(pitch, block_r), cdiv(tokens, tile.block_t), split_k),
         arguments={
             "x": x,
-            "factors": factors,
+            "factors": tuple(factors),
             "z": z,
-            "gating": gating,
-            "dropout": dropout,
+            "bits": bits,
+            **gating.arguments(tokens),
             "tokens": tokens,
-            "per_gate": tokens_per_gate(tokens, gating.gates),
             "width": width,
             "x_stride": x.stride(0),
-            "ranks": ranks,
+            "ranks": encoded([factor.shape[0] for factor in factors]),
             "pitch": pitch,
+            "bits_pitch": 0 if bits is None else bits.shape[1],
         },
         constants={
-            "STACK": len(factors),
+            "STACK": stack,
             "SPLIT_K": split_k,
             "BLOCK_T": tile.block_t,
             "BLOCK_R": block_r,
             "BLOCK_K": tile.block_k,
             "EVEN_K": width % tile.block_k == 0,
-            "DROPOUT": dropout.dropped > 0,
             "SKIP": skip,
-            "MAPPED": gating.segments is not None,
+            "GATED": gated,
             "DEPENDENTS": dependents,
         },
         warps=tile.warps,
         stages=tile.stages,
-        moved_bytes=nbytes(x, *factors, z),
-        flops=2 * tokens * sum(ranks) * width,
+        cost=lambda: (
+            nbytes(x, *factors, z, bits),
+            2 * tokens * width * sum(factor.shape[0] for factor in factors),
+        ),
+        steps=cdiv(cdiv(width, tile.block_k), split_k),
     )
