@@ -21,22 +21,19 @@ from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates.triton import centroid_gates_backward
 from cram_kernels.expert_lora import tiles
+from cram_kernels.expert_lora.decode import PLANES_TOKENS, new_planes, operands, starts_early
 from cram_kernels.expert_lora.dropout import keep_scale
 from cram_kernels.expert_lora.kernels.expand import expand
 from cram_kernels.expert_lora.kernels.fold import fold
 from cram_kernels.expert_lora.kernels.gating import gating, pitch_of
 from cram_kernels.expert_lora.kernels.routed_shrink import routed_shrink, routing
 from cram_kernels.expert_lora.triton import (
-    PLANES_TOKENS,
     LayerBackward,
     kept_bits,
     kept_z,
     layer_backward,
     layer_gradients,
     mask_bits,
-    new_planes,
-    operands,
-    starts_early,
 )
 from cram_kernels.launch import architecture, on_device_of
 from cram_kernels.packing import PackedExperts

@@ -13,8 +13,7 @@ functional operations, `cram::expert_lora` and `cram::expert_lora_backward`, whi
 calls reach the same Python functions through an autograd Function, which costs the host less than the
 dispatcher does.
 
-Inference with T <= 64 is the decode path: two launches back to back, of which the second starts before the
-first has ended (sm_90), U staying in the planes of its split.
+Inference with T <= 64 is `decode`: two launches, U staying in the planes of its split.
 """
 
 from __future__ import annotations
@@ -23,12 +22,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cram_kernels.dispatch import interpreted
 from cram_kernels.expert_lora import tiles
+from cram_kernels.expert_lora.decode import PLANES_TOKENS, SKIP_RANK, decode, linear, new_planes, operands
 from cram_kernels.expert_lora.dropout import keep_scale
 from cram_kernels.expert_lora.kernels.dropout import bits_pitch, dropout_bits
 from cram_kernels.expert_lora.kernels.expand import expand
@@ -40,12 +38,6 @@ from cram_kernels.expert_lora.kernels.shrink import shrink
 from cram_kernels.launch import architecture, on_device_of
 from cram_kernels.packing import PackedExperts
 
-# From here on casting the float32 experts once, in a launch, costs less than casting their tiles everywhere.
-CAST_TOKENS = 1024
-# Up to here EXPAND adds the planes of a split SHRINK itself; beyond, FOLD does.
-PLANES_TOKENS = 64
-# Rank tiles without a live gate can be left out only where R takes more than one.
-SKIP_RANK = 128
 MAX_STACK = 3
 
 
@@ -75,35 +67,45 @@ def stacked_expert_lora(
     seed: int,
 ) -> list[Tensor]:
     """Compute up to three layers that read the same x; arguments as in `cram_kernels.stacked_expert_lora`."""
-    stack = [experts for _, _, experts in layers]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    trained: list[Tensor | None] = [leaf for e in stack for leaf in (e.trained_a, e.trained_b)]
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    packs: list[Any] = [experts._buffers for _, _, experts in layers]
+    leaves: list[Any] = [experts._parameters for _, _, experts in layers]
+    trained = [leaf.get(name) for leaf in leaves for name in ("trained_a", "trained_b")]
     keep = torch.is_grad_enabled() and (
         x.requires_grad or gates.requires_grad or any(leaf is not None for leaf in trained)
     )
+    weights = [weight for weight, _, _ in layers]
+    a, bt, owners = ([pack[name] for pack in packs] for name in ("a", "bt", "expert_of_row"))
+    scale, compiling = layers[0][2].scale, torch.compiler.is_compiling()
+    if not (keep or dropout or compiling) and 0 < rows.shape[0] <= PLANES_TOKENS and any(map(len, a)):
+        with on_device_of(x):
+            biases = [bias for _, bias, _ in layers]
+            ys = decode(rows, gates, weights, biases, a, bt, owners, segments, scale, architecture(x.device))
+        return ys if rows is x else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     arguments: Any = (
         rows,
         gates,
         *trained,
-        *[None] * (2 * (MAX_STACK - len(stack))),
-        [weight for weight, _, _ in layers],
+        *[None] * (2 * (MAX_STACK - len(layers))),
+        weights,
         [weight[:0, 0] if bias is None else bias for weight, bias, _ in layers],
-        [e.a for e in stack],
-        [e.bt for e in stack],
-        [e.expert_of_row for e in stack],
+        a,
+        bt,
+        owners,
         segments,
-        stack[0].scale * (keep_scale(dropout) if dropout else 1.0),
+        scale * (keep_scale(dropout) if dropout else 1.0),
         dropout,
         seed,
         keep,
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         outputs = torch.ops.cram.expert_lora(*arguments)
     else:
         outputs = _ExpertLora.apply(*arguments) if keep else _forward(*arguments)
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs[: len(stack)]]
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs[: len(layers)]]
 
 
 def _forward(
@@ -129,37 +131,17 @@ def _forward(
     """Return every Y_p [T, D_out_p], then Z [STACK, T, pitch] and the dropout bits, empty if not kept."""
     with on_device_of(x):
         if not x.shape[0] or not any(factor.shape[0] for factor in a):
-            outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             return [*outputs, kept_z(x, a, keep), kept_bits(x, dropout, keep)]
-        arch, gate = architecture(x.device), gating(gates, owners, segments, scale)
-        bits = mask_bits(x, dropout, seed)
+        arch, bits = architecture(x.device), mask_bits(x, dropout, seed)
         if keep or x.shape[0] > PLANES_TOKENS:
+            gate = gating(gates, owners, segments, scale)
             z, u = project(x, operands(a, x), gate, bits=bits, skip=not keep, keep=keep)
             outputs = _forward_outputs(x, weights, biases, bt, u, gate)
             kept = kept_bits(x, dropout, keep) if bits is None or not keep else bits
             return [*outputs, x.new_empty(0) if z is None else z, kept]
-        outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
-        downs, ups = operands(a, x), operands(bt, x)
-        pitch, early = pitch_of([down.shape[0] for down in downs]), starts_early(arch)
-        tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
-        planes = new_planes(x, tile.split_k, len(downs), pitch)
-        skip = pitch > SKIP_RANK
-        shrink(x, downs, planes, gate, tile, bits=bits, skip=skip, gated=True, dependents=early).run()
-        into = tiles.expand_tile(arch, x.dtype, x.shape[0])
-        expand(planes, ups, outputs, gate, into, dependent=early).run()
-        return [*outputs, x.new_empty(0), kept_bits(x, dropout, keep)]
-
-
-def starts_early(arch: int) -> bool:
-    """Whether EXPAND may start before the SHRINK in front has ended."""
-    return arch >= 90 and not interpreted()
-
-
-def new_planes(x: Tensor, split_k: int, stack: int, pitch: int) -> Tensor:
-    """Return memory for what SHRINK writes: one plane in x's precision, or several in float32."""
-    dtype = torch.float32 if split_k > 1 else x.dtype
-    return torch.empty(split_k, stack, x.shape[0], pitch, dtype=dtype, device=x.device)
+        ys = decode(x, gates, weights, biases, a, bt, owners, segments, scale, arch, bits=bits)
+        return [*ys, x.new_empty(0), kept_bits(x, dropout, keep)]
 
 
 def mask_bits(x: Tensor, dropout: float, seed: int) -> Tensor | None:
@@ -204,21 +186,6 @@ def project(
     return z, u
 
 
-def operands(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """Return the factors as the kernels should read them: cast in a launch of its own where that is cheaper.
-
-    A stack's factors have one dtype.
-    """
-    dtypes = {factor.dtype for factor in factors}
-    if x.shape[0] >= CAST_TOKENS or len(dtypes) > 1:
-        factors = [factor.to(x.dtype) for factor in factors]
-    return [factor.contiguous() for factor in factors]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight, bias if bias.numel() else None)
-
-
 def _forward_outputs(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bt: Sequence[Tensor], u: Tensor, gate: Gating
 ) -> list[Tensor]:
@@ -226,7 +193,7 @@ def _forward_outputs(
     tokens, arch, ups = x.shape[0], architecture(x.device), operands(bt, x)
     tile, order = tiles.expand_tile(arch, x.dtype, tokens), tiles.order(arch, x.dtype, tokens)
     if not order.base_last and order.chunk is None:
-        outputs = [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         expand(u, ups, outputs, gate, tile).run()
         return outputs
     outputs = [x.new_empty(tokens, weight.shape[0]) for weight in weights]

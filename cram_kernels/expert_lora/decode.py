@@ -1,0 +1,163 @@
+"""Decoding on Triton kernels: T <= 64 without gradients, where the host's time is what counts.
+
+    U = (X A^T) o w in planes, every projection in one launch;  Y_p += U_p Bt_p, every projection in one launch
+
+The second launch starts before the first has ended (sm_90); nothing stands between them. The first call of a kind
+describes both launches and keeps them with their compiled kernels; later calls of the same shapes, dtypes and
+alignments fill in their tensors. Nothing here waits for the device or reads a tensor, so a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cram_kernels import dispatch
+from cram_kernels.expert_lora import tiles
+from cram_kernels.expert_lora.kernels.expand import expand
+from cram_kernels.expert_lora.kernels.gating import Gating, gating, pitch_of
+from cram_kernels.expert_lora.kernels.shrink import shrink
+from cram_kernels.launch import Launch, Prepared, hooked
+
+# Up to here EXPAND adds the planes of a split SHRINK itself; beyond, FOLD does.
+PLANES_TOKENS = 64
+# From here on casting the float32 experts once, in a launch, costs less than casting their tiles everywhere.
+CAST_TOKENS = 1024
+# Rank tiles without a live gate can be left out only where R takes more than one.
+SKIP_RANK = 128
+# Kinds of calls that are kept.
+MOST_PLANS = 1024
+
+
+class Plan:
+    """The two launches of one kind of call."""
+
+    __slots__ = ("expand", "planes", "shrink")
+
+    def __init__(self, planes: tuple[Any, ...], first: Prepared, second: Prepared) -> None:
+        self.planes, self.shrink, self.expand = planes, first, second
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the base product; a bias without elements is none."""
+    return F.linear(x, weight, bias if bias is not None and bias.shape[0] else None)
+
+
+def starts_early(arch: int) -> bool:
+    """Whether EXPAND may start before the SHRINK in front has ended."""
+    return arch >= 90 and not dispatch.interpreted()
+
+
+def new_planes(x: Tensor, split_k: int, stack: int, pitch: int) -> Tensor:
+    """Return memory for what SHRINK writes: one plane in x's precision, or several in float32."""
+    dtype = torch.float32 if split_k > 1 else x.dtype
+    return torch.empty((split_k, stack, x.shape[0], pitch), dtype=dtype, device=x.device)
+
+
+def operands(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Return the factors as the kernels should read them: cast in a launch of its own where that is cheaper.
+
+    A stack's factors have one dtype.
+    """
+    dtypes = {factor.dtype for factor in factors}
+    if x.shape[0] >= CAST_TOKENS or len(dtypes) > 1:
+        factors = [factor.to(x.dtype) for factor in factors]
+    return [factor.contiguous() for factor in factors]
+
+
+def decode(
+    x: Tensor,
+    gates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    bt: Sequence[Tensor],
+    owners: Sequence[Tensor],
+    segments: Tensor | None,
+    scale: float,
+    arch: int,
+    *,
+    bits: Tensor | None = None,
+) -> list[Tensor]:
+    """Return every Y_p [T, D_out_p]; T >= 1 and some projection has rows.
+
+    Args:
+        x: [T, D_in], elements of a row adjacent.
+        gates: [S, E] float32.
+        weights, biases: Base linears; None, or a bias without elements, is none.
+        a, bt, owners: Packed factors and owners.
+        segments: [T] or None.
+        scale: Factor of every gate.
+        arch: Architecture, see `cram_kernels.launch.architecture`.
+        bits: Dropout mask on x, or None.
+    """
+    ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    inputs = (x, gates, segments, *a, *bt, *owners)
+    key = None
+    if bits is None and not dispatch.interpreted() and not hooked():
+        key = (
+            arch,
+            scale,
+            x.device,
+            x.shape,
+            x.stride(0),
+            gates.shape,
+            gates.is_contiguous(),
+            None if segments is None else (segments.dtype, segments.is_contiguous()),
+            *[weight.shape[0] for weight in weights],
+            *[(f.shape[0], f.dtype, f.is_contiguous(), f.data_ptr() & 15 == 0) for f in (*a, *bt)],
+            *[o.data_ptr() & 15 == 0 for o in owners],
+            x.dtype,
+            x.data_ptr() & 15 == 0,
+        )
+        plan = _PLANS.get(key)
+        if plan is not None:
+            shape, dtype = plan.planes
+            planes = torch.empty(shape, dtype=dtype, device=x.device)
+            tensors = (*inputs, planes, *ys)
+            plan.shrink.run(tensors)
+            plan.expand.run(tensors)
+            return ys
+    # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
+    downs, ups, gate = operands(a, x), operands(bt, x), gating(gates, owners, segments, scale)
+    planes, first, second = _described(x, downs, ups, ys, gate, arch, bits)
+    if key is not None:
+        _keep(key, (*inputs, planes, *ys), planes, first, second)
+    first.run()
+    second.run()
+    return ys
+
+
+def _described(
+    x: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    gate: Gating,
+    arch: int,
+    bits: Tensor | None,
+) -> tuple[Tensor, Launch, Launch]:
+    """Return the planes of U and the two launches."""
+    pitch, early = pitch_of([down.shape[0] for down in downs]), starts_early(arch)
+    tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
+    planes = new_planes(x, tile.split_k, len(downs), pitch)
+    skip = pitch > SKIP_RANK
+    first = shrink(x, downs, planes, gate, tile, bits=bits, skip=skip, gated=True, dependents=early)
+    into = tiles.expand_tile(arch, x.dtype, x.shape[0])
+    return planes, first, expand(planes, ups, ys, gate, into, dependent=early)
+
+
+def _keep(key: Any, tensors: Sequence[Tensor | None], planes: Tensor, first: Launch, second: Launch) -> None:
+    """Keep both launches, unless one reads a tensor that was made for this call."""
+    ready = first.prepared(tensors), second.prepared(tensors)
+    if ready[0] is not None and ready[1] is not None:
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        _PLANS[key] = Plan((planes.shape, planes.dtype), ready[0], ready[1])
