@@ -82,6 +82,13 @@ class Op:
         return {impl: self.why_missing(impl) for impl in IMPLS}
 
 
+def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError where a tensor does not lie where the operation runs; None is left out."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
+
+
 def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
     """Return why the Triton kernels cannot serve such tensors; `Missing` for every op that has them.
 

@@ -28,9 +28,9 @@ class Launch:
         warps: Warps a program.
         stages: Depth of the software pipeline.
         cost: Returns `moved_bytes` and `flops`; called only where somebody asks.
-        late: Names of the arguments that the kernel in front writes while this one starts (programmatic dependent
-            launch); this kernel must wait for it before it reads them. Empty: it starts when that one has ended.
-            Only architectures from sm_90 on have it.
+        late: Names of the arguments that the kernel in front writes while this one starts (programmatic
+            dependent launch); this kernel must wait for it before it reads them. Empty: it starts when that
+            one has ended. Only architectures from sm_90 on have it.
         steps: How often a program passes the kernel's loop; 1 for a kernel without one.
     """
 
@@ -62,8 +62,8 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the tensors' device.
 
-        What Triton's JIT does for each call takes the host five times as long as the launch itself. It is asked once
-        for each kind of arguments; from then on the compiled kernel is called directly.
+        What Triton's JIT does for each call takes the host five times as long as the launch itself. It is
+        asked once for each kind of arguments; from then on the compiled kernel is called directly.
         """
         if 0 in self.grid:
             return
@@ -103,10 +103,16 @@ class Launch:
                 places.append((place, tuple([_index(item, tensors) for item in value])))
         if any(index is None or (isinstance(index, tuple) and None in index) for _, index in places):
             return None
-        compiled = self.kernel.run(grid=self.grid, warmup=True, **self.arguments, **self.constants, **self._options())
+        compiled = self.kernel.run(
+            grid=self.grid, warmup=True, **self.arguments, **self.constants, **self._options()
+        )
         _check_order(self.kernel, (*self.arguments, *self.constants))
-        blank = [None if any(place == at for at, _ in places) else value for place, value in enumerate(values)]
-        return Prepared(compiled.run, compiled.function, compiled.packed_metadata, (*self.grid, 1, 1)[:3], blank, places)
+        blank = [
+            None if any(place == at for at, _ in places) else value for place, value in enumerate(values)
+        ]
+        return Prepared(
+            compiled.run, compiled.function, compiled.packed_metadata, (*self.grid, 1, 1)[:3], blank, places
+        )
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
@@ -125,7 +131,7 @@ class Launch:
 
 
 class Prepared:
-    """A compiled kernel whose arguments are known but for its tensors; calling it costs little beyond the launch."""
+    """A compiled kernel of which all arguments but the tensors are known."""
 
     __slots__ = ("_blank", "_function", "_grid", "_launch", "_metadata", "_places")
 
@@ -142,7 +148,7 @@ class Prepared:
         self._grid, self._blank, self._places = grid, blank, places
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
-        """Launch on the current stream with tensors of the shapes, dtypes and alignments of the first ones."""
+        """Launch on the current stream; shapes, dtypes and alignments are those of the first tensors."""
         values = self._blank.copy()
         for place, index in self._places:
             values[place] = tensors[index] if index.__class__ is int else tuple([tensors[i] for i in index])
@@ -157,7 +163,7 @@ _MOST_KINDS = 1 << 14
 
 
 def _kind(value: Any, free: bool) -> Any:
-    """Return what the JIT compiles for: type, and unless `free` whether numbers and addresses divide by 16."""
+    """Return what the JIT compiles for: type, and unless `free` which numbers and addresses divide by 16."""
     kind = value.__class__
     if kind is int:
         return value >> 31 if free else (value & 15 == 0, value == 1, value >> 31)
@@ -184,7 +190,9 @@ def _remember(key: tuple[Any, ...], compiled: Any, names: tuple[str, ...]) -> No
 
 def _check_order(kernel: Any, names: tuple[str, ...]) -> None:
     if names != tuple(kernel.arg_names):
-        raise RuntimeError(f"arguments must come in the kernel's order {tuple(kernel.arg_names)}, got {names}")
+        raise RuntimeError(
+            f"arguments must come in the kernel's order {tuple(kernel.arg_names)}, got {names}"
+        )
 
 
 def _index(tensor: Tensor, tensors: Sequence[Tensor | None]) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates import reference
-from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.dispatch import Op, check_devices, triton_missing
 
 # (query, centroids, sigma, members) -> gates
 Forward = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
@@ -46,14 +46,14 @@ def centroid_gates(
             without any member is all zeros.
         trained: Only the last so many experts of `centroids` get gradients, those before them zeros; None for
             all. The gradient of `query` takes in all experts either way.
-        impl: "auto", "reference", "cpu", "triton" or "native".
+        impl: "auto" (on a CUDA device "triton", else "reference"), "reference" or "triton".
 
     Returns:
         Gates [L, S, E] in float32 (float64 if an input is float64), whatever the autocast state.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, `sigma` is not positive, `trained` is not between 0 and E, or
-            `impl` is unknown.
+        ValueError: Shapes, dtypes or devices do not fit, `sigma` is not positive, `trained` is not between 0
+            and E, or `impl` is unknown.
         NotImplementedError: `impl` is known but this op does not have it, or it cannot serve these tensors.
 
     Source: CRAM (arXiv 2606.02502), centroid routing inside an instruction group.
@@ -148,6 +148,7 @@ def check_router(
     query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None, trained: int | None = None
 ) -> None:
     """Raise ValueError where the arguments of `centroid_gates` do not fit together."""
+    check_devices(query.device, centroids=centroids, members=members)
     if query.dim() != 2 or centroids.dim() != 3 or query.shape[1] != centroids.shape[2]:
         raise ValueError(
             "query and centroids must be [S, D_q] and [L, E, D_q], "

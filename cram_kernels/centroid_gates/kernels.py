@@ -42,8 +42,8 @@ from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 TILES = {8: (4, 128, 4), 16: (4, 64, 4), 32: (4, 64, 8), 64: (4, 32, 8), 128: (2, 32, 8), 256: (1, 16, 8)}
 # Above the table: one sample, and the BLOCK_D that fills a 32-byte sector of memory.
 BEYOND = (1, 8, 8)
-# Steps whose rows are on their way together: a loop without tensor-core products is pipelined only on request, and
-# each of its steps would wait for the memory.
+# Steps whose rows are on their way together: a loop without tensor-core products is pipelined only on
+# request, and each of its steps would wait for the memory.
 STAGES: tl.constexpr = tl.constexpr(3)
 # dcentroids: most rows a program takes, its samples at once times those rows, BLOCK_D, warps. A trained
 # suffix is short (CRAM trains one centroid), so it is the programs along D_q and L that fill the machine.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.dispatch import Op, check_devices, triton_missing
 from cram_kernels.expert_lora import cpu, native, reference
 from cram_kernels.packing import PackedExperts
 
@@ -77,8 +77,10 @@ def expert_lora(
         alone.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, `weight` or `bias` require grad, or `impl` is unknown.
-        NotImplementedError: `impl` is known but this op does not have it.
+        ValueError: Shapes, dtypes or devices do not fit, a segment does not exist (CPU tensors; on other
+            devices, where nobody waits for the values, its rows of y are NaN), `weight` or `bias` require
+            grad, or `impl` is unknown.
+        NotImplementedError: `impl` is known but this op does not have it, or it cannot serve these tensors.
 
     Source: CRAM (arXiv 2606.02502), expert layer with centroid-routed weights.
     """
@@ -113,6 +115,7 @@ def check_layer(
 ) -> None:
     """Raise ValueError where one layer's arguments do not fit together; see `expert_lora`."""
     check_base(x, weight, bias, experts, dropout)
+    check_devices(x.device, gates=gates, segments=segments)
     columns, shape = experts.gate_columns, gates.shape
     if len(shape) != 2 or shape[1] != columns:
         raise ValueError(f"gates must be [S, {columns}] or [T, {columns}], got {list(shape)}")
@@ -139,8 +142,9 @@ def check_base(
         raise ValueError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias must be frozen (requires_grad=False), got one that requires grad")
-    if bias is not None and bias.shape != (d_out,):
-        raise ValueError(f"bias must be [{d_out}], got {list(bias.shape)}")
+    if bias is not None and (bias.shape != (d_out,) or bias.dtype != weight.dtype):
+        raise ValueError(f"bias must be {weight.dtype} [{d_out}], got {bias.dtype} {list(bias.shape)}")
+    check_devices(x.device, weight=weight, bias=bias, experts=buffers["bt"])
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
@@ -150,7 +154,13 @@ def check_segments(tokens: int, rows: int, segments: Tensor | None) -> None:
     if segments is None:
         if tokens and (not rows or tokens % rows):
             raise ValueError(f"gates must have S rows with S dividing T = {tokens}, got S = {rows}")
-    elif segments.shape != (tokens,) or segments.dtype not in (torch.int32, torch.int64):
+        return
+    if segments.shape != (tokens,) or segments.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"segments must be int32 or int64 [{tokens}], got {segments.dtype} {list(segments.shape)}"
         )
+    # Elsewhere a look at the values would wait for the device, and the compiler has none.
+    if tokens and segments.is_cpu and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in torch.aminmax(segments))
+        if low < 0 or high >= rows:
+            raise ValueError(f"segments must lie in [0, {rows}), got values from {low} to {high}")

@@ -1,10 +1,11 @@
 """Decoding on Triton kernels: T <= 64 without gradients, where the host's time is what counts.
 
-    U = (X A^T) o w in planes, every projection in one launch;  Y_p += U_p Bt_p, every projection in one launch
+    U_p = (X A_p^T) o w_p in planes, for every p in one launch    Y_p += U_p Bt_p, for every p in one launch
 
-The second launch starts before the first has ended (sm_90); nothing stands between them. The first call of a kind
-describes both launches and keeps them with their compiled kernels; later calls of the same shapes, dtypes and
-alignments fill in their tensors. Nothing here waits for the device or reads a tensor, so a CUDA graph can capture it.
+The second launch starts before the first has ended (sm_90); nothing stands between them. The first call of a
+kind describes both launches and keeps them with their compiled kernels; later calls of the same shapes,
+dtypes and alignments fill in their tensors. Nothing here waits for the device or reads a tensor, so a CUDA
+graph can capture it.
 """
 
 from __future__ import annotations

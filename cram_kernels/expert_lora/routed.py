@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cram_kernels.centroid_gates.api import centroid_gates, check_router
-from cram_kernels.dispatch import Op, triton_missing
+from cram_kernels.dispatch import Op, check_devices, triton_missing
 from cram_kernels.expert_lora import native
 from cram_kernels.expert_lora.api import autocast_dtype, check_base, check_segments, expert_lora
 from cram_kernels.packing import PackedExperts
@@ -68,6 +68,7 @@ def routed_expert_lora(
     check_router(query, centroids.unsqueeze(0), sigma, members)
     if centroids.shape[0] != experts.gate_columns:
         raise ValueError(f"centroids must be [{experts.gate_columns}, D_q], got {list(centroids.shape)}")
+    check_devices(x.device, query=query, segments=segments)
     check_segments(x.shape[:-1].numel(), query.shape[0], segments)
     op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):

@@ -103,7 +103,7 @@ def _forward(
     seed: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Y [T, D_out], then Z [1, T, pitch], the dropout bits (both empty if not kept) and gates [S, E]."""
+    """Return Y [T, D_out], then Z [1, T, pitch] and dropout bits (empty if not kept) and gates [S, E]."""
     with on_device_of(x):
         y = F.linear(x, weight, bias)
         shape = query.shape[0], centroids.shape[0]

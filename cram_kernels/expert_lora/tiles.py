@@ -19,8 +19,8 @@ from typing import TypeVar
 import torch
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
-# Compute capabilities whose programs may take 227 KB of shared memory; the rows of 80 keep to the 99 KB that every
-# other one has (RTX 4090: 89, RTX 5090: 120). Source: CUDA programming guide, technical specifications.
+# Compute capabilities whose programs may take 227 KB of shared memory; the rows of 80 keep to the 99 KB that
+# every other one has (RTX 4090: 89, RTX 5090: 120). Source: CUDA programming guide, technical specifications.
 LARGE_SHARED = frozenset({90, 100, 103, 110})
 # K elements a split keeps at least: fewer leave the software pipeline nothing to overlap.
 LEAST_SPAN = 512
@@ -95,12 +95,12 @@ SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
 ExpandRow = tuple[int | None, int, int, int, int, int]
 EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
     (90, True): [
-        # D_out / 64 programs. One step for up to 128 packed rows: F is loaded before the wait; 8 warps keep more loads
-        # in flight.
+        # D_out / 64 programs. One step for up to 128 packed rows: F is loaded before the wait; 8 warps keep
+        # more loads in flight.
         (64, 16, 128, 64, 8, 1),
         (1024, 64, 64, 128, 4, 1),
-        # 8 warps and steps of 64 packed rows keep to 128 registers, so that two programs share a multiprocessor: one
-        # hides the other's waiting, and there is no pipeline to fill.
+        # 8 warps and steps of 64 packed rows keep to 128 registers, so that two programs share a
+        # multiprocessor: one hides the other's waiting, and there is no pipeline to fill.
         (None, 128, 64, 128, 8, 1),
     ],
     (90, False): [(64, 16, 64, 32, 4, 1), (None, 32, 32, 64, 4, 1)],
@@ -111,8 +111,9 @@ EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
 # Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, most SPLIT_T, warps, stages).
 GramRow = tuple[int | None, int, int, int, int, int, int]
 GRAM: dict[tuple[int, bool], list[GramRow]] = {
-    # D / 128 programs a gradient; the split over tokens makes three waves of them. One stage: X and dY are loaded
-    # where U says that they are needed, and three or four programs on a multiprocessor hide each other's waiting.
+    # D / 128 programs a gradient; the split over tokens makes three waves of them. One stage: X and dY are
+    # loaded where U says that they are needed, and three or four programs on a multiprocessor hide each
+    # other's waiting.
     (90, True): [(512, 32, 64, 128, 4, 4, 1), (None, 64, 64, 128, 8, 8, 1)],
     (90, False): [(None, 32, 32, 64, 8, 4, 1)],
     (80, True): [(512, 32, 64, 128, 4, 4, 1), (None, 64, 64, 128, 8, 8, 1)],
@@ -125,8 +126,8 @@ class Order:
     """How the base product and EXPAND share their result Y.
 
     Attributes:
-        chunk: Tokens that go through both before the next ones do, or None for all at once. While a chunk of Y
-            fits the L2 cache, the second finds what the first wrote.
+        chunk: Tokens that go through both before the next ones do, or None for all at once. While a chunk of
+            Y fits the L2 cache, the second finds what the first wrote.
         base_last: EXPAND writes Y with the bias, and the base product adds to it (beta = 1), which hides the
             read of Y behind its products and rounds once less. Otherwise EXPAND adds to the base product.
     """
@@ -140,7 +141,8 @@ class Order:
         return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
 
 
-# Largest T of the bucket -> how. 4096 tokens of width 4096 in two bytes take 32 of the 50 MB of an H200's L2 cache.
+# Largest T of the bucket -> how. 4096 tokens of width 4096 in two bytes take 32 of the 50 MB of an H200's L2
+# cache.
 OrderRow = tuple[int | None, int | None, bool]
 ORDER: dict[tuple[int, bool], list[OrderRow]] = {
     (90, True): [(4096, None, False), (None, 4096, False)],
@@ -181,8 +183,8 @@ def gram_tile(arch: int, dtype: torch.dtype, tokens: int, width: int) -> GramTil
 @lru_cache(4096)
 def order(arch: int, dtype: torch.dtype, tokens: int) -> Order:
     """Return how the base product and EXPAND share their result."""
-    _, *row = _row(ORDER, arch, dtype, tokens)
-    return Order(*row)
+    _, chunk, base_last = _row(ORDER, arch, dtype, tokens)
+    return Order(chunk, base_last)
 
 
 def _known(arch: int) -> int:

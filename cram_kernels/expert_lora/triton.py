@@ -1,16 +1,19 @@
 """expert_lora on Triton kernels: SHRINK and EXPAND around the base linear, GRAM for the trained suffix.
 
-    forward     Z_p = drop(X) A_p^T    U_p = Z_p o w_p    Y_p = X W_p^T + b_p (BLAS)    Y_p += U_p Bt_p  in place
-    backward    V_p = dY_p Bt_p^T      dZ_p = V_p o w_p   dg from Z_p o V_p
-                dA_p and dBt_p in one launch              dX = sum_p dY_p W_p (BLAS)    dX += drop(sum_p dZ_p A_p)
+    forward     Z_p = drop(X) A_p^T     U_p = Z_p o w_p       Y_p = X W_p^T + b_p (BLAS)
+                Y_p += U_p Bt_p in place
+    backward    V_p = dY_p Bt_p^T       dZ_p = V_p o w_p      dg from Z_p o V_p
+                dA_p and dBt_p          dX = sum_p dY_p W_p (BLAS)
+                dX += drop(sum_p dZ_p A_p) in place
 
 p runs over projections that read the same x (one, or q, k and v). Passes over an activation beyond the base
 linear's for one projection: 3 forward, 5 backward. A stack reads X once in the forward, adds to its Y in one
-launch, and adds to dX once. Long inputs run in chunks of tokens, or with the base product last (`tiles.ORDER`).
+launch, and adds to dX once. Long inputs run in chunks of tokens, or with the base product last
+(`tiles.ORDER`).
 
 Saved: x if a suffix trains A, Z [T, R], the gates, the dropout mask as bits. Everything that runs lies in two
-functional operations, `cram::expert_lora` and `cram::expert_lora_backward`, which a compiler sees whole. Eager
-calls reach the same Python functions through an autograd Function, which costs the host less than the
+functional operations, `cram::expert_lora` and `cram::expert_lora_backward`, which a compiler sees whole.
+Eager calls reach the same Python functions through an autograd Function, which costs the host less than the
 dispatcher does.
 
 Inference with T <= 64 is `decode`: two launches, U staying in the planes of its split.
@@ -187,7 +190,12 @@ def project(
 
 
 def _forward_outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], bt: Sequence[Tensor], u: Tensor, gate: Gating
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bt: Sequence[Tensor],
+    u: Tensor,
+    gate: Gating,
 ) -> list[Tensor]:
     """Return every Y_p, base products and U_p Bt_p, in the order that the table says."""
     tokens, arch, ups = x.shape[0], architecture(x.device), operands(bt, x)
@@ -199,7 +207,10 @@ def _forward_outputs(
     outputs = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
     given = None
     if order.base_last and any(bias.numel() for bias in biases):
-        given = [b.contiguous() if b.numel() else y.new_zeros(y.shape[1]) for b, y in zip(biases, outputs, strict=True)]
+        given = [
+            b.contiguous() if b.numel() else y.new_zeros(y.shape[1])
+            for b, y in zip(biases, outputs, strict=True)
+        ]
     for rows in order.chunks(tokens):
         parts = [y[rows] for y in outputs]
         added = expand(u[:, :, rows], ups, parts, gate, tile, biases=given, adds=not order.base_last)
@@ -273,12 +284,9 @@ def _back_project(dy: Tensor, bt: Tensor, gate: Gating, dz: Tensor, v: Tensor | 
     """Fill dZ [T, pitch] of one projection, and V where it is wanted."""
     (tokens, width), pitch = dy.shape, dz.shape[1]
     tile = tiles.shrink_tile(architecture(dy.device), dy.dtype, tokens, pitch, width)
-    whole, shape = tile.split_k == 1, (1, 1, tokens, pitch)
-    skip = v is None and pitch > SKIP_RANK
-    if whole:
-        planes = (dz if v is None else v).view(shape)
-    else:
-        planes = new_planes(dy, tile.split_k, 1, pitch)
+    whole, skip = tile.split_k == 1, v is None and pitch > SKIP_RANK
+    own = (dz if v is None else v).view(1, 1, tokens, pitch)
+    planes = own if whole else new_planes(dy, tile.split_k, 1, pitch)
     gated = whole and v is None
     shrink(dy, operands([bt], dy), planes, gate, tile, skip=skip, gated=gated).run()
     if not gated:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cram_kernels.dispatch import Op
 from cram_kernels.orthogonality import cpu, native, reference
+from cram_kernels.orthogonality.pooling import visual_mean
 
 OP = Op(
     "orthogonality_penalty",
@@ -51,14 +52,15 @@ def orthogonality_penalty(
         scale: LoRA scale.
         mask: Visual-token positions [B, T] (bool), the same for all modules, or None if `hidden` are means.
         impl: "auto" ("native" where it is installed, unless a float64 comes in; else "cpu"), "reference",
-            "cpu", "triton" or "native".
+            "cpu" or "native".
 
     Returns:
-        Scalar; a plain zero if no module has history.
+        Scalar; a plain zero if no module has history. The mean over no samples counts 0.
 
     Raises:
-        ValueError: Lists or shapes do not fit together, or `impl` is unknown.
-        NotImplementedError: `impl` is known but this op does not have it.
+        ValueError: Lists, shapes or devices do not fit together, a dtype is not floating point, or `impl` is
+            unknown.
+        NotImplementedError: `impl` is known but this op does not have it, or it cannot serve these tensors.
 
     Source: CRAM (arXiv 2606.02502), orthogonality regularisation of the new expert.
     """
@@ -69,13 +71,19 @@ def orthogonality_penalty(
     for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
         _check_module(shapes, masked=mask is not None)
     device = hidden[0].device if hidden else torch.device("cpu")
+    _check_places(device, lists, mask)
     dtype = torch.float32
     for found in {tensor.dtype for tensor in (*hidden, *trained_a, *trained_b)}:
         dtype = torch.promote_types(dtype, found)
     compute = OP.select(impl, device, dtype)
-    chosen = [m for m, basis in enumerate(bases) if basis.shape[1]]
+    counted = [m for m, basis in enumerate(bases) if basis.shape[1]]
+    chosen = [m for m in counted if len(hidden[m])]
     if not chosen:
         return torch.zeros((), dtype=dtype, device=device)
+    # A mean over no samples is 0 in every implementation; its module counts.
+    scale = scale * (len(chosen) / len(counted)) ** 0.5
+    if mask is not None and not mask.shape[1]:
+        hidden, mask = [visual_mean(tokens, mask) for tokens in hidden], None
     if len(chosen) < len(hidden):
         hidden, trained_a, trained_b, bases, gamma = ([each[m] for m in chosen] for each in lists)
     with torch.autocast(device.type, enabled=False):
@@ -84,6 +92,20 @@ def orthogonality_penalty(
 
 def _shapes(tensors: Sequence[Tensor] | Tensor) -> list[torch.Size]:
     return [tensors.shape[1:]] * len(tensors) if isinstance(tensors, Tensor) else [t.shape for t in tensors]
+
+
+def _check_places(
+    device: torch.device, lists: Sequence[Sequence[Tensor] | Tensor], mask: Tensor | None
+) -> None:
+    """Raise ValueError where a tensor lies elsewhere or is not floating point."""
+    names = ("hidden", "trained_a", "trained_b", "bases", "gamma")
+    for name, each in zip(names, lists, strict=True):
+        found = {(t.device, t.dtype) for t in ((each,) if isinstance(each, Tensor) else each)}
+        for place, dtype in found:
+            if place != device or not dtype.is_floating_point:
+                raise ValueError(f"{name} must be floating point on {device}, got {dtype} on {place}")
+    if mask is not None and mask.device != device:
+        raise ValueError(f"mask must be on {device}, got {mask.device}")
 
 
 def _check_mask(hidden: Sequence[Tensor], mask: Tensor | None) -> None:

@@ -275,7 +275,7 @@ def compile_cases(cases: Iterable[Case], arch: int) -> list[Compiled]:
 
 
 def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, Any, Compiled]:
-    """Return what tells the kernel from others, the kernel (None if it fails), and a record without its code."""
+    """Return what tells the kernel from others, the kernel (None if it fails), and a record of neither."""
     from triton.errors import TritonError
 
     name = launch.kernel.fn.__name__
@@ -316,7 +316,9 @@ def _read(kernel: Any, record: Compiled, launch: Launch) -> None:
         setattr(record, found, value)
     work = read_sass(_dumped(kernel, "--dump-sass"))
     record.work = dataclasses.asdict(work)
-    names = [name for name, kinds in record.signature.items() for kind in _leaves([kinds]) if kind != "constexpr"]
+    names = [
+        name for name, kinds in record.signature.items() for kind in _leaves([kinds]) if kind != "constexpr"
+    ]
     read, loads = early_reads(kernel.asm["ptx"])
     record.early = sorted({names[place] for place in read if place < len(names)})
     record.early_loads = (loads, max(work.early_loads, 0))

@@ -153,8 +153,8 @@ def chosen(arch: int) -> Iterator[Call]:
 def alike(arch: int, full: bool) -> Iterator[Case]:
     """Yield calls that must share their kernels: they differ in what changes from request to request.
 
-    Samples, where a layer's gates start in memory (layers of ten experts start on 8 bytes), ranks within one pitch,
-    the trained rows and the dropout seed.
+    Samples, where a layer's gates start in memory (layers of ten experts start on 8 bytes), ranks within one
+    pitch, the trained rows and the dropout seed.
     """
     usual: dict[str, Any] = {"rank": 78}
     for train, tokens in ((False, 32), (True, 2048)):
@@ -179,13 +179,17 @@ def recorded(call: Call, arch: int) -> list[Launch]:
     weight = empty(call.width, call.width, dtype=call.dtype)
     layers = [(weight, None, packed(call)) for _ in range(call.stack)]
     count, samples = len(ranks_of(call)), min(call.tokens, call.samples)
-    gates = empty(samples * count + call.offset)[call.offset :].view(samples, count).requires_grad_(call.train)
+    gates = (
+        empty(samples * count + call.offset)[call.offset :].view(samples, count).requires_grad_(call.train)
+    )
     segments = empty(call.tokens, dtype=torch.int64) if call.mapped else None
     with recording(arch) as launches, torch.set_grad_enabled(call.train):
         if call.routed:
             query, centroids = empty(samples, 768), empty(count, 768)
             route = (query.requires_grad_(call.train), centroids, 1.0, None)
-            outputs = [routed_triton.routed_expert_lora(x, *layers[0], *route, segments, call.dropout, call.seed)]
+            outputs = [
+                routed_triton.routed_expert_lora(x, *layers[0], *route, segments, call.dropout, call.seed)
+            ]
         else:
             outputs = expert_lora.stacked_expert_lora(x, layers, gates, segments, call.dropout, call.seed)
         if call.train:

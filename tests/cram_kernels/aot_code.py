@@ -19,9 +19,9 @@ ISSUED, OF_A_PIPE = 4.0, 2.0
 
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 _TARGET = re.compile(r"\b0x([0-9a-f]+)")
-_INTEGER = frozenset(
-    "LOP3 LOP ISETP SEL FSEL PRMT SHF SHL SHR IADD3 IADD VIADD VIADDMNMX LEA IMNMX VIMNMX FMNMX FSETP PLOP3 SGXT BMSK "
-    "IABS MOV F2FP HSETP2 HMNMX2 POPC ICMP".split()
+_INTEGER = re.compile(
+    "LOP3?|ISETP|F?SEL|PRMT|SH[FLR]|IADD3?|VIADD(MNMX)?|LEA|V?IMNMX|FMNMX|FSETP|PLOP3|SGXT|BMSK|IABS|MOV|F2FP|"
+    "HSETP2|HMNMX2|POPC|ICMP"
 )
 _LOADS = ("LDG", "LDGSTS", "LD", "UBLKCP", "UTMALDG")
 
@@ -69,7 +69,7 @@ def read_sass(text: str) -> Work:
         counter = looped if any(low <= place <= high for low, high in loops) else once
         operation = name.split(".")[0]
         counter["all"] += 1
-        counter["integer"] += operation in _INTEGER
+        counter["integer"] += bool(_INTEGER.fullmatch(operation))
         counter["multiply"] += operation == "IMAD"
         early += operation in _LOADS
         if operation == "ACQBULK" and work.early_loads < 0:

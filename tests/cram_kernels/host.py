@@ -1,11 +1,11 @@
 """What a call costs the host: the whole path of a launch, with a driver that launches nothing.
 
     python -m tests.cram_kernels.host            microseconds a call, for a linear and for a stack of three
-    python -m tests.cram_kernels.host --json     what a decode call does: launches, torch operations, compilations
+    python -m tests.cram_kernels.host --json     what a decode call does: launches, operations, compilations
 
-Triton's JIT, its caches and the package's own Python run as on a GPU with kernels compiled for sm_90; only the
-launcher, which takes 3.4 us in C, is replaced by a function that counts. Tensors are tiny and lie on the CPU: the
-base linear is timed alone and taken off.
+Triton's JIT, its caches and the package's own Python run as on a GPU with kernels compiled for sm_90; only
+the launcher, which takes 3.4 us in C, is replaced by a function that counts. Tensors are tiny and lie on the
+CPU: the base linear is timed alone and taken off.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class NullDriver(_Target):
     def __init__(self, arch: int) -> None:
         super().__init__(arch)
         self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 2, 32, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 227 * 1024}
+            load_binary=lambda *_: (1, 2, 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 227 * 1024},
         )
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:

@@ -132,7 +132,9 @@ def test_ptx_is_read() -> None:
 
 
 def test_local_memory_and_registers_are_violations() -> None:
-    kernel = Compiled("", "", 90, 4, 1, {}, False, False, False, [], False, local=True, registers=255, stack=8)
+    kernel = Compiled(
+        "", "", 90, 4, 1, {}, False, False, False, [], False, local=True, registers=255, stack=8
+    )
     assert violations(kernel) == [
         "registers must not spill, got 255 and a stack of 8 bytes",
         "local memory must not be used",

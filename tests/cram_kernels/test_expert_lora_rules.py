@@ -227,5 +227,5 @@ def test_segments_out_of_range(index: int, impl: str) -> None:
     inputs = layer_inputs()
     segments = torch.zeros(24, dtype=torch.int64)
     segments[5] = index
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"segments must lie in \[0, 4\), got values"):
         expert_lora(inputs.x, inputs.weight, None, inputs.experts(), inputs.gates, segments, impl=impl)

@@ -101,13 +101,14 @@ def op_arguments(
         seen[:] = arguments
         return forward(*arguments)
 
-    with monkeypatch.context() as patch, torch.no_grad():
+    with monkeypatch.context() as patch:
         patch.setattr(implementation, "_forward", note)
         layers = [(one.weight, one.bias, one.experts()) for one in parts]
+        x = parts[0].x.clone().requires_grad_()
         stacked_expert_lora(
-            parts[0].x, layers, parts[0].gates, parts[0].segments, dropout=dropout, seed=3, impl="triton"
+            x, layers, parts[0].gates, parts[0].segments, dropout=dropout, seed=3, impl="triton"
         )
-    return seen
+    return [each.detach() if isinstance(each, Tensor) else each for each in seen]
 
 
 CHECKED: dict[str, dict[str, Any]] = {
@@ -143,12 +144,12 @@ def test_opcheck_of_backward(
 ) -> None:
     parts = stacked_inputs(count, dtype, device, gating="map" if count == 1 else "segment")
     *head, _ = op_arguments(monkeypatch, parts)
-    *_, z = implementation._forward(*head, True)
+    *_, z, bits = implementation._forward(*head, True)
     x, gates, weights, a, bt, owners, segments = head[0], head[1], head[8], *head[10:14]
     trained = [one.experts().trained_rank for one in parts]
     needs = [name in need.split() for name in ("x", "gates", "a", "b")]
     dys = [one.dy for one in parts]
-    arguments = (dys, x, z, gates, weights, a, bt, owners, segments, trained, *head[14:17], *needs)
+    arguments = (dys, x, z, bits, gates, weights, a, bt, owners, segments, trained, head[14], *needs)
     torch.library.opcheck(torch.ops.cram.expert_lora_backward.default, arguments)
 
 

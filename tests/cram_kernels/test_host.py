@@ -1,4 +1,5 @@
-"""What a decode call does on the host: two launches, no compiler, nothing that a CUDA graph cannot capture."""
+"""What a decode call does on the host: two launches, no compiler, nothing that a CUDA graph cannot
+capture."""
 
 from __future__ import annotations
 

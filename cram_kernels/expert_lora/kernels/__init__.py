@@ -7,7 +7,7 @@
     gram            dA = dZ^T drop(X)            dBt = U^T dY
     gate_gradient   dg[s, e] = scale * sum of Z o V over the segment's tokens and the expert's rows
 
-w[t, c] = scale * gates[s(t), owner[c]] is never stored: FOLD (in decoding SHRINK) multiplies by it where Z is made.
-Because B is stored transposed, forward and backward use the same templates. Each module holds its jitted
-functions and the launchers that describe their launches; nothing here runs anything.
+w[t, c] = scale * gates[s(t), owner[c]] is never stored: FOLD (in decoding SHRINK) multiplies by it where Z is
+made. Because B is stored transposed, forward and backward use the same templates. Each module holds its
+jitted functions and the launchers that describe their launches; nothing here runs anything.
 """

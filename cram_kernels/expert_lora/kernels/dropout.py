@@ -24,7 +24,8 @@ BLOCK_T, BLOCK_BYTES, WARPS = 16, 64, 4
 class Dropout(NamedTuple):
     """Kernel argument: the two seed words and how many of the 2^16 lanes are dropped.
 
-    A word comes as two 16-bit halves, and each number as `encoded` makes it, so that new seeds compile nothing.
+    A word comes as two 16-bit halves, and each number as `encoded` makes it, so that new seeds compile
+    nothing.
     """
 
     row_high: Any
@@ -73,7 +74,8 @@ def _dropout_bits(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     row_hash = _finish(rows.to(tl.uint32) + _word(dropout.row_high, dropout.row_low))
-    # A lane of 16 bits is kept from `dropped` - 2^15 on, as a signed number: the upper one where the whole word is.
+    # A lane of 16 bits is kept from `dropped` - 2^15 on, as a signed number: the upper one where the whole
+    # word is.
     edge = (decoded(dropout.dropped) - 32768) << 16
     found = tl.zeros((BLOCK_T, BLOCK_BYTES), tl.int32)
     for pair in tl.static_range(4):

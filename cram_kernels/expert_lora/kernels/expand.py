@@ -1,7 +1,7 @@
 """EXPAND: Y_p += sum over q of U_q F_q, in place; U is gated already.
 
-Forward: F = Bt, one Y for each of up to three stacked projections, all in one launch. Backward: one Y = dX, to
-which every projection that read the same X adds its U = dZ times F = A; the dropout mask acts on the sum.
+Forward: F = Bt, one Y for each of up to three stacked projections, all in one launch. Backward: one Y = dX,
+to which every projection that read the same X adds its U = dZ times F = A; the dropout mask acts on the sum.
 
 A program owns BLOCK_T x BLOCK_D of one Y. Rows of F at which U is 0 for all of the block's tokens count as
 zeros, so NaN in an expert that a block does not use stays out of it (one that it uses reaches all its rows).
@@ -10,10 +10,10 @@ U may lie in several float32 planes (a split SHRINK), which are added in order.
 ADDS: Y holds the base product, which this pass adds to. Otherwise Y is written, with the bias, and the base
 product is added behind (`tiles.ORDER`).
 
-DEPENDENT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended; everything
-but U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7 move loads of
-a pipelined loop in front of it. PREFETCH: one step covers every rank, so F is loaded before the wait. GATED: the planes are Z, and the gates are applied here, because
-the kernel in front writes those too.
+DEPENDENT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended;
+everything but U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7
+move loads of a pipelined loop in front of it. PREFETCH: one step covers every rank, so F is loaded before the
+wait. GATED: the planes are Z, and the gates are applied here, because the kernel in front writes those too.
 
 Bytes: 2 T D_out + R D_out + T R elements, T D_out less where Y is not read.  FLOPs: 2 T R D_out.
 """
@@ -84,7 +84,9 @@ def _added(
             more = u_places + plane * tl.cast(plane_stride, tl.int64)
             total += tl.load(more, mask=valid[:, None] & stored[None, :], other=0.0)
         if GATED:
-            w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+            w = row_gates(
+                gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside
+            )
             total = gated(total, w)
         left = total.to(dtype)
         live = used(left, 0)

@@ -61,7 +61,9 @@ def _fold(
     stored = valid[:, None] & (columns < pitch)[None, :]
     total = tl.load(planes + places, mask=stored, other=0.0).to(tl.float32)
     for plane in tl.static_range(1, PLANES):
-        total += tl.load(planes + plane * STACK * tl.cast(tokens, tl.int64) * pitch + places, mask=stored, other=0.0)
+        total += tl.load(
+            planes + plane * STACK * tl.cast(tokens, tl.int64) * pitch + places, mask=stored, other=0.0
+        )
     owner = stacked(owners, projection, STACK)
     w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
     if z is not None:

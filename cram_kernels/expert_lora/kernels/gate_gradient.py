@@ -3,8 +3,8 @@
 No division, so it is exact where a gate is 0. Two launches over data that is still in the L2 cache: sums over
 the tokens of each segment for every packed row, in slabs of tokens, and sums over the slabs and each expert's
 rows, both in order. The first is linear in R and knows no experts; the second finds an expert's rows, which
-are neighbours, by bisection. Sums are selected, not multiplied by a mask, so NaN in one expert or segment stays
-there.
+are neighbours, by bisection. Sums are selected, not multiplied by a mask, so NaN in one expert or segment
+stays there.
 
 Bytes: 2 T R elements, 2 SLABS S R floats and S E floats, small beside a pass over x (R << D).
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from cram_kernels.expert_lora.kernels.gating import FREE, Gating, block_of, tokens_per_gate
 from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 
-# Tiles of 2048 elements keep every value of a block in registers. A segment's tokens are cut into at most SLABS
-# slabs of at least LEAST_SLAB tokens, by the segment's size bucket alone.
+# Tiles of 2048 elements keep every value of a block in registers. A segment's tokens are cut into at most
+# SLABS slabs of at least LEAST_SLAB tokens, by the segment's size bucket alone.
 ELEMENTS, BLOCK_E, WARPS = 2048, 8, 4
 SLABS, LEAST_SLAB = 32, 256
 # Rows of an expert whose loads are in flight together.

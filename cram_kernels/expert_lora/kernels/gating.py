@@ -44,8 +44,9 @@ class Gating(NamedTuple):
         }
 
 
-# Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or an address is not. What differs from
-# call to call must not: such arguments stand here. Items of a tuple are always specialised, hence `encoded`.
+# Triton compiles a kernel anew where an integer is 1 or a multiple of 16, or an address is not. What differs
+# from call to call must not: such arguments stand here. Items of a tuple are always specialised, hence
+# `encoded`.
 FREE = ("gates", "segments", "samples", "experts", "per_gate", "tokens")
 
 
@@ -131,7 +132,7 @@ def _either(a, b):
 
 @triton.jit
 def used(u, AXIS: tl.constexpr):
-    """Return where u [T, C] holds along an axis anything but the 0.0 that an unused gate leaves; NaN counts."""
+    """Return where u [T, C] holds anything but 0.0 along an axis; NaN and -0.0 count as held."""
     # By its bits: comparing and converting each element takes twice the instructions, and more registers.
     bits = u.to(tl.int16 if u.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
     return tl.reduce(bits, AXIS, _either) != 0

@@ -3,9 +3,9 @@
     dA = dZ^T drop(X)        dBt = U^T dY        dZ = V o w and U = Z o w, made by FOLD
 
 A program owns BLOCK_R x BLOCK_D of one gradient over one slab of tokens and writes a float32 plane;
-`reduce_planes` adds the planes in order: no atomics. Tokens at which the left factor is 0 in all of the program's
-rows, as where their trained gates are 0, are read as zeros, so NaN in their rows stays out. Rows of packed ranks
-start at a multiple of 16, in front of the first trained one, so that they load by 16 bytes.
+`reduce_planes` adds the planes in order: no atomics. Tokens at which the left factor is 0 in all of the
+program's rows, as where their trained gates are 0, are read as zeros, so NaN in their rows stays out. Rows of
+packed ranks start at a multiple of 16, in front of the first trained one, so that they load by 16 bytes.
 
 Bytes: T (D_in + D_out) + 2 T r elements, planes apart.  FLOPs: 2 T r (D_in + D_out).
 """
@@ -81,7 +81,7 @@ def _gram(
         busy = valid & used(tl.where((columns >= first)[None, :], u, 0.0), 1)
         right_tile = right + offsets[:, None] * stride + d[None, :]
         tile = tl.load(right_tile, mask=busy[:, None] & known[None, :], other=0.0)
-        if bits is not None:
+        if bits is not None:  # noqa: SIM102 - a compile-time condition around a run-time one
             if problem == 0:
                 tile = tl.where(kept(bits, rows, valid, column, bits_pitch, BLOCK_D), tile, 0.0)
         acc = tl.dot(tl.trans(tile), u, acc, input_precision="ieee")

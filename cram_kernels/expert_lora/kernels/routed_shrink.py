@@ -1,9 +1,9 @@
 """ROUTED SHRINK: Z = drop(X) A^T and the segments' gates in one launch.
 
-SHRINK does not need the gates (FOLD or EXPAND applies them), so the distances to the centroids and their softmax
-are programs of the same launch, beside those of SHRINK and at the same time: routing adds no launch and no
-pass. The programs that route follow those that shrink along the first axis; each takes BLOCK_S segments and
-writes their rows of gates [S, E]. Whatever reads Z reads the gates after this launch.
+SHRINK does not need the gates (FOLD or EXPAND applies them), so the distances to the centroids and their
+softmax are programs of the same launch, beside those of SHRINK and at the same time: routing adds no launch
+and no pass. The programs that route follow those that shrink along the first axis; each takes BLOCK_S
+segments and writes their rows of gates [S, E]. Whatever reads Z reads the gates after this launch.
 
 Bytes: SHRINK's, and S D_q + E D_q + S E floats.  FLOPs on tensor cores: SHRINK's.
 """

@@ -83,7 +83,9 @@ def shrink_block(
 def store_block(z, values, plane, tokens, pitch, rows, columns):
     """Write one block of one plane [T, pitch] of Z or U."""
     places = z + (plane.to(tl.int64) * tokens + rows)[:, None] * pitch + columns[None, :]
-    tl.store(places, values.to(z.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < pitch)[None, :])
+    tl.store(
+        places, values.to(z.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < pitch)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -127,7 +129,7 @@ def _shrink(
         valid, inside = rows < tokens, columns < rank
         owner = stacked(owners, projection, STACK)
         w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
-    if SKIP:
+    if SKIP:  # noqa: SIM102 - a compile-time condition around a run-time one
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
             if GATED:
                 store_block(z, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), plane, tokens, pitch, rows, columns)
