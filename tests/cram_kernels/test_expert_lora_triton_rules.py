@@ -172,6 +172,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     """Run every launch of the test between guards."""
     guard = Guarded(Launch.run)
     monkeypatch.setattr(Launch, "run", lambda launch: guard(launch))
+    monkeypatch.setattr(Launch, "prepared", lambda launch, tensors: None)
     yield guard
 
 
