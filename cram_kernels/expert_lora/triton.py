@@ -32,12 +32,12 @@ from cram_kernels.expert_lora import tiles
 from cram_kernels.expert_lora.decode import PLANES_TOKENS, SKIP_RANK, decode, linear, new_planes, operands
 from cram_kernels.expert_lora.dropout import keep_scale
 from cram_kernels.expert_lora.kernels.dropout import bits_pitch, dropout_bits
-from cram_kernels.expert_lora.kernels.expand import expand
 from cram_kernels.expert_lora.kernels.fold import fold
 from cram_kernels.expert_lora.kernels.gate_gradient import gate_gradient
 from cram_kernels.expert_lora.kernels.gating import Gating, gating, pitch_of
 from cram_kernels.expert_lora.kernels.gram import gram, reduce_planes
 from cram_kernels.expert_lora.kernels.shrink import shrink
+from cram_kernels.expert_lora.outputs import base_gradient, forward_outputs, input_gradient
 from cram_kernels.launch import architecture, on_device_of
 from cram_kernels.packing import PackedExperts
 
@@ -140,7 +140,7 @@ def _forward(
         if keep or x.shape[0] > PLANES_TOKENS:
             gate = gating(gates, owners, segments, scale)
             z, u = project(x, operands(a, x), gate, bits=bits, skip=not keep, keep=keep)
-            outputs = _forward_outputs(x, weights, biases, bt, u, gate)
+            outputs = forward_outputs(x, weights, biases, bt, u, gate, arch)
             kept = kept_bits(x, dropout, keep) if bits is None or not keep else bits
             return [*outputs, x.new_empty(0) if z is None else z, kept]
         ys = decode(x, gates, weights, biases, a, bt, owners, segments, scale, arch, bits=bits)
@@ -189,45 +189,6 @@ def project(
     return z, u
 
 
-def _forward_outputs(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bt: Sequence[Tensor],
-    u: Tensor,
-    gate: Gating,
-) -> list[Tensor]:
-    """Return every Y_p, base products and U_p Bt_p, in the order that the table says."""
-    tokens, arch, ups = x.shape[0], architecture(x.device), operands(bt, x)
-    tile, order = tiles.expand_tile(arch, x.dtype, tokens), tiles.order(arch, x.dtype, tokens)
-    if not order.base_last and order.chunk is None:
-        outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        expand(u, ups, outputs, gate, tile).run()
-        return outputs
-    outputs = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
-    given = None
-    if order.base_last and any(bias.numel() for bias in biases):
-        given = [
-            b.contiguous() if b.numel() else y.new_zeros(y.shape[1])
-            for b, y in zip(biases, outputs, strict=True)
-        ]
-    for rows in order.chunks(tokens):
-        parts = [y[rows] for y in outputs]
-        added = expand(u[:, :, rows], ups, parts, gate, tile, biases=given, adds=not order.base_last)
-        if order.base_last:
-            added.run()
-            for y, weight in zip(parts, weights, strict=True):
-                y.addmm_(x[rows], weight.t())
-            continue
-        for y, weight, bias in zip(parts, weights, biases, strict=True):
-            if bias.numel():
-                torch.addmm(bias, x[rows], weight.t(), out=y)
-            else:
-                torch.mm(x[rows], weight.t(), out=y)
-        added.run()
-    return outputs
-
-
 def layer_backward(
     dys: list[Tensor],
     x: Tensor | None,
@@ -257,7 +218,7 @@ def layer_backward(
             for side, need in ((a_p, need_a), (bt_p, need_b))
         ]
         if not z.numel():
-            dx = _base_gradient(dys, weights) if need_x else first.new_empty(0)
+            dx = base_gradient(dys, weights) if need_x else first.new_empty(0)
             return [dx, dgates, *factors]
         gate, mask = gating(gates, owners, segments, scale), bits if bits.numel() else None
         dz = torch.empty_like(z)
@@ -276,7 +237,11 @@ def layer_backward(
                 sides = ((dz[p], x) if need_a else None, (u[p], dy) if need_b else None)
                 begin = bt[p].shape[0] - trained[p]
                 _factor_gradients(sides, mask, begin, trained[p], factors[2 * p : 2 * p + 2])
-        dx = _input_gradient(dys, weights, dz, a, mask, gate) if need_x else first.new_empty(0)
+        dx = (
+            input_gradient(dys, weights, dz, a, mask, gate, architecture(first.device))
+            if need_x
+            else first.new_empty(0)
+        )
         return [dx, dgates, *factors]
 
 
@@ -291,46 +256,6 @@ def _back_project(dy: Tensor, bt: Tensor, gate: Gating, dz: Tensor, v: Tensor | 
     shrink(dy, operands([bt], dy), planes, gate, tile, skip=skip, gated=gated).run()
     if not gated:
         fold(planes, None if whole or v is None else v[None], dz[None], gate, [bt.shape[0]]).run()
-
-
-def _base_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    dx = dys[0] @ weights[0]
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
-    return dx
-
-
-def _input_gradient(
-    dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    dz: Tensor,
-    a: Sequence[Tensor],
-    bits: Tensor | None,
-    gate: Gating,
-) -> Tensor:
-    """Return dX: base products and drop(sum_p dZ_p A_p), in the order that the table says."""
-    first = dys[0]
-    tokens, arch, downs = first.shape[0], architecture(first.device), operands(a, first)
-    tile, order = tiles.expand_tile(arch, first.dtype, tokens), tiles.order(arch, first.dtype, tokens)
-    if not order.base_last and order.chunk is None:
-        dx = _base_gradient(dys, weights)
-        expand(dz.unsqueeze(0), downs, [dx], gate, tile, bits=bits).run()
-        return dx
-    dx = first.new_empty(tokens, weights[0].shape[1])
-    for rows in order.chunks(tokens):
-        part, mask = dx[rows], None if bits is None else bits[rows]
-        added = expand(dz[None, :, rows], downs, [part], gate, tile, bits=mask, adds=not order.base_last)
-        pairs = list(zip(dys, weights, strict=True))
-        if order.base_last:
-            added.run()
-        else:
-            dy, weight = pairs.pop(0)
-            torch.mm(dy[rows], weight, out=part)
-        for dy, weight in pairs:
-            part.addmm_(dy[rows], weight)
-        if not order.base_last:
-            added.run()
-    return dx
 
 
 def _gate_gradient(z: Tensor, v: Tensor, gate: Gating) -> Tensor:
