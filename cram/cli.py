@@ -19,6 +19,7 @@ from cram.console import KNOWN_ERRORS, first_line, quiet_transformers
 COMMANDS = {
     "train": "learn a stream of tasks, one after another",
     "eval": "test the newest state of a run",
+    "predict": "answer questions about pictures with a trained model",
     "compare": "compare methods, seed by seed, on one stream",
     "demo": "compare CRAM with its bounds on the built-in stream and base",
     "bench": "time the expert layer against its baselines (source checkout only)",

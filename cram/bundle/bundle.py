@@ -38,6 +38,7 @@ from cram.bundle.format import (
     read_description,
 )
 from cram.bundle.peft_folder import adapter_spec, read_adapter, write_adapter, write_factors
+from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import read_tensors
 from cram.families import family_of, match_linears
 from cram.model.attached import AttachedModel
@@ -91,7 +92,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
 
     Args:
         model: The base model that the bundle was trained on, plain or attached without experts.
-        folder: The bundle.
+        folder: The bundle, or a run folder, of which the newest complete state is taken.
         encoder: The encoder that routes; by default the attached one, else the CLIP that the bundle names.
         processor: See `attach`; unused where the model is attached.
 
@@ -101,7 +102,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     Raises:
         ValueError: If the bundle is damaged, incomplete or of another base model; the model is unchanged.
     """
-    folder = Path(folder)
+    folder = bundle_at(Path(folder))
     description = read_description(folder)
     _check_base(model, description, folder)
     present = getattr(model, "cram", None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cram.bundle.runs import newest_bundle, read_run
 from cram.commands.options import add_data, add_device
 from cram.learning.evaluate import evaluate_run
-from cram.learning.run_folder import newest_bundle, read_run
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 

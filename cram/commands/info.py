@@ -13,8 +13,8 @@ import torch
 
 from cram import __version__
 from cram.bundle.format import MANIFEST, Description, read_description
+from cram.bundle.runs import RUN, newest_bundle, read_run
 from cram.families import FAMILIES, family_of, match_linears
-from cram.learning.run_folder import RUN, newest_bundle, read_run
 from cram_kernels import available_impls, native_libraries
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow")

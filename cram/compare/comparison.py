@@ -17,12 +17,12 @@ from typing import Any
 from safetensors import safe_open
 
 from cram.atomic import read_json, write_json
+from cram.bundle.runs import newest_bundle
 from cram.compare.entries import ABLATED, Entry
 from cram.compare.inference_time import measure_inference
 from cram.config import CramConfig
 from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
-from cram.learning.run_folder import newest_bundle
 from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
 from cram.report.schema import MethodReport, Report, Stored, validate_report

@@ -11,11 +11,11 @@ from torch import nn
 from cram.atomic import write_json
 from cram.attach import attach
 from cram.bundle.bundle import load
+from cram.bundle.runs import newest_bundle, read_run
 from cram.config import read_config
 from cram.console import ProgressBar
 from cram.learning.answers import run_test
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
-from cram.learning.run_folder import newest_bundle, read_run
 from cram.routing.clip import ClipEncoder
 from cram.streams.types import Stream
 

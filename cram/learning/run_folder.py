@@ -22,15 +22,13 @@ from typing import Any
 
 from cram.atomic import read_json, recover_folder, write_json, write_text
 from cram.bundle.format import MANIFEST, read_description
+from cram.bundle.runs import RUN, RUN_FORMAT, read_run
 from cram.config import read_config
 from cram.methods import Method
 from cram.model.attached import AttachedModel
 from cram.report.schema import MethodReport, Report, validate_report
 from cram.scoring.metrics import continual_metrics
 from cram.streams.types import Sample, Stream
-
-FORMAT_VERSION = 1
-RUN = "run.json"
 
 
 class RunFolder:
@@ -110,7 +108,7 @@ class RunFolder:
         """Write `run.json` unless it is there; `settings` do not decide whose folder it is."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / RUN).is_file():
-            run = {"format": FORMAT_VERSION, "identity": identity, "settings": settings}
+            run = {"format": RUN_FORMAT, "identity": identity, "settings": settings}
             write_json(self.path / RUN, run)
 
     def write_training(self, index: int, seconds: float, loss: float) -> None:
@@ -160,36 +158,6 @@ class RunFolder:
         return validate_report(
             {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
         )
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a run folder.
-
-    Raises:
-        ValueError: If there is none, or it is of another format.
-    """
-    if not (folder / RUN).is_file():
-        raise ValueError(f"{folder} must be a run folder with a {RUN}, got none")
-    run = read_json(folder / RUN)
-    if not isinstance(run, dict) or run.keys() != {"format", "identity", "settings"}:
-        raise ValueError(f"{folder / RUN} must have the keys format, identity and settings, got {run!r:.200}")
-    if run["format"] != FORMAT_VERSION:
-        raise ValueError(f"format of {folder / RUN} must be {FORMAT_VERSION}, got {run['format']!r}")
-    return run
-
-
-def newest_bundle(folder: Path) -> tuple[Path, list[str]]:
-    """The newest bundle of a run, and the tasks that it has learnt.
-
-    Raises:
-        ValueError: If the folder is not a run, or no task has been trained yet.
-    """
-    names: list[str] = read_run(folder)["identity"]["stream"]["tasks"]
-    bundles = [folder / "tasks" / f"{index + 1:02d}-{name}" / "bundle" for index, name in enumerate(names)]
-    trained = [index for index, bundle in enumerate(bundles) if (bundle / MANIFEST).is_file()]
-    if not trained:
-        raise ValueError(f"{folder} must have a trained task, got none")
-    return bundles[trained[-1]], names[: trained[-1] + 1]
 
 
 def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[str]) -> None:

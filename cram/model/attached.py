@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -43,6 +44,7 @@ class AttachedModel:
     Attributes:
         config: The configuration.
         method: The method that `config.method` names; it routes every forward. `attach` sets it.
+        processor: The model's processor or tokenizer, or None where `attach` was given none.
         encoder: The CLIP encoder.
         family: The model family.
         report: What was matched.
@@ -57,7 +59,8 @@ class AttachedModel:
 
     def __init__(self, model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any = None) -> None:
         """Freezes the model, wraps the matched linears and hooks the model; call `attach` instead."""
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.processor = config, encoder, processor
+        self._model = model
         self.family: Family = family_of(model)
         self.report: Matched = match_linears(model, self.family, config.target_projections)
         self.num_layers = self.report.num_layers
@@ -118,6 +121,21 @@ class AttachedModel:
         """The query of S samples from their instructions and images, for every family; see
         `ClipEncoder.encode`."""
         return self.encoder.encode(instructions, images)
+
+    def answer(self, images: Any, question: str, **options: Any) -> Any:
+        """Answers a question about some images, greedily and by the method's own route.
+
+        Args:
+            images: One image or several, opened or as paths; None for a question without a picture.
+            question: The user's turn without image placeholders.
+            options: `max_new_tokens`, `expert` and `processor`; see `cram.learning.predict.answer_all`.
+
+        Returns:
+            A `cram.learning.predict.Answer`: `text`, `group`, and `gates` by expert.
+        """
+        # Prompts belong to a room above this one, which is loaded by the first question.
+        predict = import_module("cram.learning.predict")
+        return predict.answer(self._model, question, images, **options)
 
     def route(self, query: Query) -> Route:
         """The method's route of a query outside of training; a forward uses it inside `fixed`."""
