@@ -10,16 +10,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from types import ModuleType
 
 from cram import __version__
 from cram.console import KNOWN_ERRORS, first_line, quiet_transformers
 
 # Subcommand -> what it does. Its module in `cram.commands` has `add_arguments(parser)` and `run(arguments)`.
+# A subcommand that is a keyword of Python has an underscore behind its module's name.
 COMMANDS = {
     "train": "learn a stream of tasks, one after another",
     "eval": "test the newest state of a run",
     "predict": "answer questions about pictures with a trained model",
+    "chat": "hold a conversation with a trained model",
+    "import": "make an expert of a LoRA that PEFT has written",
+    "export": "write experts as a PEFT LoRA, or merged into the base model",
     "compare": "compare methods, seed by seed, on one stream",
     "demo": "compare CRAM with its bounds on the built-in stream and base",
     "bench": "time the expert layer against its baselines (source checkout only)",
@@ -44,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _module(command: str) -> ModuleType:
-    return import_module(f"cram.commands.{command}")
+    name = f"{command}_" if iskeyword(command) else command
+    return import_module(f"cram.commands.{name}")
 
 
 def parser_for(words: Sequence[str]) -> argparse.ArgumentParser:

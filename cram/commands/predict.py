@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cram.atomic import write_text
-from cram.commands.trained import add_trained, load_trained
+from cram.commands.options import add_trained, load_trained
 from cram.console import ProgressBar
 from cram.learning.predict import MAX_NEW_TOKENS, Answer, Turn, answer, answer_all
 
