@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE_ROOTS = ("cram", "cram_kernels", "csrc", "benchmarks", "tests")
+CODE_ROOTS = ("cram", "cram_kernels", "csrc", "benchmarks", "examples", "tests")
 IMPLEMENTATIONS = {"reference", "cpu", "triton", "native"}
 TEXT_SUFFIXES = {
     ".py",
