@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from cram.atomic import read_json
 from cram.bundle.format import check_expert_name
 from cram.bundle.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from cram.bundle.tensors import Spec, read_tensors, tensor_shapes
 from cram.methods.parts.grouped import GroupedMethod
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors, Sized
@@ -75,7 +76,7 @@ _LANGUAGE_MODELS = {
     "model.language_model.model",
     "model.model",
 }
-DTYPES = {"F32", "F16", "BF16"}
+DTYPES = ("F32", "F16", "BF16")
 
 
 def read_lora(folder: str | Path, modules: Mapping[str, Sized], scale: float) -> dict[str, Factors]:
@@ -98,25 +99,48 @@ def read_lora(folder: str | Path, modules: Mapping[str, Sized], scale: float) ->
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise ValueError(f"{folder} must hold {WEIGHTS_FILE}, got none; other formats are not read")
-    shapes = tensor_shapes(file, DTYPES)
-    found = _match(shapes, modules, file)
+    try:
+        with safe_open(file, "pt") as opened:
+            return _read_weights(config, opened, modules, scale, file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} must be a safetensors file, got {error}") from error
+
+
+def _read_weights(
+    config: Mapping[str, Any], opened: Any, modules: Mapping[str, Sized], scale: float, file: Path
+) -> dict[str, Factors]:
+    """The factors from an opened file; names, shapes and types are checked before a tensor is read."""
+    found = _match(list(opened.keys()), modules, file)
     _check_whole(config, found, modules, file)
-    spec: Spec = {}
     scales = {}
     for path, keys in found.items():
         rank, scales[path] = _rank_and_scale(config, keys["A"], path)
         linear = modules[path]
-        spec[keys["A"]] = (rank, linear.in_features)
-        spec[keys["B"]] = (linear.out_features, rank)
-    tensors = read_tensors(file, spec, DTYPES)
+        for side, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
+            _check_slice(opened.get_slice(keys[side]), keys[side], shape, file)
     weights = {}
     for path, linear in modules.items():
         if path not in found:
             weights[path] = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0))
             continue
-        a, b = (tensors[found[path][side]].float() for side in "AB")
-        weights[path] = (a, (b.double() * (scales[path] / scale)).float())
+        a, b = (_read_tensor(opened, found[path][side], file) for side in "AB")
+        weights[path] = (a.float(), (b.double() * (scales[path] / scale)).float())
     return weights
+
+
+def _check_slice(found: Any, key: str, shape: list[int], file: Path) -> None:
+    if found.get_dtype() not in DTYPES:
+        raise ValueError(f"{key} in {file} must be one of {DTYPES}, got {found.get_dtype()}")
+    if list(found.get_shape()) != shape:
+        raise ValueError(f"{key} in {file} must have shape {shape}, got {list(found.get_shape())}")
+
+
+def _read_tensor(opened: Any, key: str, file: Path) -> Tensor:
+    tensor: Tensor = opened.get_tensor(key)
+    if not bool(torch.isfinite(tensor).all()):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(f"{key} in {file} must be finite, got {bad} NaN or Inf")
+    return tensor
 
 
 def import_lora(
@@ -174,7 +198,7 @@ def import_lora(
     return group
 
 
-def _centroid(queries: Sequence[Query]) -> torch.Tensor | None:
+def _centroid(queries: Sequence[Query]) -> Tensor | None:
     mean = CentroidMean()
     for query in queries:
         mean.update(query.image, query.has_image)
@@ -208,11 +232,11 @@ def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _match(shapes: Mapping[str, Any], modules: Mapping[str, Sized], file: Path) -> dict[str, dict[str, str]]:
+def _match(stored: Sequence[str], modules: Mapping[str, Sized], file: Path) -> dict[str, dict[str, str]]:
     """Module path -> side -> key of its tensor; every tensor must belong to an adapted linear."""
     found: dict[str, dict[str, str]] = {}
     strange, repeated = [], []
-    for key in sorted(shapes):
+    for key in sorted(stored):
         match = _LORA.fullmatch(key)
         path = None if match is None else module_path(match[1])
         if match is None or path is None or path not in modules:

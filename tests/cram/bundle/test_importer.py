@@ -158,7 +158,7 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
     return lambda folder: edit_weights(folder, lambda t: {k.replace(old, new): v for k, v in t.items()})
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "DoRA": (configured(use_dora=True), "use_dora of .* cannot be carried by an expert, got True"),
     "DoRA's vector": (
         added(f"{Q0}.lora_magnitude_vector", 32),
@@ -202,11 +202,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (tensors(lambda t: t[A0].fill_(float("nan"))), "must be finite, got 128 NaN or Inf"),
     "another type": (
         tensors(lambda t: t.update({A0: t[A0].to(torch.int32)})),
-        "must hold BF16 or F16 or F32",
+        r"must be one of \('F32', 'F16', 'BF16'\), got I32",
     ),
     "a pickle": (
         lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
         "other formats are not read",
+    ),
+    "a cut file": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4]),
+        "must be a safetensors file, got",
     ),
     "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), "must be a PEFT folder"),
     "an alpha of 0": (configured(lora_alpha=0), "lora_alpha must be a positive number, got 0"),
