@@ -7,7 +7,13 @@ needed at import.
 from cram_kernels.centroid_gates import api as _gates
 from cram_kernels.centroid_gates import centroid_gates
 from cram_kernels.expert_lora import api as _layer
-from cram_kernels.expert_lora import dropout_mask, expert_lora, routed_expert_lora, stacked_expert_lora
+from cram_kernels.expert_lora import (
+    dropout_mask,
+    expert_lora,
+    keep_scale,
+    routed_expert_lora,
+    stacked_expert_lora,
+)
 from cram_kernels.expert_lora import routed as _routed
 from cram_kernels.expert_lora import stacked as _stacked
 from cram_kernels.library import native_libraries
@@ -21,6 +27,7 @@ __all__ = [
     "centroid_gates",
     "dropout_mask",
     "expert_lora",
+    "keep_scale",
     "native_libraries",
     "orthogonality_penalty",
     "orthonormal_basis",

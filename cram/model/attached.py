@@ -94,8 +94,8 @@ class AttachedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first adapted linear."""
-        return next(iter(self.modules.values())).weight.device
+        """Device that the first adapted linear computes on."""
+        return next(iter(self.modules.values())).device
 
     @property
     def num_experts(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cram.model.beside import beside, device_of, in_place, is_plain
 from cram.model.factors import Factors
 from cram.model.gating import LayerGating
 from cram.model.stack import Stack, pays
@@ -26,7 +27,8 @@ class ExpertLinear(nn.Module):
     """A frozen linear with the experts of its module.
 
     Attributes:
-        base: The linear that it stands for; untouched.
+        base: The linear that it stands for; untouched. A plain one is computed together with the experts from
+            its weight, any other is called (see `cram.model.beside`).
         experts: All experts of the module in float32, or None before the first one.
         solo: Experts that act alone, each with gate 1: in training or not while they are trained, afterwards
             only outside of training mode and where the route does not override them. CRAM's warm-up LoRA is
@@ -64,17 +66,30 @@ class ExpertLinear(nn.Module):
         base: Any = self._modules["base"]
         if state.disabled or packed is None:
             return base(x)
+        plain = is_plain(base)
         gates = self._gates(x, packed, state)
         state.keep_visual_mean(self.name, x)
         dropped: dict[str, Any] = {}
         if self.training and self.dropout and packed.trained:
             # From torch's generator: checkpointing restores its state before it runs a layer again.
             dropped = {"dropout": self.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
-        elif self.stack is not None and pays(x):
+        elif plain and self.stack is not None and pays(x):
             found = self.stack.output(self, packed, x, gates)
             if found is not None:
                 return found
+        if not plain:
+            return beside(base, x, packed, gates, **dropped)
         return expert_lora(x, base.weight, base.bias, packed, gates.to(x.device), **dropped)
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the base may be computed from its weight, together with the experts."""
+        return is_plain(self.base)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes, also while its weight is offloaded."""
+        return device_of(self.base)
 
     @property
     def acting(self) -> PackedExperts | None:
@@ -136,8 +151,8 @@ class ExpertLinear(nn.Module):
         return pack_experts(list(a), list(b), scale, trained, shared_a=shared and first.numel() > 0)
 
     def _own(self, a: Tensor, b: Tensor) -> Factors:
-        """Detached factors in float32 on the base weight's device."""
-        device = self.base.weight.device
+        """Detached factors in float32 on the device of the base."""
+        device = self.device
         return a.detach().to(device, torch.float32), b.detach().to(device, torch.float32)
 
     def factors(self, indices: Sequence[int]) -> list[Factors]:
@@ -145,8 +160,9 @@ class ExpertLinear(nn.Module):
         if not indices:
             return []
         assert self.experts is not None
-        pairs = [self.experts.expert(index) for index in indices]
-        return [(a.detach(), b.detach()) for a, b in pairs]
+        with in_place(self.experts) as experts:
+            pairs = [experts.expert(index) for index in indices]
+            return [(a.detach(), b.detach()) for a, b in pairs]
 
     def solo_factors(self) -> Factors:
         """Detached factors (a [r, D_in], b [D_out, r]) of the solo expert."""

@@ -37,6 +37,10 @@ class Stackable(Protocol):
     def shares_gates(self) -> bool:
         """Whether the linear uses the route's gates."""
 
+    @property
+    def fusible(self) -> bool:
+        """Whether the base may be computed from its weight."""
+
 
 def pays(x: Tensor) -> bool:
     """Whether an input's linears are computed together."""
@@ -90,7 +94,9 @@ class Stack:
     def _computed(self, x: Tensor, gates: Tensor) -> Waiting | None:
         self._waiting = None
         packs = [packed for member in self.members if (packed := member.acting) is not None]
-        if len(packs) < len(self.members) or not all(member.shares_gates for member in self.members):
+        if len(packs) < len(self.members) or not all(
+            member.shares_gates and member.fusible for member in self.members
+        ):
             return None
         layers: list[tuple[Tensor, Tensor | None, PackedExperts]] = [
             (member.base.weight, member.base.bias, packed)

@@ -1,0 +1,146 @@
+"""Experts beside a base linear whose own forward must run.
+
+    y = base(x) + sum_e gates[s, e] * scale * B_e A_e dropout(x)
+
+`cram_kernels.expert_lora` computes the base linear itself, from its weight and bias. That is right for a plain
+`nn.Linear` alone. Four kinds of linear compute something else, and are called: a subclass, a parametrised
+linear, a linear with hooks (offloading brings the weight to its device in one), and a linear whose weight is a
+tensor subclass. Quantised linears are of the first kind or of the last. Experts with gate 0 add exactly 0, so
+that y is bit for bit base(x).
+
+Saved for backward: the experts' rows in the dtype of x, whereas the fused op makes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cram_kernels import PackedExperts, dropout_mask, keep_scale
+
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+# Where accelerate keeps the hook that brings a module's tensors to the device that computes.
+_PLACEMENT = "_hf_hook"
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear computes exactly `F.linear(x, weight, bias)`, so that its weight may be read instead.
+
+    Hooks and weights may be exchanged at any time, so every call asks; it costs a few dictionary look-ups.
+    """
+    if type(linear) is not nn.Linear:
+        return False
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    if hooks or linear._backward_hooks or linear._backward_pre_hooks or "forward" in linear.__dict__:
+        return False
+    parameters = linear._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    return type(weight) in _PLAIN_WEIGHTS and (bias is None or type(bias) in _PLAIN_WEIGHTS)
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """The device that a linear computes on, also while its weight is offloaded."""
+    weight: Any = linear.weight
+    device: torch.device = weight.device
+    if device.type != "meta":
+        return device
+    hook = linear.__dict__.get(_PLACEMENT)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (found := getattr(each, "execution_device", None)) is not None:
+            return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+    return device
+
+
+@contextmanager
+def in_place(experts: PackedExperts) -> Iterator[PackedExperts]:
+    """The experts on the device that computes, inside; afterwards offloaded again if they were.
+
+    Raises:
+        ValueError: If offloaded experts are in training, whose optimiser would hold other tensors.
+    """
+    hook = experts.__dict__.get(_PLACEMENT)
+    if hook is None:
+        yield experts
+        return
+    if experts.trained and experts.trained_a is not None and experts.trained_a.device != experts.a.device:
+        raise ValueError(
+            "experts in training must stay on the device that computes, got offloaded ones; "
+            "offload the model after `model.cram.freeze`"
+        )
+    hook.pre_forward(experts)
+    try:
+        yield experts
+    finally:
+        hook.post_forward(experts, None)
+
+
+def beside(
+    base: nn.Module, x: Tensor, experts: PackedExperts, gates: Tensor, dropout: float = 0.0, seed: int = 0
+) -> Tensor:
+    """The output of a linear's own forward plus that of its experts; see the head of this file.
+
+    Args:
+        base: The linear, called once.
+        x: Input [..., D_in].
+        experts: The packed experts.
+        gates: [S, E] or [T, E]; a gate of exactly 0 selects, as in `cram_kernels.expert_lora`.
+        dropout: Probability of dropping an element of x on the experts' path.
+        seed: Seed of the dropout mask.
+
+    Returns:
+        [..., D_out] in the dtype and on the device of the base's output.
+    """
+    y: Tensor = base(x)
+    rows = x.reshape(-1, x.shape[-1]).to(y.device)
+    scale = experts.scale
+    if dropout:
+        rows = rows * dropout_mask(seed, rows.shape[0], rows.shape[1], dropout, rows.device, rows.dtype)
+        scale *= keep_scale(dropout)
+    out = y.reshape(-1, y.shape[-1])
+    with in_place(experts):
+        for a, bt, owner in _parts(experts, y.device):
+            out = _added(out, rows, a, bt, gates.to(y.device).index_select(1, owner), scale)
+    return out.view(y.shape)
+
+
+def _parts(experts: PackedExperts, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(a, bt, owner) of the frozen rows of the pack and of those in training; the latter are the leaves."""
+    tail, owner = experts.total_rank - experts.trained_rank, experts.expert_of_row.to(device)
+    trained_a, trained_b = experts.trained_a, experts.trained_b
+    if trained_a is None or trained_b is None:
+        yield experts.a.to(device), experts.bt.to(device), owner
+        return
+    yield trained_a if experts.shared_a else experts.a[:tail], experts.bt[:tail], owner[:tail]
+    yield trained_a, trained_b, owner[tail:]
+
+
+def _added(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, gates: Tensor, scale: float) -> Tensor:
+    """y [T, D_out] + (x a^T o gates scale) bt for a [R, D_in], or a shared one [r, D_in], bt [R, D_out].
+
+    Args:
+        y, x: Output of the base and input of the experts [T, D_in].
+        a, bt: Packed factors.
+        gates: [S, R], the gate of each row of bt.
+        scale: Of all rows.
+    """
+    rank = len(bt)
+    copies = rank // len(a) if len(a) else 1
+    live = (gates != 0).any(0)
+    if torch.compiler.is_compiling() or gates.requires_grad:
+        # Every row takes part: its gate has a gradient also at 0, which NaN behind it must not reach.
+        bt = torch.where(live[:, None], bt, bt.nan_to_num())
+        z = F.linear(x, a.to(x.dtype)).repeat(1, copies)
+    else:
+        kept = live.nonzero().squeeze(1)
+        bt, gates = bt[kept], gates[:, kept]
+        shared = copies > 1
+        z = F.linear(x, (a if shared else a[kept]).to(x.dtype))
+        z = z.repeat(1, copies)[:, kept] if shared else z
+    weights = (gates * scale).repeat_interleave(len(x) // len(gates), 0)
+    u = torch.where(weights == 0, z.nan_to_num(), z) * weights
+    return torch.addmm(y, u.to(y.dtype), bt.to(y.dtype))
