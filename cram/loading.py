@@ -16,7 +16,7 @@ from torch import nn
 
 from cram.base import base_folder
 from cram.families import FAMILIES
-from cram.routing.clip import ClipEncoder
+from cram.routing.clip import ClipEncoder, check_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_CLIP = "openai/clip-vit-large-patch14-336"
@@ -57,7 +57,7 @@ def load_model(source: str | Path, dtype: str = "float32", device: str | None = 
         device: Where to; by default a CUDA device if there is one, else the CPU.
 
     Raises:
-        ValueError: If the model's family or `dtype` is not known.
+        ValueError: If the model's family or `dtype` is not known, or its folder has not exactly its weights.
         OSError: If there is no model at `source`.
     """
     from transformers import AutoModelForImageTextToText
@@ -65,7 +65,11 @@ def load_model(source: str | Path, dtype: str = "float32", device: str | None = 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     model_type(source)
-    model: nn.Module = AutoModelForImageTextToText.from_pretrained(str(source), dtype=DTYPES[dtype])
+    model: nn.Module
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        str(source), dtype=DTYPES[dtype], output_loading_info=True
+    )
+    check_weights(source, report)
     return model.to(device or default_device()).eval()
 
 
@@ -90,10 +94,22 @@ def model_type(source: str | Path) -> str:
 
 
 def load_processor(source: str | Path) -> Any:
-    """Load the processor (tokenizer, image processor, chat template) of a model, without its video part."""
+    """Load the processor (tokenizer, image processor, chat template) of a model, without its video part.
+
+    Raises:
+        ValueError: If the processor lacks the size of a patch, without which it cannot count image tokens.
+        OSError: If there is no processor at `source`.
+    """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    return _image_text_class(PROCESSOR_MAPPING_NAMES[model_type(source)]).from_pretrained(str(source))
+    name = PROCESSOR_MAPPING_NAMES[model_type(source)]
+    processor = _image_text_class(name).from_pretrained(str(source))
+    if getattr(processor, "patch_size", 1) is None:
+        raise ValueError(
+            f"processor must have a patch_size, got None at {source}; set that of the vision tower in "
+            "processor_config.json"
+        )
+    return processor
 
 
 @cache
@@ -113,8 +129,17 @@ def _image_text_class(name: str) -> Any:
             """Names of the parts that are loaded and called."""
             return [part for part in super().get_attributes() if part != "video_processor"]
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Pickles name the original class, because this one has no name in a module."""
+            return _blank_processor, (name,), self.__dict__
+
     ImageTextProcessor.__name__ = name
     return ImageTextProcessor
+
+
+def _blank_processor(name: str) -> Any:
+    kind = _image_text_class(name)
+    return kind.__new__(kind)
 
 
 def load_encoder(source: str | Path, model: nn.Module) -> ClipEncoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cram.commands.options import add_data, add_device, add_dtype, parse_config
+from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
 from cram.compare.board import run_comparison
 from cram.compare.comparison import (
     FULL_SEEDS,
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is not done yet; print the table, write table and page."""
+    refuse_several_processes("compare")
     quick = arguments.quick
     defaults = {**(SMALL_BASE if arguments.model == BUILTIN else {}), **(QUICK if quick else {})}
     methods = tuple(METHODS) if arguments.methods is None else arguments.methods

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cram.commands.options import add_device, add_dtype
+from cram.commands.options import add_device, add_dtype, refuse_several_processes
 from cram.compare.board import run_comparison
 from cram.compare.comparison import SMALL_BASE, Comparison
 from cram.compare.entries import entries
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demonstration; print the table, write the page."""
+    refuse_several_processes("demo")
     report = run_demo(
         arguments.out,
         seeds=arguments.seeds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+
+
+def refuse_several_processes(command: str) -> None:
+    """Refuse to run as one of several processes, which would all write the same folder.
+
+    Raises:
+        ValueError: If a launcher (torchrun, accelerate) has set WORLD_SIZE above 1.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"cram {command} must run as one process, got WORLD_SIZE={processes}; start it without "
+            "torchrun or accelerate launch"
+        )
 
 
 def parse_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cram.commands.options import add_data, add_device, add_dtype, parse_config
+from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
 from cram.learning.learner import ContinualLearner
 from cram.loading import Sources
 from cram.methods import METHODS
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test after every task, and write the report."""
+    refuse_several_processes("train")
     if arguments.method not in (None, *METHODS):
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {arguments.method!r}")
     checkpointing = True if arguments.gradient_checkpointing else None

@@ -146,6 +146,9 @@ class AttachedModel:
     def fixed(self, route: Route | Tensor) -> Iterator[Route]:
         """Every forward inside uses this route, prefill and decode, whatever its inputs.
 
+        This holds in the calling thread, so that threads may use routes of their own at once. A thread that
+        is started inside must enter a route itself; its forwards are refused until it does.
+
         Args:
             route: A route of S samples, or gates [E], [S, E] or [L, S, E]. A forward of B rows takes row b
                 for sample b // (B / S), so beams and returned sequences need no care. Gates override gatings

@@ -2,11 +2,11 @@
 
     y = base(x) + sum_e gates[s, e] * scale * B_e A_e dropout(x)
 
-`cram_kernels.expert_lora` computes the base linear itself, from its weight and bias. That is right for a plain
-`nn.Linear` alone. Four kinds of linear compute something else, and are called: a subclass, a parametrised
-linear, a linear with hooks (offloading brings the weight to its device in one), and a linear whose weight is a
-tensor subclass. Quantised linears are of the first kind or of the last. Experts with gate 0 add exactly 0, so
-that y is bit for bit base(x).
+`cram_kernels.expert_lora` computes the base linear itself, from its weight and bias. That is right for a
+plain `nn.Linear` alone. Four kinds of linear compute something else, and are called: a subclass, a
+parametrised linear, a linear with hooks (offloading brings the weight to its device in one), and a linear
+whose weight is a tensor subclass. Quantised linears are of the first kind or of the last. Experts with gate 0
+add exactly 0, so that y is bit for bit base(x).
 
 Saved for backward: the experts' rows in the dtype of x, whereas the fused op makes them again.
 """

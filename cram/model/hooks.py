@@ -18,7 +18,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from cram.families import Family
 from cram.model.linear import ExpertLinear
+from cram.model.override import Override, Overrides
 from cram.model.state import Current, ForwardState
 from cram.routing.prompts import Call, PromptReader
 from cram.routing.query import Query, Route, Routes
@@ -35,13 +35,6 @@ from cram.routing.query import Query, Route, Routes
 STATE = "cram_state"
 
 
-@dataclass(frozen=True)
-class Override:
-    """A route that every forward uses in place of the automatic one; None switches the experts off."""
-
-    route: Route | None
-
-
 class ForwardHooks:
     """Routes the forwards of one model.
 
@@ -49,7 +42,7 @@ class ForwardHooks:
         method: Who is asked for a route; set once the model has its experts' modules.
         on_query: Called with every automatic query, before routing. With a listener, queries are read also
             for methods that do not use them.
-        override: Used in place of the automatic route, if there is one.
+        override: Used in this thread in place of the automatic route, if there is one.
     """
 
     method: Routes
@@ -74,7 +67,7 @@ class ForwardHooks:
             current: Where the linears find the state of their forward.
         """
         self.on_query: list[Callable[[Query], None]] = []
-        self.override: Override | None = None
+        self._overrides = Overrides()
         self._linear = next(iter(modules.values()))
         self._num_layers, self._reader, self._current = num_layers, reader, current
         self._image_token_id = int(model.config.image_token_id)
@@ -83,7 +76,15 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out routes: their gates belong to a live autograd graph or to other caches."""
-        return {**self.__dict__, "_prefills": weakref.WeakKeyDictionary()}
+        return {name: value for name, value in self.__dict__.items() if name != "_prefills"}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, _prefills=weakref.WeakKeyDictionary())
+
+    @property
+    def override(self) -> Override | None:
+        """The override of this thread."""
+        return self._overrides.mine
 
     def _register(self, model: Any, family: Family) -> list[Any]:
         language = model.get_submodule(family.language_model)
@@ -123,12 +124,9 @@ class ForwardHooks:
 
     @contextmanager
     def overridden(self, route: Route | None) -> Iterator[None]:
-        """Every forward inside uses this route; None stands for none at all."""
-        before, self.override = self.override, Override(route)
-        try:
+        """Every forward of this thread inside uses this route; None stands for none at all."""
+        with self._overrides.entered(Override(route)):
             yield
-        finally:
-            self.override = before
 
     def check_route(self, route: Route, rows: int) -> None:
         """Refuse a route that does not fit the model or a forward of `rows` rows.
@@ -191,6 +189,7 @@ class ForwardHooks:
     ) -> ForwardState:
         """The state of a forward; `continued` is the KV cache that it continues, or None."""
         routed = self.num_experts > 0 and not self.solo_in_training
+        self._overrides.check()
         if self.override is None and continued is not None:
             return self._continued(call, continued, len(embeds)) if routed else ForwardState(decoding=True)
         query = None

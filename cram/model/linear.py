@@ -9,7 +9,8 @@ returned sequences).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from cram.model.factors import Factors
 from cram.model.gating import LayerGating
 from cram.model.stack import Stack, pays
 from cram.model.state import Current, ForwardState
+from cram.routing.means import moved
 from cram_kernels import PackedExperts, expert_lora, pack_experts
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT, which keeps the layer that it adapts as `base_layer`."""
+    return "base_layer" in module._modules
 
 
 class ExpertLinear(nn.Module):
@@ -54,6 +61,26 @@ class ExpertLinear(nn.Module):
         self.current = current
         self.stack: Stack | None = None
         self._one: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses an adapter of PEFT in place of the base; a quantised linear may take its place.
+
+        Raises:
+            ValueError: If the new base is a layer of PEFT.
+        """
+        if name == "base" and isinstance(value, nn.Module) and is_peft_layer(value):
+            raise ValueError(
+                f"target_modules must leave out the linears of an attached model, got {self.name}; pass the "
+                "names of other linears (`model.cram.report.skipped`), or call `cram.detach(model)` first"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertLinear:
+        """Moves everything, and casts the base alone: experts stay float32."""
+        for name, child in self._modules.items():
+            if recurse and child is not None:
+                child._apply(fn if name == "base" else partial(moved, fn))
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., D_out] for x [..., D_in], in the dtype of x.
@@ -114,9 +141,12 @@ class ExpertLinear(nn.Module):
         """The gates of what acts: 1 of solo experts, else the gating's or the route's."""
         gating = self._modules.get("gating")
         if acting is not self._modules.get("experts"):
-            if self._one is None or self._one.device != x.device:
-                self._one = torch.ones(1, 1, device=x.device)
-            return self._one.expand(1, acting.gate_columns)
+            one = self._one
+            # What inference mode made cannot be saved for a backward.
+            usable = one is not None and (torch.is_inference_mode_enabled() or not one.is_inference())
+            if one is None or not usable or one.device != x.device:
+                self._one = one = torch.ones(1, 1, device=x.device)
+            return one.expand(1, acting.gate_columns)
         if state.gates is None:
             raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
         gates = state.gates[self.layer]

@@ -93,7 +93,8 @@ class Stack:
 
     def _computed(self, x: Tensor, gates: Tensor) -> Waiting | None:
         self._waiting = None
-        packs = [packed for member in self.members if (packed := member.acting) is not None]
+        acting = [member.acting for member in self.members]
+        packs = [packed for packed in acting if packed is not None]
         if len(packs) < len(self.members) or not all(
             member.shares_gates and member.fusible for member in self.members
         ):

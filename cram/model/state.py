@@ -8,14 +8,13 @@ runs a layer again during the backward with the state of its forward.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cram.routing.query import Query, Route
+from cram.routing.threads import PerThread
 from cram_kernels import visual_mean
 
 
@@ -112,25 +111,17 @@ class Current:
 
     def __init__(self) -> None:
         """No forward has run yet."""
-        self._local = threading.local()
+        self._states: PerThread[ForwardState] = PerThread(_BEFORE_ANY)
 
     @property
     def state(self) -> ForwardState:
         """The state of this thread's newest forward; one without a route before the first."""
-        found: ForwardState | None = getattr(self._local, "state", None)
-        return _BEFORE_ANY if found is None else found
+        return self._states.get()
 
     @state.setter
     def state(self, state: ForwardState) -> None:
         """Sets the state of this thread's linears."""
-        self._local.state = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the state, whose gates belong to a live autograd graph."""
-        return {}
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self._states.set(state)
 
 
 _BEFORE_ANY = ForwardState()

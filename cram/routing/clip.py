@@ -10,7 +10,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CACHED_TEXTS = 16_384  # at 768 floats a text, 50 MB
 IMAGES_A_PASS = 64
+KEYS_SHOWN = 4
 LEGACY_END_ID = 2  # CLIP configs of old name this id wrongly; transformers then pools at the largest token id
 
 
@@ -70,10 +71,21 @@ class ClipEncoder:
     @classmethod
     def from_pretrained(cls, source: str, model: nn.Module | None = None) -> ClipEncoder:
         """Loads CLIP from a folder or by name; with `model`, on its device and through its vision tower if
-        equal."""
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        equal.
 
-        clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
+        Raises:
+            ValueError: If `source` holds no CLIP, or not exactly its weights.
+            OSError: If there is nothing at `source`.
+        """
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "clip":
+            raise ValueError(
+                f"encoder must be a CLIP with both towers, got a model of type {kind!r} at {source}"
+            )
+        clip, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        check_weights(source, report)
         if model is not None:
             clip = clip.to(next(model.parameters()).device)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -171,6 +183,31 @@ class ClipEncoder:
         return _finite(output.pooler_output, "text features")
 
 
+def check_weights(source: Any, report: Mapping[str, Any]) -> None:
+    """Refuse a model whose files did not hold exactly its weights; transformers fills gaps at random.
+
+    Args:
+        source: Where the model came from.
+        report: What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+
+    Raises:
+        ValueError: If weights are missing, unknown or of another shape.
+    """
+    kinds = {
+        "missing": "missing_keys",
+        "unexpected": "unexpected_keys",
+        "of another shape": "mismatched_keys",
+    }
+    faults = {kind: sorted(map(str, report.get(name) or ())) for kind, name in kinds.items()}
+    if any(faults.values()):
+        told = "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:KEYS_SHOWN])}{', ...' if len(keys) > KEYS_SHOWN else ''}"
+            for kind, keys in faults.items()
+            if keys
+        )
+        raise ValueError(f"weights at {source} must be exactly the model's, got {told}")
+
+
 def mean_per_sample(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Means [S, D] of consecutive runs of `counts[s]` rows of features [N, D], and which runs are not empty,
     bool [S].
@@ -180,8 +217,10 @@ def mean_per_sample(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Te
     """
     if sum(counts) != features.shape[0]:
         raise ValueError(f"images must be {sum(counts)} in all, got {features.shape[0]} features")
+    # From lists: the length of `repeat_interleave` depends on values, which torch.compile cannot trace.
     sizes = torch.tensor(counts, device=features.device)
-    sample = torch.repeat_interleave(torch.arange(len(counts), device=features.device), sizes)
+    owners = [sample for sample, count in enumerate(counts) for _ in range(count)]
+    sample = torch.tensor(owners, dtype=torch.int64, device=features.device)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, sample, features)
     return sums / sizes.clamp(min=1)[:, None], sizes > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,13 @@ class Float32Module(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        super()._apply(partial(moved, fn), recurse)
         return self
+
+
+def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What `fn` makes of a tensor, in the tensor's own dtype: a move stays a move, a cast is undone."""
+    return tensor.to(fn(tensor).device)
 
 
 def reduced_sum(features: Tensor) -> tuple[Tensor, int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cram.families import Family
 from cram.routing.clip import ClipEncoder, mean_per_sample
 from cram.routing.query import Query
+from cram.routing.threads import PerThread
 
 _CARRIED = "_cram_tower_features"
 _EXPLICIT = (
@@ -56,7 +57,16 @@ class PromptReader:
         self._name_or_path = str(getattr(model, "name_or_path", "") or "")
         self._signature = inspect.signature(model.get_submodule(family.core).forward)
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._call: Call | None = None
+        self._calls: PerThread[Call | None] = PerThread(None)
+
+    @property
+    def _call(self) -> Call | None:
+        """The inputs of the forward that this thread is in."""
+        return self._calls.get()
+
+    @_call.setter
+    def _call(self, call: Call | None) -> None:
+        self._calls.set(call)
 
     def register(self, model: Any) -> list[Any]:
         """Hooks the core module and a reused vision tower; returns the handles."""

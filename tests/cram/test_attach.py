@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cram.attach import attach, detach
@@ -172,3 +173,49 @@ def test_a_copy_of_an_attached_model_is_independent() -> None:
     detach(twin)
     assert torch.equal(model(**batch).logits, expected)
     assert cram is model.cram
+
+
+WRONG = {
+    "tuned": (
+        lambda: get_peft_model(factories.llava(), LoraConfig(target_modules=["q_proj"])),
+        "adapters of PEFT",
+    ),
+    "injected": (
+        lambda: injected(factories.llava()),
+        r"got a LlavaForConditionalGeneration with one at .*q_proj",
+    ),
+    "inner": (lambda: factories.llava().model, "got a LlavaModel, a part of one"),
+    "compiled": (lambda: torch.compile(factories.llava()), "pass `model._orig_mod`"),
+    "parallel": (lambda: nn.DataParallel(factories.llava()), "pass `model.module`"),
+}
+
+
+def injected(model: Any) -> Any:
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", list(WRONG))
+def test_what_is_no_plain_model_is_refused(kind: str) -> None:
+    make, message = WRONG[kind]
+    model = make()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        attach(model, CramConfig(), factories.clip_encoder())
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_adapters_of_peft_do_not_go_into_an_attached_model(how: str) -> None:
+    model, _ = with_expert("llava")
+    config = LoraConfig(target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"must leave out the linears of an attached model, got .*q_proj"):
+        get_peft_model(model, config) if how == "get_peft_model" else model.add_adapter(config)
+
+
+def test_adapters_of_peft_beside_the_adapted_linears_act() -> None:
+    model, cram = with_expert("llava")
+    with cram.forced("one"):
+        before = model(**factories.inputs("llava")).logits
+        tuned = get_peft_model(model, LoraConfig(target_modules=["gate_proj"], init_lora_weights=False))
+        assert not torch.allclose(tuned(**factories.inputs("llava")).logits, before)

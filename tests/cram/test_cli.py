@@ -269,3 +269,21 @@ def test_progress_is_written_at_every_tenth_off_a_terminal(capsys: pytest.Captur
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[-1].startswith("work [########################] 40/40")
     assert clock(59.6) == "1:00" and clock(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model", "builtin", "--stream", "builtin", "--out"],
+        ["compare", "--out"],
+        ["demo", "--out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_several_processes_do_not_write_one_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*words, str(tmp_path / "run")]) == 2
+    assert f"cram {words[0]} must run as one process, got WORLD_SIZE=2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

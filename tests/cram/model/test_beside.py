@@ -47,7 +47,7 @@ class Int8(nn.Linear):
 
 
 class Halved(Tensor):
-    """A weight whose products are half of what its storage says, as a quantised weight has another storage."""
+    """A weight whose products are half of what its storage says; quantised weights are such subclasses."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
