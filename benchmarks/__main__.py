@@ -21,10 +21,10 @@ PROGRAMS = {
     "predictions": "what was predicted for an H200, and which predictions held in the results of a folder",
     "prepare": "make the kit that the GPU command brings along: libraries and compiled kernels",
     "profile": "each kernel of the layer a few times, for a profiler",
-    "readme": "the README's speed table from the results in a folder",
     "replays": "whether captured calls give the right values on new inputs",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",
     "scaling": "how the cost grows with experts, ranks, tokens and width",
+    "speed": "the table of docs/speed.md from the results in a folder",
     "tune": "try the tiles of each kernel on this GPU",
 }
 

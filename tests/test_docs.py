@@ -1,7 +1,11 @@
-"""What the documents promise: commands parse, code runs, tables agree with the sources."""
+"""What the documents promise: commands parse, code runs, links lead somewhere, tables match the sources."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import json
 import os
 import re
 import shlex
@@ -16,9 +20,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(
-    p for p in (*ROOT.glob("*.md"), *ROOT.glob("c*/**/*.md"), *ROOT.glob("benchmarks/*.md")) if p.is_file()
-)
+FOLDERS = ("docs", "cram", "cram_kernels", "csrc", "benchmarks")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in ROOT.glob(f"{folder}/**/*.md"))])
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +38,13 @@ def commands(text: str) -> list[str]:
     return [stripped for line in lines if (stripped := line.split("  #")[0].strip())]
 
 
+def quoted_commands(text: str) -> list[str]:
+    """Every command with a word behind it that stands in backquotes within a sentence or a table."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", prose)
+    return [span for span in dict.fromkeys(spans) if re.match(r"(make|cram|pip|pytest|python -m) \w", span)]
+
+
 def check_make(arguments: list[str]) -> None:
     """The targets exist."""
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -43,9 +53,26 @@ def check_make(arguments: list[str]) -> None:
 
 def check_cram(arguments: list[str]) -> None:
     """The command line accepts the arguments."""
+    from cram.cli import COMMANDS as KNOWN
     from cram.cli import parser_for
 
-    parser_for(arguments).parse_args(arguments)
+    if len(arguments) > 1 or arguments[0] not in KNOWN:
+        parser_for(arguments).parse_args(arguments)
+
+
+def check_module(arguments: list[str]) -> None:
+    """The module has every option that is given to it."""
+    option, module, *rest = arguments
+    assert option == "-m" and module in ("benchmarks", "cram.base.pretrain"), arguments
+    words = rest[:1] if rest and not rest[0].startswith("-") else []
+    program = importlib.import_module(f"{module}.__main__" if module == "benchmarks" else module)
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", [module, *words, "--help"])
+        program.main()
+    assert " ".join([module, *words]) in shown.getvalue(), arguments
+    known = re.findall(r"--[a-z-]+", shown.getvalue())
+    assert {word for word in rest if word.startswith("--")} <= set(known), arguments
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -66,14 +93,10 @@ def check_pytest(arguments: list[str]) -> None:
     assert all((ROOT / p).exists() for p in paths), arguments
 
 
-def check_python(arguments: list[str]) -> None:
-    """A program of the benchmarks accepts the arguments; an environment stands where the Makefile has it."""
-    if arguments[:2] == ["-m", "benchmarks"]:
-        command = [sys.executable, *arguments, "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        words = re.split(r"[\s\[\],]+", done.stdout)
-        assert set(arguments) <= set(words), arguments
+def check_python3(arguments: list[str]) -> None:
+    """An environment is made in the folder that the Makefile uses, or a module has the options."""
+    if arguments[:2] != ["-m", "venv"]:
+        check_module(arguments)
         return
     assert arguments == ["-m", "venv", ".venv"], arguments
 
@@ -83,7 +106,8 @@ CHECKS = {
     "cram": check_cram,
     "pip": check_pip,
     "pytest": check_pytest,
-    "python3": check_python,
+    "python": check_module,
+    "python3": check_python3,
 }
 
 
@@ -93,7 +117,11 @@ def check_command(command: str) -> None:
     CHECKS[program.removeprefix(".venv/bin/")](arguments)
 
 
-COMMANDS = [(path.relative_to(ROOT).as_posix(), c) for path in DOCUMENTS for c in commands(path.read_text())]
+COMMANDS = [
+    (path.relative_to(ROOT).as_posix(), command)
+    for path, text in ((path, path.read_text()) for path in DOCUMENTS)
+    for command in dict.fromkeys([*commands(text), *quoted_commands(text)])
+]
 
 
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d}: {c}" for d, c in COMMANDS])
@@ -115,6 +143,9 @@ def test_documented_command_is_accepted(document: str, command: str) -> None:
         "python3 -m benchmarks no-such-program",
         "python3 -m benchmarks gpu --no-such-option",
         "no-such-program",
+        "python -m no.such.module",
+        "python -m benchmarks no-such-program",
+        "python -m benchmarks --no-such-option",
     ],
 )
 def test_command_check_can_fail(command: str) -> None:
@@ -146,8 +177,8 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_readme_code_runs(tiny_base: Path) -> None:
-    before, after = blocks(README, "python")
+def test_readme_code_runs(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after, answer, explicit = blocks(README, "python")
     scope: dict[str, Any] = {}
     exec(compile(before, "README before", "exec"), scope)
     adapted = [name for name, _ in scope["model"].named_modules() if name.endswith("lora_A")]
@@ -156,6 +187,108 @@ def test_readme_code_runs(tiny_base: Path) -> None:
     exec(compile(after, "README after", "exec"), scope)
     assert [len(row) for row in scope["report"]["methods"]["cram"]["matrix"]] == [1, 2, 3, 4, 5, 6]
     assert (tiny_base / "runs/bundle/manifest.json").is_file()
+    scope = {}
+    capsys.readouterr()
+    exec(compile(answer, "README answer", "exec"), scope)
+    layers = scope["model"].cram.num_layers
+    assert capsys.readouterr().out.endswith(f"{scope['model'].cram.state.route.gates}\n")
+    assert scope["model"].cram.state.route.gates.shape == (layers, 1, 6)
+    automatic = scope["tokens"]
+    exec(compile(explicit, "README explicit route", "exec"), scope)
+    assert scope["tokens"].tolist() == automatic.tolist()
+
+
+def test_readme_contexts_exist_and_name_a_task_of_the_builtin_stream() -> None:
+    from cram.model.attached import AttachedModel
+    from cram.streams.builtin import build
+
+    named = re.findall(r"`with model\.cram\.(\w+)\((?:\"(\w+)\")?\):`", README)
+    assert [name for name, _ in named] == ["forced", "disabled"]
+    assert all(hasattr(AttachedModel, name) for name, _ in named)
+    assert named[0][1] in {task.name for task in build(train_samples=1, test_samples=1).tasks}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_compile(document: Path) -> None:
+    for number, code in enumerate(blocks(document.read_text(), "python")):
+        compile(code, f"{document.name}, block {number}", "exec")
+
+
+def write_pictures(folder: Path) -> None:
+    """The picture that every row of the documents names."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "rose.png")
+
+
+def test_own_data_of_the_readme_loads(tmp_path: Path) -> None:
+    from cram.streams import load_stream
+
+    (described,), (rows,) = blocks(README, "yaml"), blocks(README, "json")
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "garden.yaml").write_text(described)
+    for name in re.findall(r"[\w-]+\.json", described):
+        (tmp_path / name).write_text(rows)
+    stream = load_stream(tmp_path / "garden.yaml")
+    assert [(len(task.train), len(task.test)) for task in stream.tasks] == [(1, 1), (1, 1)]
+
+
+DATA = (ROOT / "docs/data.md").read_text()
+
+
+def test_layouts_of_the_data_page_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cram.streams import load_stream
+
+    (described,), layouts = blocks(DATA, "yaml"), blocks(DATA, "json")
+    root = tmp_path / "root"
+    write_pictures(root / "pictures")
+    write_pictures(root / "photographs")
+    for name in ("colour-train", "colour-test", "describe-train", "describe-test"):
+        (root / f"{name}.json").write_text(layouts[name.endswith("train")])
+    captions = {
+        "images": [{"id": 1, "file_name": "rose.png"}],
+        "annotations": [{"image_id": 1, "caption": "a red flower"}],
+    }
+    (root / "describe-captions.json").write_text(json.dumps(captions))
+    (tmp_path / "garden.yaml").write_text(described)
+    monkeypatch.setenv("GARDEN", str(root))
+    colour, describe = load_stream(tmp_path / "garden.yaml").tasks
+    assert {task.train[0].instruction for task in (colour, describe)} == {"What colour is the flower?"}
+    assert describe.test[0].accepted == ("a red flower",)
+
+
+def test_python_stream_of_the_data_page_is_built() -> None:
+    scope: dict[str, Any] = {}
+    (code,) = blocks(DATA, "python")
+    exec(compile(code, "data page", "exec"), scope)
+    assert [task.name for task in scope["stream"].tasks] == ["colour"]
+
+
+def test_data_page_names_every_key_and_scorer() -> None:
+    from cram.scoring.published import RULES
+    from cram.scoring.scorers import SCORERS
+    from cram.streams.registry import STREAM_KEYS, TASK_KEYS
+
+    tables = " ".join(line for line in DATA.splitlines() if line.startswith("| `"))
+    assert all(f"`{key}`" in tables for key in [*STREAM_KEYS, *TASK_KEYS])
+    published = set(RULES) | {name for name in SCORERS if name.startswith(("prism_", "mcitlib_"))}
+    listed = re.findall(r"^\| `(\w+)` \|", DATA.split("## Scorers")[1], re.MULTILINE)
+    assert set(listed) == set(SCORERS) - published
+    assert all(name.startswith(("prism_", "mcitlib_")) for name in published)
+
+
+def test_glossary_holds_its_twelve_words() -> None:
+    text = (ROOT / "docs/glossary.md").read_text()
+    words = ["buffer", "bundle", "centroid", "expert", "gate", "group"]
+    words += ["pack", "query", "run", "segment", "stream", "task"]
+    assert sorted(re.findall(r"^\| \*\*(\w+)\*\* \|", text, re.MULTILINE)) == words
+
+
+def test_citation_and_changelog_name_the_version() -> None:
+    version = PROJECT["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version  # type: ignore[union-attr]
 
 
 def test_demo_of_the_makefile_runs_and_writes_the_page_that_the_readme_names(tiny_base: Path) -> None:
@@ -204,15 +337,45 @@ def test_readme_names_every_extra() -> None:
     assert named and set(re.findall(r"`(\w+)`", named.group(1))) == set(EXTRAS)
 
 
-def test_linked_and_mapped_files_exist() -> None:
-    for document in DOCUMENTS:
-        text = document.read_text()
-        targets = re.findall(r"\]\(([^)#:]+)\)", text)
-        assert all((document.parent / t).exists() for t in targets), (document, targets)
-    folder = ""
-    for name in re.findall(r"`([\w./]+(?:/|\.py))`", README.split("## Map of the code")[1].split("\n## ")[0]):
-        folder = name.split("/")[0] if "/" in name and (ROOT / name.split("/")[0]).is_dir() else folder
-        assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
+def anchors(text: str) -> set[str]:
+    """The anchors of a Markdown text's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path, text: str) -> list[str]:
+    """The link targets of a document that are no file in the repository, or no heading of that file."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        inside = path.is_relative_to(ROOT) and path.exists()
+        if not inside or (anchor and anchor not in anchors(text if path == document else path.read_text())):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    assert not broken_links(document, document.read_text())
+
+
+@pytest.mark.parametrize("target", ["absent.md", "README.md#absent", "#absent", "../outside.md"])
+def test_link_check_can_fail(target: str) -> None:
+    assert broken_links(ROOT / "README.md", f"# Title\n[text]({target})") == [target]
+    assert not broken_links(ROOT / "README.md", "# A title\n[a](#a-title) [b](docs/code.md#map-of-the-code)")
+
+
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", README))
+
+
+def test_mapped_files_exist_and_every_room_is_mapped() -> None:
+    named = set(re.findall(r"^\| `([\w./]+)` \|", (ROOT / "docs/code.md").read_text(), re.MULTILINE))
+    assert all((ROOT / name).exists() for name in named), named
+    rooms = {f"cram/{path.parent.name}/" for path in (ROOT / "cram").glob("*/__init__.py")}
+    assert rooms <= named, rooms - named
 
 
 def test_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:

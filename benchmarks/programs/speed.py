@@ -1,4 +1,4 @@
-"""`python -m benchmarks readme DIR`: the README's speed table from the results in a folder."""
+"""`python -m benchmarks speed DIR`: the table of docs/speed.md from the results in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import goals, markdown
 from benchmarks.machine import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/speed.md"
 MARKER = "speed"
 TITLES = {"decode": "inference", "train": "training step"}
 OTHERS = {"released": "released loop", "peft-9": "PEFT, one LoRA of rank 9", "packed": "packed PyTorch"}
@@ -19,10 +19,10 @@ OTHERS = {"released": "released loop", "peft-9": "PEFT, one LoRA of rank 9", "pa
 
 def main(argv: Sequence[str]) -> int:
     """Write the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with a results.json")
     results = json.loads((parser.parse_args(argv).folder / "results.json").read_text())
-    README.write_text(markdown.replaced(README.read_text(), MARKER, section(results)))
+    PAGE.write_text(markdown.replaced(PAGE.read_text(), MARKER, section(results)))
     return 0
 
 
