@@ -1,9 +1,8 @@
-"""Every constant of CRAM in one frozen object, with where it comes from.
+"""Every constant of CRAM in one frozen object, with its source.
 
-Two kinds of constants: those the paper reports (its section on implementation details and its hyper-parameter
-table) and those found only in the released implementation. The comment after each field says which ("paper",
-"code") or that the field belongs to this package ("ours"). The stream presets change only what the released
-runs change.
+The comment after each field names the source. "paper": the paper's section on implementation details or its
+table of hyper-parameters. "code": only the released implementation has the value. "ours": the field belongs
+to this package. The presets `ucit` and `trigap` change only what the released runs change.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# name -> (test, what the value must be); run after the type check of the field.
+# name -> (test, text of what the value must be). The field's type is checked first.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "group_margin": (lambda v: 0 <= v <= 2, "in [0, 2]"),
     "group_merge_similarity": (lambda v: -1 <= v <= 1, "in [-1, 1]"),
@@ -48,12 +47,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class CramConfig:
     """Hyper-parameters of the method (arXiv 2606.02502) and of its training loop.
 
-    Instances are immutable and always valid: a wrong value raises at construction, integers given for a float
-    field become floats, and ``from_dict(to_dict())`` is the identity.
+    Instances are immutable and always valid: a wrong value raises at construction. An integer in a float
+    field becomes a float. ``from_dict(to_dict())`` is the identity.
 
     Raises:
-        ValueError: if a field has the wrong type, is NaN or infinite, is out of range, or if ``rank_min``
-            exceeds ``rank_max`` or ``rank_max`` exceeds ``buffer_rank``.
+        ValueError: If a field has the wrong type, is NaN or infinite, or is out of range. Also if
+        ``rank_min``
+            exceeds ``rank_max``, or ``rank_max`` exceeds ``buffer_rank``.
     """
 
     # Instruction groups (level 1).
@@ -64,24 +64,24 @@ class CramConfig:
     sigma: float = 2.0  # paper: width of the Gaussian kernel on image features
     # Adaptive-rank instantiation.
     tau_alloc: float = 0.08  # paper: absolute singular-value threshold of s B A
-    tau_orth: float = 0.99  # paper: novelty a direction must exceed; 0 turns filter and projection off
+    tau_orth: float = 0.99  # paper: a direction's novelty must exceed this; 0 turns filter and projection off
     warmup_fraction: float = 0.05  # paper: share of a task's steps that train the buffer
     buffer_rank: int = 48  # paper: rank of the temporary buffer
     rank_min: int = 4  # code: floor of an expert's rank per module
     rank_max: int = 9  # code: R_max, 9 on UCIT and 10 on TriGap
     # Low-rank layers.
-    rank: int = 9  # ours: rank of methods whose LoRAs have one size, as large as CRAM's largest on UCIT
+    rank: int = 9  # ours: rank of methods whose LoRAs have one size; equals rank_max on UCIT
     scale: float = 2.0  # code: LoRA alpha / r, the same for the buffer and for every rank
     dropout: float = 0.05  # code: LoRA dropout on the layer input
     penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
-    released_code: bool = False  # ours: reproduce the released code where it departs from the paper
+    released_code: bool = False  # ours: True reproduces the released code where it differs from the paper
     target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA
     method: str = "cram"  # ours: a name in cram.methods.METHODS
     # Training.
     learning_rate: float = 2e-4  # paper
     lr_warmup_ratio: float = 0.03  # paper: linear warm-up, then cosine
     weight_decay: float = 0.0  # code
-    grad_clip: float = 1.0  # code: default of the Hugging Face trainer it runs on; 0 turns clipping off
+    grad_clip: float = 1.0  # code: default of the Hugging Face trainer; 0 turns clipping off
     batch_size: int = 8  # paper
     epochs: int = 1  # paper
     max_steps: int | None = None  # ours: caps the optimiser steps of a task
@@ -102,24 +102,24 @@ class CramConfig:
 
     @classmethod
     def ucit(cls, **changes: Any) -> CramConfig:
-        """The released settings of the UCIT stream (six tasks), with ``changes`` on top."""
+        """Return the released settings of the UCIT stream (six tasks), with ``changes`` applied."""
         return cls.from_dict({"max_groups": 5, "rank_max": 9, "rank": 9, **changes})
 
     @classmethod
     def trigap(cls, **changes: Any) -> CramConfig:
-        """The released settings of the TriGap stream (ten tasks), with ``changes`` on top."""
+        """Return the released settings of the TriGap stream (ten tasks), with ``changes`` applied."""
         return cls.from_dict({"max_groups": 10, "rank_max": 10, "rank": 10, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values (tuples as lists)."""
+        """Return all fields as JSON values. Tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CramConfig:
-        """Builds a config from JSON values; absent fields keep their defaults.
+        """Build a config from JSON values. Absent fields keep their defaults.
 
         Raises:
-            ValueError: on an unknown key (the message lists the known ones) or an invalid value.
+            ValueError: If a key is unknown or a value is invalid. The message lists the known keys.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -128,16 +128,18 @@ class CramConfig:
 
 
 def read_config(record: Mapping[str, Any]) -> CramConfig:
-    """A configuration from a bundle or a run, also of an older version, in which `rank_max` was every rank.
+    """Return the configuration of a bundle or a run.
+
+    Older versions have no `rank`; there `rank_max` is the rank of every method.
 
     Raises:
-        ValueError: as ``CramConfig.from_dict``.
+        ValueError: As ``CramConfig.from_dict``.
     """
     return CramConfig.from_dict({"rank": record.get("rank_max", CramConfig.rank), **record})
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
-    """Checks one value against its annotation; returns it with ints made floats and lists made tuples."""
+    """Check one value against its annotation. Return it with integers as floats and lists as tuples."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and number and abs(value) <= sys.float_info.max:
         return float(value)

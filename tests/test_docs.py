@@ -169,6 +169,8 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from tests.cram.factories import save_all
 
     save_all(tmp_path / "base")
+    # The tiny processor has no chat template of its own; the shipped base has this one.
+    shutil.copy(ROOT / "cram/base/assets/llava/chat_template.jinja", tmp_path / "base/llava")
     for module in (cram.base, cram.loading):
         monkeypatch.setattr(module, "base_folder", lambda: tmp_path / "base")
     stream = builtin.build(train_samples=32, test_samples=2)

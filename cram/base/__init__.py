@@ -1,4 +1,4 @@
-"""The built-in base: a tiny LLaVA and the CLIP it routes with, in `assets/` and read like any checkpoint."""
+"""The built-in base: a tiny LLaVA and the CLIP that routes for it. `assets/` holds both as checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ASSETS = Path(__file__).parent / "assets"
 
 
 def base_folder() -> Path:
-    """Folder that holds `llava/` (model, tokenizer, processor) and `clip/` (text and image towers).
+    """Return the folder with `llava/` (model, tokenizer, processor) and `clip/` (text and image towers).
 
     Raises:
         FileNotFoundError: If the package was installed without its data.

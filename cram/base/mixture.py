@@ -1,9 +1,9 @@
-"""The pretraining mixture of the built-in base: general image-text skills, none of them a task of its stream.
+"""The pretraining mixture of the built-in base: general skills with images and text.
 
-Plain scenes of coloured shapes, gauges, groups of bars and printed digits, with naming, colour, place, size,
-counting, comparing, reading, a letter code of colours, and copying of text. The built-in stream asks for
-combinations of these skills, on other kinds of pictures and in other answer forms, as a real task stream does
-with a real base.
+The pictures are plain scenes of coloured shapes, gauges, groups of bars and printed digits. The skills are
+naming, colour, place, size, counting, comparing, reading, a letter code of colours, and copying of text. No
+skill is a task of the built-in stream. The stream asks for combinations of the skills, on other kinds of
+pictures and in other forms of answer, as a real stream does with a real base.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LEVELS = 8
 
 @dataclass(frozen=True)
 class Mark:
-    """What lies at a point of a picture: a kind of `MARKS`, a colour (or None) and, for bars, a level."""
+    """The mark at a point of a picture: a kind of `MARKS`, a colour or None, and a level for bars."""
 
     x: float
     y: float
@@ -83,7 +83,7 @@ class Thing:
 
     @property
     def mark(self) -> Mark:
-        """Its mark in the picture."""
+        """The object's mark in the picture."""
         return Mark(self.x, self.y, self.shape, self.color)
 
     @property
@@ -205,7 +205,7 @@ def color_word(rng: np.random.Generator) -> Example:
 
 
 def color_code(rng: np.random.Generator) -> Example:
-    """The letter that stands for the colour of one object; the code never changes."""
+    """The letter that stands for the colour of one object. The code never changes."""
     scene = draw_scene(rng, 1, 3)
     thing = scene.things[int(rng.integers(len(scene.things)))]
     code = " ".join(f"{letter} {name}" for letter, name in zip(LETTERS, COLORS, strict=False))
@@ -313,7 +313,7 @@ def read_print(rng: np.random.Generator) -> Example:
 
 
 def repeat_text(rng: np.random.Generator) -> Example:
-    """Words to be copied; every word of the vocabulary occurs."""
+    """Words to be copied. Every word of the vocabulary occurs."""
     words = _some(rng, (*WORDS, *COLORS, *SHAPES, *NUMBERS, *LETTERS), int(rng.integers(1, 6)))
     return Example(None, f"Repeat: {' '.join(words)}", " ".join(words), None)
 

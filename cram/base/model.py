@@ -26,7 +26,8 @@ from cram.streams.builtin.draw import SIZE
 PATCH = 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
-# The end token must not have id 2: CLIP configs of old name 2 wrongly, and transformers then pools elsewhere.
+# The end token must not have id 2. Old CLIP configs name 2 wrongly, so transformers pools at another token
+# then.
 SPECIAL = (PAD, BOS, IMAGE, EOS)
 FEATURE_WIDTH = 64
 TEXT_LENGTH = 77
@@ -44,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE in which the mixture's words are single tokens and any text can be written."""
+    """Return a byte-level BPE. The mixture's words are single tokens, and any text can be written."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, *, end: bool) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers uses it; `end` appends the end token (CLIP's text tower pools there)."""
+    """Return the tokenizer for transformers. `end` appends the end token, where CLIP's text tower pools."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}" if end else f"{BOS} $A",
@@ -143,7 +144,7 @@ def clip_config(tokens: dict[str, int], vocabulary: int) -> CLIPConfig:
 
 
 def build_models(tokenizer: Tokenizer) -> tuple[LlavaForConditionalGeneration, CLIPModel]:
-    """Freshly initialised models that share one vision tower.
+    """Return freshly initialised models that share one vision tower.
 
     The language model starts wider than transformers' 0.02, which suits widths of thousands.
     """
@@ -159,7 +160,7 @@ def build_models(tokenizer: Tokenizer) -> tuple[LlavaForConditionalGeneration, C
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """CLIP's preprocessing at the base's picture size."""
+    """Return CLIP's preprocessing at the base's picture size."""
     edge = {"height": SIZE, "width": SIZE}
     return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=edge)
 

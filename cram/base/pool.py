@@ -22,9 +22,9 @@ IGNORED = -100
 
 @dataclass
 class Pool:
-    """Examples as arrays: pictures uint8 [N, 48, 48, 3] (zeros for text), token lists and the kind of each.
+    """Examples as arrays: pictures uint8 [N, 48, 48, 3] (zeros for text), token lists, and kinds.
 
-    `patch_labels` [N, 36, 3] holds the mark, colour and level in each patch, IGNORED where there is none.
+    `patch_labels` [N, 36, 3] holds the mark, colour and level of each patch. Absent values are IGNORED.
     """
 
     pictures: np.ndarray
@@ -53,7 +53,7 @@ class Row:
 
 
 def label_patches(marks: tuple[Mark, ...]) -> np.ndarray:
-    """Labels [36, 3] of the patches: mark, colour and level; patches without a mark are class 0 of marks."""
+    """Return labels [36, 3] of the patches: mark, colour, level. A patch without a mark has mark class 0."""
     side = SIZE // PATCH
     labels = np.full((side * side, 3), IGNORED, np.int16)
     labels[:, 0] = 0
@@ -80,7 +80,7 @@ def _draw_raw(seed: int, count: int) -> list[Row]:
 
 
 def draw_rows(seed: int, count: int, workers: int) -> list[Row]:
-    """Draw `count` examples in parallel; the same seed and worker count give the same rows."""
+    """Draw `count` examples in parallel. The same seed and worker count give the same rows."""
     shares = [count // 16 + (i < count % 16) for i in range(16)]
     # A forked child may inherit a lock that a thread of torch holds.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:

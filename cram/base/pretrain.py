@@ -1,10 +1,14 @@
 """Train the built-in base on the mixture: `python -m cram.base.pretrain --out FOLDER`.
 
-Three stages. First a tiny CLIP: its vision tower names what lies in each patch, pictures
-are told apart by their captions (InfoNCE), and instructions drawn together by kind (supervised contrast on
-the pooled text feature, the one that CRAM groups by). Then a tiny LLaVA on the frozen tower: cross-entropy of
-the answers. Last the text tower again: it learns to tell instructions apart by the format they ask for. The
-weights compute in bf16 and are kept in fp32.
+There are three stages:
+
+1. A tiny CLIP. Its vision tower learns to name the mark in each patch. InfoNCE separates pictures by their
+   captions. Supervised contrast draws instructions of one kind together, on the pooled text feature by which
+   CRAM groups.
+2. A tiny LLaVA on the frozen tower, by the cross-entropy of the answers.
+3. The text tower again. It learns to separate instructions by their format sentence.
+
+Computation is in bf16; the kept weights are fp32.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ class Losses:
         self.pad_id = token_id(tokenizer, PAD)
 
     def answer(self, pool: Pool, index: np.ndarray) -> Tensor:
-        """Cross-entropy of the answers, every sample weighing the same however long its answer."""
+        """Cross-entropy of the answers. Every sample has the same weight, however long its answer is."""
         ids, labels = self.inputs(pool, index)
         shown = index[pool.has_picture[index]]
         images = pixels(pool, shown, self.llava.dtype) if len(shown) else None
@@ -131,7 +135,7 @@ class MasterWeights:
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
 
     def step(self, rate: float) -> None:
-        """One clipped step; the computed weights are rounded from the kept ones."""
+        """One clipped step. The bf16 weights are then rounded from the fp32 weights."""
         for kept, computed in zip(self.kept, self.computed, strict=True):
             kept.grad = None if computed.grad is None else computed.grad.float()
             computed.grad = None
@@ -145,12 +149,12 @@ class MasterWeights:
 
 
 def unique_parameters(*models: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters of all models, each once."""
+    """Return the trained parameters of all models, each one once."""
     return list({id(p): p for model in models for p in model.parameters() if p.requires_grad}.values())
 
 
 def accuracy_by_kind(losses: Losses, pool: Pool) -> dict[str, float]:
-    """Share of answers whose every token is the most likely one, in percent, for each kind of example."""
+    """Return, per kind of example, the percentage of answers in which every token is the most likely one."""
     right: dict[str, list[bool]] = {}
     for index in np.array_split(np.arange(len(pool)), max(1, len(pool) // 64)):
         ids, labels = losses.inputs(pool, index)
@@ -176,7 +180,7 @@ def scale_image_features(losses: Losses, pool: Pool) -> None:
 
 
 def to_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
-    """Cast parameters only: rotary frequencies stay exact, as they are when the checkpoint is loaded."""
+    """Cast parameters only. Rotary frequencies stay exact, as in a loaded checkpoint."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -208,7 +212,7 @@ def train_clip(losses: Losses, pool: Pool, rng: np.random.Generator, started: fl
 def train_formats(
     losses: Losses, pool: Pool, tokenizer: Tokenizer, rng: np.random.Generator, started: float
 ) -> None:
-    """Last stage: the text tower learns that the format sentence at the end tells instructions apart."""
+    """Third stage: the text tower learns to separate instructions by the format sentence at their end."""
     towers = (losses.clip.text_model, losses.clip.text_projection)
     for tower in towers:
         tower.requires_grad_(True)
@@ -227,7 +231,7 @@ def train_formats(
 def train_llava(
     losses: Losses, pool: Pool, rng: np.random.Generator, started: float, steps: int, batch: int, rate: float
 ) -> float:
-    """Middle stage: projector and language model on the frozen tower; returns the mean of the last losses."""
+    """Second stage: projector and language model on the frozen tower. Return the mean of the last losses."""
     masters = MasterWeights(unique_parameters(losses.llava), rate)
     history: list[float] = []
     for step, index in enumerate(batches(pool, batch, steps, rng, np.arange(len(pool)))):
@@ -273,7 +277,7 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, examples: int, seed
 
 
 def write(out: Path, losses: Losses, held: Pool, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Save the fp16 checkpoints, and `training.json`: the facts of the training and the held-out accuracy."""
+    """Save the fp16 checkpoints and `training.json` (facts of the training, held-out accuracy)."""
     accuracy = accuracy_by_kind(losses, held)
     print(accuracy, flush=True)
     llava, clip = build_models(tokenizer)

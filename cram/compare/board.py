@@ -1,4 +1,4 @@
-"""Executes the runs of a comparison, one after another or side by side, and keeps its report up to date."""
+"""Executes the runs of a comparison, one after another or side by side, and updates the report after each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def run_comparison(comparison: Comparison, jobs: int = 1, shown: bool = True) ->
     """Execute every run that is not done and write one report.
 
     Args:
-        comparison: What to run.
-        jobs: Runs at once, each in a process of its own with its share of the threads; with 1 all run here.
-        shown: Whether progress is printed.
+        comparison: The comparison.
+        jobs: Number of runs at a time. Each run has its own process and its share of the threads. With 1, all
+            runs happen in this process.
+        shown: True if progress is printed.
 
     Raises:
-        ValueError: If `jobs` is not positive, or a run's folder belongs to another configuration.
+        ValueError: If `jobs` is not positive, or the folder of a run belongs to another configuration.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -46,11 +47,11 @@ def run_comparison(comparison: Comparison, jobs: int = 1, shown: bool = True) ->
 
 
 class Board:
-    """How far the runs of a comparison are, and the report over those that are done.
+    """The progress of a comparison, and the report over its finished runs.
 
     Attributes:
-        runs: Seed by seed, in the order of the entries.
-        report: The newest report; None before the first run is done.
+        runs: All runs, seed by seed, in the order of the entries.
+        report: The newest report. None before the first run is done.
     """
 
     def __init__(self, comparison: Comparison, stream: Stream, jobs: int, shown: bool) -> None:
@@ -64,14 +65,14 @@ class Board:
         self._bar = ProgressBar("compare", len(self.runs) * len(stream.tasks) - before, shown and jobs > 1)
 
     def announce(self, run: Run) -> None:
-        """Say which run begins, and once something has been timed, when all will be done."""
+        """Print which run begins and, if a run was timed already, the remaining time."""
         self._bar.done = self._tasks_done() - self._before
         left = f"; all: {self._bar.line('tasks')}" if self._bar.done else ""
         if self._shown:
             print(f"== run {len(self._done) + 1} of {len(self.runs)}: {run.name}{left}", flush=True)
 
     def update(self, done: Set[str]) -> None:
-        """Count the finished tasks, and write the report if further runs are `done` (by name)."""
+        """Count the finished tasks. Write the report if `done` (names of runs) has grown."""
         if self._bar.shown and (fresh := self._tasks_done() - self._before - self._bar.done):
             self._bar.advance(fresh, f"{len(self._done | done)} of {len(self.runs)} runs done")
         if done - self._done:
@@ -82,7 +83,7 @@ class Board:
         return sum(run.tasks_done for run in self.runs)
 
     def _write(self) -> None:
-        """Report the seeds of which every run is done; before there is one, what the first seed has."""
+        """Report the seeds whose runs are all done. If there is none yet, report what the first seed has."""
         seeds = {str(seed): self._methods(seed) for seed in range(self._comparison.seeds)}
         whole = {seed: found for seed, found in seeds.items() if len(found) == len(self._comparison.entries)}
         shown = whole or {"0": seeds["0"]}

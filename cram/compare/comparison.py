@@ -1,10 +1,11 @@
-"""Methods x seeds on one stream, each a run folder of `ContinualLearner`, and one report over all of them.
+"""Methods x seeds on one stream. Each run has a run folder of `ContinualLearner`; one report covers all runs.
 
-    OUT/seeds/<seed>/<entry>/     one run folder each, with comparison.json: what only a comparison measures
-    OUT/report.json               all of them together, rewritten after each
+    OUT/seeds/<seed>/<entry>/     the run folder, with comparison.json: what only a comparison measures
+    OUT/report.json               all runs together, rewritten after each run
 
-A comparison that was stopped goes on where it was. Runs may go side by side, each in a process of its own;
-results then differ by nothing but the rounding of sums that another number of threads splits differently.
+A comparison that was stopped goes on where it was. Runs may go side by side, each in a process of its own.
+Each process has fewer threads then, so sums are split differently. Results differ by the rounding of these
+sums only.
 """
 
 from __future__ import annotations
@@ -29,26 +30,25 @@ from cram.report.schema import MethodReport, Report, Stored, validate_report
 from cram.streams import Stream, load_stream
 
 EXTRA = "comparison.json"
-# The built-in base is a thousandth of a real one and takes a larger step; an epoch of its stream is 80 steps.
+# The built-in base is a thousandth of a real model and takes larger steps. An epoch of its stream has 80
+# steps.
 SMALL_BASE: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 16, "eval_batch_size": 128}
-# Half of that and a quarter of the tests: about a minute a run on two cores.
+# Half of the steps and a quarter of the tests. One run takes about a minute on two cores.
 QUICK: dict[str, Any] = {"max_steps": 40}
 QUICK_TESTS, QUICK_SEEDS, FULL_SEEDS = 64, 2, 3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on what.
+    """The settings of a comparison.
 
     Attributes:
         out: Folder of the comparison.
         entries: See `cram.compare.entries.entries`.
-        seeds: The seeds 0 .. seeds - 1; a seed decides the built-in stream's pictures and all training.
-        config: The configuration that the entries change; its own seed is not used.
-        sources: Where base and CLIP come from.
-        stream: See `load_stream`, also for `limit` and `data_root`.
-        tests: Test samples a task at most; None keeps all.
-        device: See `load_model`.
+        seeds: Number of seeds: 0 .. seeds - 1. A seed decides the built-in stream's pictures and all
+        training. config: The configuration that the entries change. Its own seed is not used. sources:
+        Sources of base and CLIP. stream: See `load_stream`, also for `limit` and `data_root`. tests: Maximum
+        number of test samples per task. None keeps all. device: See `load_model`.
     """
 
     out: Path
@@ -69,13 +69,13 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run folder keeps beside the configuration, enough for `cram eval`."""
+        """Return the settings that a run folder keeps beside the configuration. `cram eval` needs them."""
         names = ("stream", "limit", "data_root", "tests")
         sources = {name: getattr(self.sources, name) for name in ("model", "clip", "dtype")}
         return {**sources, **{name: getattr(self, name) for name in names}}
 
     def load_stream(self, seed: int) -> Stream:
-        """The stream of a seed, its test splits cut to `tests` samples."""
+        """Load the stream of a seed, with test splits cut to `tests` samples."""
         stream = load_stream(self.stream, seed, self.limit, self.data_root)
         if self.tests is None:
             return stream
@@ -94,37 +94,37 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Entry and seed."""
+        """Name of entry and seed."""
         return f"{self.entry.name}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """The run folder."""
         return self.comparison.out / "seeds" / str(self.seed) / self.entry.folder
 
     @property
     def after(self) -> Run | None:
-        """The run of CRAM that decides its size, if there is one."""
+        """The run of CRAM that decides this run's size, or None."""
         if not self.entry.follows_cram or Entry(ABLATED) not in self.comparison.entries:
             return None
         return replace(self, entry=Entry(ABLATED))
 
     @property
     def tasks_done(self) -> int:
-        """Tasks that have been learnt and tested."""
+        """Number of tasks that have been learnt and tested."""
         return len(list(self.folder.glob("tasks/[0-9]*/result.json")))
 
     @property
     def is_done(self) -> bool:
-        """Whether everything has been measured."""
+        """True if everything has been measured."""
         return (self.folder / EXTRA).is_file()
 
     def execute(self, stream: Stream | None = None, shown: bool = False) -> None:
-        """Learn, test and measure what is missing.
+        """Learn, test and measure everything that is missing.
 
         Args:
-            stream: Of this seed, if it is there already.
-            shown: Whether the learner's progress is printed.
+            stream: The stream of this seed. None loads it.
+            shown: True if the learner's progress is printed.
         """
         comparison = self.comparison
         stream = stream or comparison.load_stream(self.seed)
@@ -155,7 +155,7 @@ class Run:
             write_json(self.folder / EXTRA, {"entry": entry, "inference": inference})
 
     def report(self) -> MethodReport:
-        """What the run's folder says, once it is done."""
+        """Return the report of the finished run."""
         report: Report = validate_report(read_json(self.folder / "report.json"))
         method = report["methods"][self.entry.method]
         method.update(read_json(self.folder / EXTRA))
@@ -164,11 +164,11 @@ class Run:
 
 
 def equal_rank(model: Any, config: CramConfig, folder: Path) -> int:
-    """The rank at which one LoRA has as many trained values as CRAM's average task added, rounded.
+    """Return the rank at which one LoRA has as many trained values as CRAM adds per task on average, rounded.
 
     Args:
         model: The base, not attached.
-        config: Names the adapted linears.
+        config: The configuration, which names the adapted linears.
         folder: A finished run of CRAM.
     """
     counts = read_json(folder / "report.json")["methods"][ABLATED]["parameters"]["per_task"].values()
@@ -178,7 +178,7 @@ def equal_rank(model: Any, config: CramConfig, folder: Path) -> int:
 
 
 def stored(folder: Path) -> Stored:
-    """Size of a run's newest bundle."""
+    """Return the size of a run's newest bundle."""
     bundle, _ = newest_bundle(folder)
     values = 0
     for file in sorted(bundle.rglob("*.safetensors")):

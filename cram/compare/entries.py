@@ -1,7 +1,7 @@
-"""What a comparison is made of: the registered methods at fair sizes, and CRAM without one of its ideas.
+"""The entries of a comparison: the registered methods at fair sizes, and CRAM without one of its ideas.
 
-An entry is a method and the fields of `CramConfig` in which its runs differ from the comparison's. Nothing
-else may differ: base, stream, steps, learning rate, scale and seed are the same for all.
+An entry is a method with changes to the comparison's `CramConfig`. Nothing else may differ: base, stream,
+steps, learning rate, scale and seed are the same for all entries.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ POOL_EXPERTS = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a kind of method may be.
+    """The size of a kind of method.
 
     Attributes:
-        rank: The rank of its LoRAs from the rank of a task, the tasks of the stream, and the rank at which
-            one LoRA equals CRAM's average expert.
-        reason: Why that is fair.
+        rank: (rank_max, number of tasks, rank at which one LoRA equals CRAM's average expert) -> rank.
+        reason: The reason why this size is fair.
     """
 
     rank: Callable[[int, int, int], int]
@@ -51,13 +50,13 @@ BUDGETS: dict[str, Budget] = {
         "one LoRA for all tasks with as many trained values as the average expert of CRAM in the same seed",
     ),
 }
-# What follows the run of CRAM with the same seed, where there is one.
+# The kind whose size depends on the run of CRAM with the same seed.
 SIZED_BY_CRAM = "one"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """CRAM without one idea: the fields that switch it off, and what is left."""
+    """CRAM without one idea: the fields that switch the idea off, and a note for the report."""
 
     fields: Callable[[CramConfig], dict[str, Any]]
     note: str
@@ -97,7 +96,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """As in the report."""
+        """The entry's name in the report."""
         return self.method if self.ablation is None else f"{self.method}: {self.ablation.replace('-', ' ')}"
 
     @property
@@ -107,12 +106,12 @@ class Entry:
 
     @property
     def follows_cram(self) -> bool:
-        """Whether its size depends on the run of CRAM with the same seed."""
+        """True if the entry's size depends on the run of CRAM with the same seed."""
         return METHODS[self.method].budget == SIZED_BY_CRAM
 
     @property
     def note(self) -> str:
-        """What it is and how its size was chosen, in a sentence or two."""
+        """One or two sentences: what the entry is, and how its size was chosen."""
         if self.ablation is not None:
             return f"CRAM with {self._changed(CramConfig())}: {ABLATIONS[self.ablation].note}."
         kind = METHODS[self.method]
@@ -123,12 +122,12 @@ class Entry:
         return ", ".join(f"{key} = {value}" for key, value in ABLATIONS[self.ablation].fields(config).items())
 
     def changes(self, config: CramConfig, tasks: int, average: int | None) -> dict[str, Any]:
-        """The fields in which its configuration differs from the comparison's.
+        """Return the fields in which the entry's configuration differs from the comparison's.
 
         Args:
             config: The comparison's configuration.
-            tasks: Tasks of the stream.
-            average: The rank at which one LoRA equals CRAM's average expert; None stands for `rank_max`.
+            tasks: Number of tasks of the stream.
+            average: The rank at which one LoRA equals CRAM's average expert. None stands for `rank_max`.
         """
         if self.ablation is not None:
             return ABLATIONS[self.ablation].fields(config)
@@ -139,10 +138,11 @@ class Entry:
 
 
 def entries(methods: Sequence[str], ablations: Sequence[str]) -> list[Entry]:
-    """The entries in the order of the registry and the table, CRAM first.
+    """Return the entries in the order of the registry and of the table of ablations, CRAM first.
 
     Raises:
-        ValueError: If a name is unknown or repeated, there is no method, or ablations come without CRAM.
+        ValueError: If a name is unknown or repeated, if there is no method, or if ablations come without
+        CRAM.
     """
     for what, names, known in (("methods", methods, METHODS), ("ablations", ablations, ABLATIONS)):
         if len(set(names)) != len(names) or set(names) - known.keys():

@@ -1,4 +1,4 @@
-"""How much longer an adapted model takes to answer than the bare base, measured in the run itself."""
+"""The time that a method adds to inference, measured in the run itself."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MOST_SAMPLES = 16
 
 @torch.no_grad()
 def measure_inference(learner: ContinualLearner) -> Inference:
-    """Time `generate` with the method and without, on one batch of the last task; the model ends detached.
+    """Time `generate` with and without the method, on one batch of the last task. The model ends detached.
 
-    Both make the same number of tokens, whatever they say, and the first call of each is not counted.
+    Both make the same number of tokens, whatever the answers are. The first call of each is not counted.
 
     Args:
-        learner: After its run.
+        learner: The learner after its run.
     """
     model, task = learner.model, learner.stream.tasks[-1]
     split = EncodedSplit(learner.processor, task.test, Budget(CACHE_BYTES))

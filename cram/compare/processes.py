@@ -1,7 +1,7 @@
 """Several pieces of work at once, each in a process of its own with its share of the threads.
 
-For work that is too small to keep all cores busy. They end with the one that started them, also
-where that one is killed.
+This helps if one piece of work is too small to keep all cores busy. The processes end together with the
+process that started them, even if that process is killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work: `work(*arguments)`, both picklable, begun once the job named `after` is done."""
+    """A piece of work: `work(*arguments)`, both picklable. It begins after the job named `after` is done."""
 
     name: str
     work: Callable[..., None]
@@ -34,15 +34,15 @@ class Job:
 
 
 def run_side_by_side(jobs: Sequence[Job], at_once: int, watch: Callable[[Set[str]], None]) -> None:
-    """Run all jobs, in order as far as they do not wait for another.
+    """Run all jobs. They begin in order, except that a job waits for the job that it comes after.
 
     Args:
-        jobs: With different names; `after` names an earlier one.
-        at_once: Processes at most; each gets an equal share of this process's threads, at least one.
-        watch: Called about every half second with the names of the jobs that are done.
+        jobs: Jobs with different names. `after` names an earlier job.
+        at_once: Maximum number of processes. Each gets an equal share of this process's threads, at least
+        one. watch: Called about every half second with the names of the finished jobs.
 
     Raises:
-        ValueError: If a job raised one of `cram.faults.KNOWN_ERRORS`; the others are stopped.
+        ValueError: If a job raised one of `cram.console.KNOWN_ERRORS`. The other jobs are stopped.
         ChildProcessError: If a process ended in another way.
     """
     threads = max(1, torch.get_num_threads() // at_once)
@@ -91,7 +91,7 @@ def _check(name: str, code: int, said: Connection) -> None:
 
 
 def _child(job: Job, threads: int, faults: Connection) -> None:
-    # The one that started this process is interrupted as well and ends it.
+    # An interrupt also reaches the parent process, and the parent ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Answers by greedy generation, and how the samples were routed while they were given."""
+"""Answers by greedy generation, and counts of how the samples were routed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cram.routing.query import Route
 from cram.scoring.scorers import score
 from cram.streams.types import Task
 
-# What makes `generate` greedy whatever a checkpoint's own generation settings say.
+# These arguments make `generate` greedy, whatever the checkpoint's own generation settings are.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -35,11 +35,11 @@ Routed = Callable[[list[int]], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a test on one task gave.
+    """The result of a test on one task.
 
     Attributes:
-        accuracy: In percent.
-        routing: How the samples were routed, where the method routes and knows the task's own expert.
+        accuracy: Accuracy in percent.
+        routing: How the samples were routed. None if the method has no expert of the task's own.
     """
 
     accuracy: float
@@ -65,10 +65,11 @@ def run_test(
 def answer_task(
     model: Any, processor: Any, method: Method, task: Task, split: EncodedSplit, bar: ProgressBar
 ) -> tuple[list[str], Routing | None]:
-    """Greedy answers to the test samples of a task.
+    """Answer the test samples of a task greedily.
 
     Returns:
-        The answers, and how the samples were routed, where the method routes and knows the task's own expert.
+        The answers, and how the samples were routed. The second is None if the method has no expert of the
+        task's own.
     """
     cram = method.cram
     known = task.name in method.expert_groups()
@@ -94,7 +95,7 @@ def answer_task(
 
 
 class RoutingTally:
-    """Counts, over the samples of one task, what `Routing` reports.
+    """Counts the values of `Routing` over the samples of one task.
 
     Args:
         method: The method that routes.
@@ -119,7 +120,7 @@ class RoutingTally:
         self._gates += gates.sum(0)
 
     def result(self) -> Routing:
-        """The percentages and means over all samples."""
+        """Return percentages and means over all samples."""
         return {
             "group_accuracy": 100 * self._right_group / self._samples,
             "expert_accuracy": 100 * self._right_expert / self._samples,
@@ -141,19 +142,19 @@ def generate_answers(
     bar: ProgressBar,
     seen: Callable[[], None] | None = None,
 ) -> list[str]:
-    """Greedy answers to the samples 0 .. N - 1, longest prompts first, padded on the left.
+    """Answer the samples 0 .. N - 1 greedily. The longest prompts come first, padded on the left.
 
     Args:
         model: The attached model in evaluation mode.
         tokenizer: Decodes the answers.
-        examples: Encoded sample by index.
-        routed: Context under which a batch, given by its sample indices, generates.
-        lengths: Length [N] of each sample's prompt in any unit; alike ones share a batch.
+        examples: Sample index -> encoded sample.
+        routed: Sample indices of a batch -> context in which the batch generates.
+        lengths: Length [N] of each prompt in any unit. Prompts of similar length share a batch.
         max_new_tokens: Length limit of an answer.
-        batch_size: Samples a batch.
+        batch_size: Samples per batch.
         padding: Padding id.
-        bar: Progress, a sample each.
-        seen: Called after every batch, whose route is in the model's newest state.
+        bar: Progress bar, one step per sample.
+        seen: Called after every batch. The batch's route is in the model's newest state.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     ends = _end_ids(model, tokenizer)
@@ -183,7 +184,7 @@ def _decode(tokenizer: Any, ids: Tensor) -> Sequence[str]:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: those of the model's generation config and the one that training puts there."""
+    """Ids that end an answer: those of the model's generation config, and the end token of training."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *(end for end in listed if end is not None)})

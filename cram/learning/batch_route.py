@@ -1,4 +1,4 @@
-"""How a batch of a task is routed, in training and in evaluation alike."""
+"""The route of a batch. Training and evaluation use the same rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cram.methods import Method
 def batch_route(
     model: Any, method: Method, task: str, split: EncodedSplit, indices: list[int]
 ) -> Iterator[None]:
-    """How a batch of a task is routed: by the forward, by its explicit query, or by the method's gates."""
+    """Route a batch inside the context: by the forward, by an explicit query, or by the method's gates."""
     cram = method.cram
     if method.told_task:
         route: Any = method.gates(task)

@@ -1,7 +1,8 @@
 """From samples to model inputs: the prompt, its tokens and pixels, and padded batches.
 
-A prompt is the processor's chat template where it has one, else LLaVA's "USER: <image>\n... ASSISTANT:". What
-the model is trained to say is the answer and the end token, behind the tokens that generation starts from.
+A prompt follows the processor's chat template. Without a template it is LLaVA's "USER: <image>\n...
+ASSISTANT:". Generation starts from the prompt's tokens. Training adds the answer and the end token behind the
+same tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Example:
     """One encoded sample.
 
     Attributes:
-        inputs: Model inputs of the prompt; `input_ids` [1, T], pixel tensors as the processor gives them.
+        inputs: Model inputs of the prompt: `input_ids` [1, T], and pixel tensors as the processor gives them.
         answer: [N] ids of the answer with the end token.
     """
 
@@ -35,17 +36,17 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return self.inputs["input_ids"].shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Number of bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.inputs.values())
 
 
 def build_prompt(processor: Any, instruction: str, num_images: int) -> str:
-    """The text of a user's turn up to where the answer begins, with one placeholder an image.
+    """Return the text of a user's turn up to the beginning of the answer, with one placeholder per image.
 
     Raises:
         ValueError: If the instruction itself contains the image placeholder.
@@ -74,9 +75,9 @@ def encode_sample(processor: Any, sample: Sample) -> Example:
 
 
 def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> Tensor:
-    """Ids [N] of the answer and the end token, cut as the tokenizer cuts the answer behind this prompt.
+    """Ids [N] of the answer and the end token, as the tokenizer cuts the answer behind this prompt.
 
-    A tokenizer that would merge across the border gets the answer on its own.
+    If the tokenizer merges prompt and answer at the border, the answer is tokenized on its own.
     """
     spaced = answer if prompt[-1:].isspace() else f" {answer}"
     before = tokenizer(prompt)["input_ids"]
@@ -89,12 +90,12 @@ def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> Tensor:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The padding id; the end token's where the tokenizer has none."""
+    """Return the padding id. A tokenizer without one gives the id of the end token."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def collate(examples: Sequence[Example], padding: int, left: bool) -> dict[str, Tensor]:
-    """Batch prompts: per-token inputs are padded on one side to the longest, the rest is concatenated."""
+    """Batch prompts. Per-token inputs are padded on one side to the longest; others are concatenated."""
     longest = max(example.length for example in examples)
     batch: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for example in examples for key in example.inputs):
@@ -113,7 +114,7 @@ def collate(examples: Sequence[Example], padding: int, left: bool) -> dict[str, 
 
 
 def to_model(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Move a batch to the model's device, floating-point inputs in its dtype."""
+    """Move a batch to the model's device. Floating-point inputs get the model's dtype."""
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for key, value in batch.items()
@@ -121,10 +122,10 @@ def to_model(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def training_batch(examples: Sequence[Example], padding: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts with their answers, padded on the right.
+    """Batch prompts with their answers, padded on the right.
 
     Returns:
-        The model inputs, and labels [B, T] that are `IGNORED` outside the answers.
+        The model inputs, and labels [B, T]. Labels outside the answers are `IGNORED`.
     """
     whole = [_with_answer(example) for example in examples]
     batch = collate(whole, padding, left=False)
@@ -135,7 +136,7 @@ def training_batch(examples: Sequence[Example], padding: int) -> tuple[dict[str,
 
 
 def _with_answer(example: Example) -> Example:
-    """The example with its answer behind the prompt, attended and of text type."""
+    """The example with its answer behind the prompt. The answer's tokens are attended and of text type."""
     inputs = dict(example.inputs)
     for key, value in example.inputs.items():
         if key == "input_ids":
@@ -148,18 +149,18 @@ def _with_answer(example: Example) -> Example:
 
 @dataclass
 class Budget:
-    """Bytes that encoded samples may still occupy."""
+    """The number of bytes that encoded samples may still use."""
 
     left: int
 
 
 class EncodedSplit:
-    """A split's encoded samples, kept in memory while the budget lasts; beyond it each use encodes anew.
+    """A split's encoded samples. Samples within the budget stay in memory; others are encoded at each use.
 
     Args:
         processor: The model's processor.
         samples: The split.
-        budget: Shared by all splits of a run.
+        budget: The budget that all splits of a run share.
     """
 
     def __init__(self, processor: Any, samples: Sequence[Sample], budget: Budget) -> None:
@@ -168,7 +169,7 @@ class EncodedSplit:
         self._queries: dict[int, Query] = {}
 
     def example(self, index: int) -> Example:
-        """One encoded sample."""
+        """Return one encoded sample."""
         if (known := self._examples.get(index)) is not None:
             return known
         example = encode_sample(self._processor, self._samples[index])
@@ -178,7 +179,7 @@ class EncodedSplit:
         return example
 
     def query(self, indices: Sequence[int], encode: Callable[..., Query]) -> Query:
-        """The query of a batch; each sample's features are computed once."""
+        """Return the query of a batch. The features of each sample are computed once."""
         if new := [index for index in dict.fromkeys(indices) if index not in self._queries]:
             samples = [self._samples[index] for index in new]
             images = [open_images(sample) for sample in samples]

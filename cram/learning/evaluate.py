@@ -1,4 +1,4 @@
-"""Testing a finished or unfinished run again: its newest state on its own or on another stream."""
+"""Tests the newest state of a run again, on the run's own stream or on another stream."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Test the newest state of a run on every task of a stream.
 
-    Writes `eval/<stream>/` in the run folder: predictions, and `result.json` with accuracies and routing.
+    Predictions and `result.json` (accuracies, routing) go to `eval/<stream>/` in the run folder.
 
     Args:
         run: The run folder.
         stream: The tasks to test on.
         model: The run's base model, not attached.
-        processor: Its processor.
+        processor: The model's processor.
         encoder: The CLIP that routes.
-        progress: Whether progress and accuracies are printed.
+        progress: True if progress and accuracies are printed.
 
     Returns:
         Task -> accuracy.
 
     Raises:
-        ValueError: If the run has no trained task, its newest bundle is damaged or of another base, or a
-            method that needs the true task has not learnt one of the stream's.
+        ValueError: If the run has no trained task, if its newest bundle is damaged or belongs to another
+        base,
+            or if a method that needs the true task has not learnt a task of the stream.
     """
     identity = read_run(run)["identity"]
     bundle, learnt = newest_bundle(run)

@@ -1,8 +1,8 @@
-"""Learns a stream task after task, tests on every task learnt so far, and goes on where it was stopped.
+"""Learns a stream task after task, tests all tasks learnt so far, and goes on after an interruption.
 
-A task is committed twice: when its training is done (a bundle) and when its evaluation is done (a result). A
-run that is killed and started again loads the newest bundle and repeats nothing that was committed; a task
-draws its randomness from (seed, task) alone, so the results are those of an uninterrupted run.
+A task is committed twice: a bundle after its training, and a result after its evaluation. A run that was
+killed and is started again loads the newest bundle and repeats nothing that was committed. The randomness of
+a task depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ContinualLearner:
 
     Attributes:
         model: The attached model.
-        cram: Its experts and router.
+        cram: The model's handle, with experts and router.
         method: The method.
         folder: The run folder.
     """
@@ -55,21 +55,22 @@ class ContinualLearner:
         progress: bool = True,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        """Check everything that can be checked before anything is written.
+        """Check everything that can be checked before the first write.
 
         Args:
-            model: A model of a known family; attached without experts, or plain together with `encoder`.
-            processor: Its processor.
+            model: A model of a known family. It is attached without experts, or plain if `encoder` is given.
+            processor: The model's processor.
             stream: The tasks.
-            config: The configuration; it names the method and decides all randomness.
-            out: The run folder: new, empty or of the same configuration.
-            encoder: The CLIP that routes; see `cram.loading.load_encoder`.
-            progress: Whether progress bars and accuracy rows are printed.
-            settings: Kept in the run folder and shown in the report beside the configuration.
+            config: The configuration. It names the method and decides all randomness.
+            out: The run folder. It is new, empty or belongs to the same configuration.
+            encoder: The CLIP that routes, for a plain model; see `cram.loading.load_encoder`.
+            progress: True if progress bars and accuracies are printed.
+            settings: Values that the run folder keeps and the report shows, beside the configuration.
 
         Raises:
-            ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
-                not ready, or `out` belongs to another configuration.
+            ValueError: If the method is unknown, if a task is empty or cannot be named or scored, if the
+            model
+                is not ready, or if `out` belongs to another configuration.
         """
         if config.method not in METHODS:
             raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
@@ -80,7 +81,8 @@ class ContinualLearner:
         self.cram = attached(model)
         if self.cram.config != config or self.cram.num_experts:
             raise ValueError(
-                "model must be attached with the run's configuration and no experts, got another"
+                "model must be attached with the run's configuration and have no experts, "
+                "got another configuration or a model with experts"
             )
         self.processor, self.stream, self.config = processor, stream, config
         self.method: Method = self.cram.method
@@ -101,14 +103,14 @@ class ContinualLearner:
         self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
 
     def run(self) -> Report:
-        """Learn and test every task that is not finished yet, and write the report after each.
+        """Learn and test every unfinished task, and write the report after each task.
 
         Returns:
-            The report, also `report.json` in the run folder.
+            The report. The run folder keeps it as `report.json`.
         """
         if self._interrupted:
             raise ValueError(
-                "run must start from a fresh model after an interrupted training, got its learner"
+                "run must start from a new learner after an interrupted training, got the interrupted learner"
             )
         finished, trained = self._resume()
         report = self._report() if finished and finished == trained else None
@@ -146,7 +148,7 @@ class ContinualLearner:
         self._interrupted = False
 
     def evaluate(self, index: int) -> list[float]:
-        """Test on the tasks up to `index` and commit predictions and accuracies; returns the accuracies."""
+        """Test on the tasks up to `index`, commit predictions and accuracies, and return the accuracies."""
         tasks = self.stream.tasks[: index + 1]
         started = time.monotonic()
         accuracies: list[float] = []
@@ -167,7 +169,7 @@ class ContinualLearner:
         return accuracies
 
     def _resume(self) -> tuple[int, int]:
-        """Load the newest complete state unless the model has it; returns finished and trained tasks."""
+        """Load the newest complete state, unless the model has it. Return finished and trained tasks."""
         finished, trained = self.folder.count()
         while trained and (fault := self.folder.fault(trained - 1)):
             trained -= 1
@@ -202,7 +204,7 @@ class ContinualLearner:
 
 
 def task_seed(seed: int, index: int) -> int:
-    """The seed of a task's training, the same wherever the run was interrupted."""
+    """Return the seed of a task's training. Interruptions of the run do not change it."""
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 

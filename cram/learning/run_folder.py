@@ -1,14 +1,14 @@
-"""The folder of a run: which configuration it belongs to, its finished tasks, its report.
+"""The folder of a run: its configuration, its finished tasks and its report.
 
     run.json                    identity (configuration, method, stream, model) and settings of the run
-    tasks/01-<name>/            one folder a task, in order
+    tasks/01-<name>/            one folder per task, in order
         training.json           seconds and loss of the training
-        bundle/                 the state after the task; its presence means that the training is done
+        bundle/                 the state after the task; present as soon as the training is done
         predictions/02-<name>.jsonl   answers to the test samples of each task learnt so far
-        result.json             accuracies, routing; written last, its presence means that the task is done
+        result.json             accuracies and routing, written last; present as soon as the task is finished
     report.json                 the report over the finished tasks
 
-Nothing of a finished task is ever written again.
+The files of a finished task are never written again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RunFolder:
     """Paths and records of one run.
 
     Args:
-        path: The folder; created by the first write.
+        path: The folder. The first write creates it.
         stream: The run's stream.
     """
 
@@ -44,31 +44,31 @@ class RunFolder:
         self.stream = stream
 
     def task(self, index: int) -> Path:
-        """The folder of a task by its index from 0."""
+        """Return the folder of a task. The index starts at 0."""
         return self.path / "tasks" / f"{index + 1:02d}-{self.stream.tasks[index].name}"
 
     def bundle(self, index: int) -> Path:
-        """The bundle after a task."""
+        """Return the bundle after a task."""
         return self.task(index) / "bundle"
 
     def is_trained(self, index: int) -> bool:
-        """Whether a task's training has been committed."""
+        """True if the training of a task has been committed."""
         recover_folder(self.bundle(index))
         return (self.bundle(index) / MANIFEST).is_file()
 
     def is_finished(self, index: int) -> bool:
-        """Whether a task has been trained and evaluated."""
+        """True if a task has been trained and evaluated."""
         return self.is_trained(index) and (self.task(index) / "result.json").is_file()
 
     def count(self) -> tuple[int, int]:
-        """How many tasks, from the first on without a gap, are finished, and how many are trained."""
+        """Return the number of finished tasks and of trained tasks, counted from the first without a gap."""
         total = range(len(self.stream.tasks))
         finished = next((i for i in total if not self.is_finished(i)), len(total))
         trained = finished + int(finished < len(total) and self.is_trained(finished))
         return finished, trained
 
     def fault(self, index: int) -> str | None:
-        """What is wrong with the bundle after a task, or None; every file is compared with its sha256."""
+        """Return the fault of the bundle after a task, or None. Every file is compared with its sha256."""
         try:
             read_description(self.bundle(index))
         except ValueError as error:
@@ -76,7 +76,7 @@ class RunFolder:
         return None
 
     def set_aside(self, index: int) -> Path:
-        """Rename a damaged task's folder, so that the task can be learnt again; returns the new path."""
+        """Rename the folder of a damaged task, so that the task can be learnt again. Return the new path."""
         aside = self.task(index).with_name(f"damaged-{self.task(index).name}")
         if aside.exists():
             shutil.rmtree(aside)
@@ -86,7 +86,7 @@ class RunFolder:
         """Refuse a folder that belongs to another configuration.
 
         Raises:
-            ValueError: Naming every difference, or if the folder holds something that is not a run.
+            ValueError: If the folder is not a run, or differs. The message names every difference.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out must be a folder, got the file {self.path}")
@@ -105,27 +105,27 @@ class RunFolder:
             raise ValueError(f"{self.path} belongs to another configuration: {listed}; choose another folder")
 
     def write_identity(self, identity: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Write `run.json` unless it is there; `settings` do not decide whose folder it is."""
+        """Write `run.json` if it is absent. `settings` are no part of the identity."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / RUN).is_file():
             run = {"format": RUN_FORMAT, "identity": identity, "settings": settings}
             write_json(self.path / RUN, run)
 
     def write_training(self, index: int, seconds: float, loss: float) -> None:
-        """Record a training; the bundle that follows commits it."""
+        """Record a training. The bundle, written next, commits the training."""
         self.task(index).mkdir(parents=True, exist_ok=True)
         write_json(self.task(index) / "training.json", {"seconds": seconds, "loss": loss})
 
     def predictions(self, index: int, tested: int) -> Path:
-        """The file with the answers to a task's test samples after task `index`."""
+        """Return the file with the answers to the test samples of task `tested` after task `index`."""
         return self.task(index) / "predictions" / f"{tested + 1:02d}-{self.stream.tasks[tested].name}.jsonl"
 
     def write_result(self, index: int, result: dict[str, Any]) -> None:
-        """Write a task's result, which finishes the task."""
+        """Write the result of a task. Then the task is finished."""
         write_json(self.task(index) / "result.json", result)
 
     def report(self, method: Method, settings: dict[str, Any]) -> Report:
-        """The report over the finished tasks; the method's model is in the state after the last of them."""
+        """Return the report over the finished tasks. The model must be in the state after the last one."""
         cram = method.cram
         finished, _ = self.count()
         results = [read_json(self.task(index) / "result.json") for index in range(finished)]
@@ -171,10 +171,10 @@ def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[s
 
 
 def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
-    """Trained values in use after the last task, by the task that added them.
+    """Return task -> number of trained values that it added and that are in use after the last task.
 
-    An expert that carries a task's name is that task's, with what every expert brings (CRAM's centroid). All
-    else (a pool of experts, gatings, what the method keeps) is the first task's.
+    An expert with the name of a task counts for that task, together with its own extra values (CRAM's
+    centroid). All other values count for the first task: a pool of experts, gatings, the state of the method.
     """
     cram = method.cram
     packs = [module.experts for module in cram.modules.values() if module.experts is not None]
@@ -191,7 +191,7 @@ def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
 
 
 def stream_identity(stream: Stream) -> dict[str, Any]:
-    """Name, tasks and a fingerprint of every sample's id, instruction and answers."""
+    """Return name, tasks, and one fingerprint of the ids, instructions and answers of all samples."""
     digest = hashlib.sha256()
     for task in stream.tasks:
         digest.update(repr((task.name, task.scorer, task.max_new_tokens)).encode())
@@ -203,7 +203,7 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
 
 
 def model_identity(cram: AttachedModel, model: Any) -> dict[str, Any]:
-    """Family, dtype, and a fingerprint of the first and the last adapted weight."""
+    """Return family, dtype, and a fingerprint of the first and the last adapted weight."""
     digest = hashlib.sha256()
     modules = list(cram.modules.values())
     for module in (modules[0], modules[-1]):

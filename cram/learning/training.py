@@ -1,7 +1,8 @@
 """The training loop of one task: AdamW, linear warm-up and cosine over all steps, cross-entropy on answers.
 
-Logits are computed only where some row of the batch has an answer token. A method may begin a stage (in CRAM
-the expert after the buffer): that makes a fresh optimiser and keeps the place in the learning-rate schedule.
+Logits are computed only at positions where a row of the batch has an answer token. A method may begin a new
+stage; in CRAM the expert follows the buffer. A new stage gets a fresh optimiser and stays on the
+learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Routed = Callable[[list[int]], AbstractContextManager[Any]]
 
 
 def total_steps(num_samples: int, config: CramConfig) -> int:
-    """Optimiser steps of a task: `max_steps` if set, else the batches of `epochs` epochs."""
+    """Return the number of optimiser steps of a task: `max_steps` if set, else the batches of all epochs."""
     return config.max_steps or config.epochs * math.ceil(num_samples / config.batch_size)
 
 
 def batch_order(num_samples: int, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Sample indices of every step: epochs in new random orders, the last batch of each may be small."""
+    """Yield the sample indices of every step. Each epoch has a new order and may end in a small batch."""
     generator = torch.Generator().manual_seed(seed)
     done = 0
     while done < steps:
@@ -43,10 +44,10 @@ def batch_order(num_samples: int, steps: int, batch_size: int, seed: int) -> Ite
 
 
 def learning_rate(step: int, steps: int, config: CramConfig) -> float:
-    """Rate of a step (from 0): linear warm-up over ceil(ratio * steps) steps, then cosine to zero.
+    """Return the rate of a step (from 0): linear warm-up over ceil(ratio * steps) steps, then cosine to zero.
 
-    The first step has a rate above zero, unlike the usual scheduler's: a warm-up buffer of one step would
-    otherwise stay zero.
+    The usual scheduler gives the first step the rate zero. Here it is above zero, because otherwise a buffer
+    that trains for one step would stay zero.
     """
     warm = math.ceil(config.lr_warmup_ratio * steps)
     if step < warm:
@@ -71,13 +72,13 @@ def train_task(
     Args:
         model: The attached model.
         method: The method, before `begin_task`.
-        examples: Encoded training sample by index.
-        routed: Context under which a batch, given by its sample indices, runs forward.
+        examples: Sample index -> encoded training sample.
+        routed: Sample indices of a batch -> context in which the batch runs forward.
         task: Name of the task.
-        num_samples: Training samples.
+        num_samples: Number of training samples.
         padding: Padding id.
         seed: Decides initial weights, data order and dropout.
-        bar: Progress, a step each.
+        bar: Progress bar, one tick per step.
 
     Returns:
         Mean cross-entropy of the last tenth of the steps.
@@ -116,7 +117,7 @@ def train_task(
 
 @contextmanager
 def _observing(method: Method) -> Iterator[None]:
-    """The method sees the automatic queries inside; batches with an explicit one show it themselves."""
+    """Show automatic queries to the method inside. `batch_route` shows explicit queries itself."""
     listeners = method.cram.hooks.on_query
     if not method.uses_queries:
         yield
@@ -130,14 +131,14 @@ def _observing(method: Method) -> Iterator[None]:
 
 @contextmanager
 def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
-    """Training mode inside, with activation checkpointing if wanted; evaluation mode afterwards."""
-    # transformers 5.23 renames these and warns at the older names, which 5.17 alone has.
+    """Training mode inside, with activation checkpointing if `checkpointing`. Evaluation mode afterwards."""
+    # transformers 5.23 has new names for these and warns at the old names. 5.17 has only the old names.
     newer = hasattr(model, "activation_checkpointing_enable")
     kind = "activation" if newer else "gradient"
     model.train()
     if checkpointing:
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        # Its hook makes the embeddings require grad, which only reentrant checkpointing needs.
+        # transformers makes the embeddings require gradients. Only reentrant checkpointing needs that.
         model.disable_input_require_grads()
     try:
         yield
@@ -148,7 +149,7 @@ def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the answer tokens of a batch, labels [B, T]."""
+    """Return the mean cross-entropy over the answer tokens of a batch, labels [B, T]."""
     targets = labels[:, 1:]
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
     logits = model(**batch, use_cache=False, logits_to_keep=positions).logits.flatten(0, 1).float()

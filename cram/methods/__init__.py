@@ -1,4 +1,4 @@
-"""Continual-learning methods over the one expert layer; the registry is data."""
+"""Continual-learning methods. All use the same expert layer; `METHODS` lists them by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a continual-learning method decides; everything else is the learner's and the expert layer's.
+"""What a continual-learning method decides. The learner and the expert layer do everything else.
 
 For each task the learner calls, in this order:
 
@@ -9,9 +9,10 @@ For each task the learner calls, in this order:
                      extra_loss(state)      added to the cross-entropy of the forward with that state
     end_task()
 
-`model.cram.method` routes every forward, also a plain `model.generate`. What a method must know after a task
-lives in the experts, in the gatings of its modules or in `export_state`. Bundles hold these, and a run goes
-on from the bundle alone. Initial values are drawn in `begin_task`, which is seeded.
+`model.cram.method` routes every forward, also those of a plain `model.generate`. A method keeps what it must
+know after a task in three places: the experts, the gatings of its modules, and `export_state`. A bundle holds
+all three, and a run goes on from the bundle alone. A method draws initial values in `begin_task` only,
+because the learner seeds that call.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cram.routing.query import Query, Route
 
 
 class MethodState(NamedTuple):
-    """What a bundle keeps of a method beside the experts.
+    """The part of a method that a bundle keeps beside the experts.
 
     Attributes:
         tensors: Finite float32 tensors by name.
@@ -41,13 +42,13 @@ class MethodState(NamedTuple):
 
 
 class Method:
-    """Base of the methods: every expert acts on every sample, with gate 1.
+    """Base of all methods. By default every expert acts on every sample with gate 1.
 
     Attributes:
         name: Name in the registry and in reports.
-        told_task: Whether evaluation tells it the true task (`gates`); such a method cannot route by itself.
-        uses_queries: Whether it needs the features of the samples, in `route` or `observe`.
-        budget: How its rank is chosen where methods are compared, a kind in `cram.compare.entries.BUDGETS`.
+        told_task: True if evaluation tells the method the true task (`gates`). Then it cannot route by
+        itself. uses_queries: True if `route` or `observe` needs the features of the samples. budget: How a
+        comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.
     """
 
     name: ClassVar[str]
@@ -56,13 +57,13 @@ class Method:
     budget: ClassVar[str] = "task"
 
     def __init__(self, cram: AttachedModel) -> None:
-        """Binds the method to an attached model without experts; may install gatings."""
+        """Bind the method to an attached model without experts. A subclass may install gatings here."""
         self.cram = cram
         self.config = cram.config
 
     @property
     def wants_visual_means(self) -> bool:
-        """Whether the loss needs the visual-token means of the linears' inputs, `ForwardState.hidden`."""
+        """True if the loss needs `ForwardState.hidden`: each linear's mean input over the image tokens."""
         return False
 
     def begin_task(self, task: str, total_steps: int) -> None:
@@ -70,42 +71,42 @@ class Method:
         raise NotImplementedError
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:
-        """Parameters that a fresh optimiser trains from this step on, or None to go on as before."""
+        """Return the parameters for a fresh optimiser, or None to keep the present optimiser."""
         return self.cram.trainable_parameters() if step == 0 else None
 
     def experts_replaced(self) -> None:
-        """Forget what belonged to the experts before; called by `AttachedModel.set_experts`."""
+        """Forget what belonged to the old experts. `AttachedModel.set_experts` calls this."""
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """What the method trains beside factors and gatings."""
+        """Return the parameters that the method trains beside factors and gatings."""
         return []
 
     def observe(self, query: Query) -> None:
-        """See the query of a training batch before it is routed."""
+        """See the query of a training batch before the batch is routed."""
 
     def extra_loss(self, state: ForwardState) -> Tensor | None:
-        """What is added to the cross-entropy of the training forward with this state."""
+        """Return a term for the cross-entropy of the training forward with this state, or None."""
         return None
 
     def end_task(self) -> None:
-        """Freeze what the task has trained."""
+        """Freeze everything that the task has trained."""
         self.cram.freeze()
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """The route of a prefill or training forward, with gates [L, S, E]; S = 1 serves all rows.
+        """Return the route of a prefill or training forward. Its gates are [L, S, E]; S = 1 serves all rows.
 
         Args:
-            query: Features of S samples; may be None unless the method uses queries.
-            training: Whether the model is in training mode.
+            query: Features of S samples. None is allowed only if the method does not use queries.
+            training: True if the model is in training mode.
         """
         return uniform_route(self.cram)
 
     def gates(self, task: str) -> Tensor:
-        """Gates [E] for every sample of a task, where the method is told the task."""
+        """Return the gates [E] for every sample of a task. Only methods that are told the task have this."""
         raise NotImplementedError
 
     def export_state(self) -> MethodState:
-        """What a bundle keeps of the method: by default its gatings' state, named "<module path>.<key>"."""
+        """Return the state for a bundle. By default: the gatings' tensors, named "<module path>.<key>"."""
         tensors = {
             f"{path}.{key}": tensor
             for path, module in self.cram.modules.items()
@@ -115,10 +116,10 @@ class Method:
         return MethodState(tensors, {})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take up an exported state once the experts are there; also called with none. Rebuilds derived data.
+        """Take up an exported state and rebuild derived data. The experts are in the model already, if any.
 
         Raises:
-            ValueError: If names or shapes are not those of `export_state`; nothing is changed then.
+            ValueError: If names or shapes differ from those of `export_state`. Then nothing is changed.
         """
         own = self.export_state().tensors
         check_state(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
@@ -127,28 +128,28 @@ class Method:
                 tensor.copy_(tensors[name])
 
     def expert_groups(self) -> dict[str, int]:
-        """Expert -> its instruction group, where each task owns one expert among which queries choose.
+        """Return expert -> instruction group, for methods in which queries choose between the tasks' experts.
 
-        Reports then tell groups, ranks and how samples were routed; empty for other methods.
+        Reports then show groups, ranks and how samples were routed. Empty for all other methods.
         """
         return {}
 
     def values_per_expert(self) -> int:
-        """Trained values that every expert brings beside its factors."""
+        """Return the number of trained values that every expert has beside its factors."""
         return 0
 
     @classmethod
     def about(cls) -> str:
-        """What the method is, in a sentence or two for a published page: the start of its module's text."""
+        """Return one or two sentences for a report: the first paragraph of the method's module docstring."""
         return " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
 
     def trained_values(self) -> int:
-        """Trained values that stay in use beside the experts' factors: by default those of the gatings."""
+        """Return the number of trained values in use beside the experts' factors, by default the gatings'."""
         gatings = (module.gating for module in self.cram.modules.values() if module.gating is not None)
         return sum(parameter.numel() for gating in gatings for parameter in gating.parameters())
 
     def release(self) -> None:
-        """Take out of the model what the method has put there beside the adapted linears' own parts."""
+        """Remove from the model what the method has added outside the adapted linears."""
 
 
 def check_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

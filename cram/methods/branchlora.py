@@ -1,20 +1,27 @@
-"""BranchLoRA (arXiv 2506.02041): one A, eight branches B_i, a router a task, two more branches frozen a task.
+"""BranchLoRA (arXiv 2506.02041): one A, eight branches B_i, one router and two frozen branches per task.
 
     y = W0 x + b + sum_i g_i scale B_i A dropout(x)        g = softmax over the two largest of W_t x_1
     loss = cross-entropy + key loss (`parts.task_keys`)
 
-x_1 is the first real token of the module's input. Each task has routers W_t and keys of its own. At test time
-a sample's task is the one whose keys are the most similar to its features; that task's routers act.
+x_1 is the first real token of the module's input. Each task has its own routers W_t and its own keys. At test
+time the keys decide a sample's task: it is the task whose keys are most similar to the sample's features. The
+routers of that task act.
 
-Faithful: shared A (always trained), top-2 routing on the first token, routers and keys a task, weight 1 of
-the key loss, the task by the sum of both similarities. Own reading of what is not public: the features are
-CLIP's; the key loss is a mean over samples, so that it does not depend on the batch size; a branch's use is
-its summed gate over the task's training; of a module's trained branches the two most used freeze, but never
-the last two, so that every task has something to train; routers start as `nn.Linear` does; `rank` is the
-rank of A.
+Faithful to the paper:
+* A is shared and always trained.
+* A router reads the first token and chooses two branches.
+* Every task has its own routers and keys. The key loss has weight 1.
+* The task is chosen by the sum of the image similarity and the text similarity.
 
-With causal attention the state of the first token depends on no other: where all prompts begin alike, a
-router gives all samples of its task the same branches.
+Own reading of what is not public:
+* The features are CLIP's.
+* The key loss is a mean over samples, so it does not depend on the batch size.
+* The use of a branch is its summed gate over the task's training.
+* A task freezes the two most used of a module's trained branches. Two branches always stay trainable.
+* Routers start with the initial values of `nn.Linear`. `rank` is the rank of A.
+
+With causal attention the state of the first token depends on no other token. So if all prompts of a task
+begin alike, the task's router gives all its samples the same branches.
 """
 
 from __future__ import annotations
@@ -38,19 +45,19 @@ TOP = FROZEN_A_TASK = 2
 
 
 def frozen_after(tasks: int) -> int:
-    """How many branches are frozen after a number of tasks."""
+    """Return the number of frozen branches after `tasks` tasks."""
     return min(FROZEN_A_TASK * tasks, len(BRANCHES) - FROZEN_A_TASK)
 
 
 def pool_order(used: Tensor, frozen: int, freeze: int) -> list[int]:
-    """Branches by their use [E]: the `frozen` first as they are, the `freeze` most used others, the rest."""
+    """Order branches by their use [E]: the `frozen` ones, then the `freeze` most used, then the rest."""
     trained = range(frozen, len(used))
     new = sorted(trained, key=lambda index: -float(used[index]))[:freeze]
     return [*range(frozen), *new, *(index for index in trained if index not in new)]
 
 
 class BranchLoraMethod(Method):
-    """A pool of branches in every module, the frozen ones first."""
+    """A pool of branches in every module. The frozen branches come first."""
 
     name = "branchlora"
     uses_queries = True
@@ -66,7 +73,7 @@ class BranchLoraMethod(Method):
             module.gating = self._gatings[path] = gating
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Put A and the branches that are not frozen into training, with a new router and new keys."""
+        """Train A and the branches that are not frozen, with a new router and new keys."""
         pool = self._pool() or [new_lora(self.cram.modules, self.config.rank)] * len(BRANCHES)
         self.cram.set_experts(BRANCHES, pool, len(BRANCHES) - frozen_after(len(self._keys)))
         self._keys.begin()
@@ -74,11 +81,11 @@ class BranchLoraMethod(Method):
             gating.begin()
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """The keys."""
+        """Return the keys in training."""
         return self._keys.trained
 
     def extra_loss(self, state: ForwardState) -> Tensor | None:
-        """The key loss of the forward's samples."""
+        """Return the key loss of the forward's samples."""
         query = None if state.route is None else state.route.query
         return None if query is None else self._keys.loss(query)
 
@@ -96,7 +103,10 @@ class BranchLoraMethod(Method):
         self._keys.finish()
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """The route's features are the samples' tasks [S, 1]: the one in training, else the most similar."""
+        """Return gates 1, with each sample's task [S, 1] as the route's features.
+
+        While a task is trained, it is the task of every sample. Otherwise the most similar keys decide.
+        """
         assert query is not None
         if training and self._keys.trained:
             tasks = torch.full((len(query),), len(self._keys), device=query.text.device)
@@ -106,12 +116,12 @@ class BranchLoraMethod(Method):
         return Route(gates, query=query, features=tasks[:, None].float())
 
     def export_state(self) -> MethodState:
-        """Routers of every module and keys."""
+        """Return the routers of every module and the keys."""
         routers = {f"{path}.routers": gating.routers().detach() for path, gating in self._gatings.items()}
         return MethodState({**routers, **self._keys.state()}, {})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take up routers and keys, and share A in every module again."""
+        """Take up routers and keys, and share one A between the branches of every module again."""
         tasks = len(tensors.get("keys.text", ()))
         check_state(
             tensors, {name: (tasks, *own.shape[1:]) for name, own in self.export_state().tensors.items()}
@@ -131,7 +141,7 @@ class BranchLoraMethod(Method):
             self.cram.set_experts(BRANCHES, shared, 0)
 
     def trained_values(self) -> int:
-        """Values of routers and keys."""
+        """Return the number of values of routers and keys."""
         return sum(tensor.numel() for tensor in self.export_state().tensors.values())
 
     def _pool(self) -> list[dict[str, Factors]]:

@@ -1,8 +1,8 @@
-"""CRAM (arXiv 2606.02502): one expert of adaptive rank a task, instruction groups, centroid routing.
+"""CRAM (arXiv 2606.02502): one expert of adaptive rank per task, instruction groups, centroid routing.
 
-The first steps of a task train a buffer, a LoRA of rank 48 that acts alone, while the task's group is decided
-and its centroid averaged. Then the buffer becomes the expert, which trains beside the group's frozen experts
-under the orthogonality penalty.
+The first steps of a task train a buffer: a LoRA of rank 48 that acts alone. These steps also decide the
+task's group and average its centroid. Then the buffer becomes the expert. The expert trains beside the frozen
+experts of its group, under the orthogonality penalty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CramMethod(GroupedMethod):
     """Stages of a task: warm-up of the buffer, instantiation, training of the expert.
 
     Attributes:
-        warm_up: The buffer, and what it learns of the task.
+        warm_up: The buffer, and what the warm-up learns of the task.
     """
 
     name = "cram"
@@ -46,19 +46,19 @@ class CramMethod(GroupedMethod):
         self.warm_up.begin(task)
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:
-        """A fresh optimiser for the buffer at the first step and for the expert after the warm-up."""
+        """Return the buffer's parameters at the first step and the expert's after the warm-up."""
         if step == self._switch:
             self._instantiate()
         return self.cram.trainable_parameters() if step in (0, self._switch) else None
 
     def observe(self, query: Query) -> None:
-        """Update the group's prototype with the batch, and until the expert exists the centroid."""
+        """Update the group's prototype with the batch. During the warm-up, update the centroid as well."""
         group = self.router.groups.observe(self.warm_up.task, query.text)
         if not self.cram.in_training:
             self.warm_up.observe(group, query)
 
     def extra_loss(self, state: ForwardState) -> Tensor | None:
-        """The orthogonality penalty of the forward while the expert is trained."""
+        """Return the orthogonality penalty of the forward, or None during the warm-up."""
         return self.penalty(state) if self.cram.in_training else None
 
     def end_task(self) -> None:
@@ -67,7 +67,7 @@ class CramMethod(GroupedMethod):
         self.locked_group = None
 
     def freeze(self) -> None:
-        """Ends the training of expert and centroid; the penalty ends with it.
+        """Ends the training of expert and centroid, and drops the penalty.
 
         Raises:
             ValueError: If no expert is in training.
@@ -76,12 +76,12 @@ class CramMethod(GroupedMethod):
         self._penalty = None
 
     def experts_replaced(self) -> None:
-        """Forget centroids and penalty; the groups stay."""
+        """Forget centroids and penalty. The groups stay."""
         super().experts_replaced()
         self._penalty = None
 
     def prepare_penalty(self) -> None:
-        """Computes the penalty's bases for the expert in training; call it once per task, after `add_expert`.
+        """Computes the penalty's bases for the expert in training. Call once per task, after `add_expert`.
 
         Raises:
             ValueError: If no expert is in training.
@@ -89,7 +89,9 @@ class CramMethod(GroupedMethod):
         self._penalty = Penalty(self.cram, self.router, self._bases)
 
     def penalty(self, state: ForwardState) -> Tensor:
-        """lambda times the orthogonality penalty of a training forward, a scalar; 0 without older experts.
+        """Returns lambda times the orthogonality penalty of a training forward, a scalar.
+
+        The value is 0 if the group has no older experts.
 
         Raises:
             ValueError: If `prepare_penalty` is missing, or the forward was no training forward.
@@ -100,7 +102,7 @@ class CramMethod(GroupedMethod):
 
     @property
     def wants_visual_means(self) -> bool:
-        """While an expert is trained whose group has older ones."""
+        """True while an expert is trained and its group has older experts."""
         return self._penalty is not None and self._penalty.needed
 
     def _instantiate(self) -> None:
@@ -110,7 +112,7 @@ class CramMethod(GroupedMethod):
         self.router.groups.lock(warm_up.task, group)
         weights = instantiate_expert(warm_up.factors(), self.history(group), self.config)
         if not warm_up.has_images and self.router.experts_of(group):
-            # Without an image the group's first expert answers alone, and that one is frozen.
+            # Without an image only the group's first expert answers, and that expert is frozen.
             raise ValueError(
                 f"task {warm_up.task!r} must show images in its warm-up to join its group's experts, got text"
             )

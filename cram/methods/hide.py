@@ -1,15 +1,17 @@
-"""HiDe-LLaVA (arXiv 2503.12941): task LoRAs fused below the top layer, chosen by CLIP anchors in the top one.
+"""HiDe-LLaVA (arXiv 2503.12941): one LoRA per task, fused below the top layer, chosen by CLIP in that layer.
 
 Faithful to the released code: every task trains its own LoRA alone. At inference all layers but the top one
 add up the A and the B of all tasks separately, (sum_t B_t)(sum_t A_t), cross terms included. The top layer
-weighs the tasks' LoRAs by softmax_t((cos(v, image_t) + cos(u, text_t)) / 2 / 0.1), where the anchors image_t
-and text_t are the means of a task's training features. Where there is no image, its cosine is 0.
+weighs the tasks' LoRAs by softmax_t((cos(v, image_t) + cos(u, text_t)) / 2 / 0.1). The anchors image_t and
+text_t are the means of a task's training features. A sample without an image has cosine 0 with every image_t.
 
-Own readings: rank `rank` and projections of the configuration, so that methods are compared at equal
-size; v and u are this package's query (CLIP's projected image feature and its text model's pooled output).
-Every sample is weighed by its own query. The released code takes for each anchor the largest cosine in the
-batch and gives tasks not learnt yet the cosine 0; with `released_code` the first is kept, while the second
-depends on how many tasks will follow and is left out.
+Own readings:
+* Rank and projections are the configuration's, so that methods are compared at equal size.
+* v and u are this package's query: CLIP's projected image feature and its text model's pooled output.
+* Every sample is weighed by its own query. The released code takes for each anchor the largest cosine in the
+  batch; `released_code` reproduces that.
+* The released code also gives cosine 0 to tasks that are not learnt yet. That rule depends on how many tasks
+  will follow, so it is left out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ TEMPERATURE = 0.1
 
 
 class HideMethod(Method):
-    """One LoRA a task; fused layers below the top, anchors in the top layer."""
+    """One LoRA per task: fused in the layers below the top, weighed by anchors in the top layer."""
 
     name = "hide"
     uses_queries = True
@@ -43,13 +45,13 @@ class HideMethod(Method):
         self._means = CentroidMean(), CentroidMean()
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Start the task's LoRA and its anchors, zero until the first query."""
+        """Start the task's LoRA and its anchors. The anchors are zero until the first query."""
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
         self._image, self._text = (F.pad(anchors, (0, 0, 0, 1)) for anchors in (self._image, self._text))
         self._means = CentroidMean(), CentroidMean()
 
     def observe(self, query: Query) -> None:
-        """Move the task's anchors to the mean of the queries so far, weighted by sample."""
+        """Move the task's anchors to the mean over all samples seen so far."""
         image, text = self._means
         image.update(query.image, query.has_image)
         text.update(query.text)
@@ -63,7 +65,7 @@ class HideMethod(Method):
         self._fuse()
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """In training the newest LoRA alone, [L, 1, E]; else the anchors' weights, equal in all layers."""
+        """Return gates of the newest LoRA alone in training, else the anchors' weights in every layer."""
         experts, layers = self.cram.num_experts, self.cram.num_layers
         if training:
             gates = torch.eye(experts)[-1:]
@@ -73,7 +75,7 @@ class HideMethod(Method):
         return Route(gates.expand(layers, -1, -1))
 
     def export_state(self) -> MethodState:
-        """The anchors, one row a task: image [E, D_q] and text [E, D_t]."""
+        """Return the anchors, one row per task: image [E, D_q] and text [E, D_t]."""
         return MethodState({"image_anchors": self._image, "text_anchors": self._text}, {})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -96,19 +98,19 @@ class HideMethod(Method):
 
 
 def fused(parts: Sequence[Factors]) -> Factors:
-    """Sum of the a [r, D_in] and sum of the b [D_out, r] of LoRAs of one rank."""
+    """Return the sum of the a [r, D_in] and the sum of the b [D_out, r] of LoRAs of one rank."""
     return torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)
 
 
 def anchor_gates(query: Query, image: Tensor, text: Tensor, batch_maximum: bool = False) -> Tensor:
-    """Weights [S, E] of E tasks for S samples, from image anchors [E, D_q] and text anchors [E, D_t].
+    """Return weights [S, E] of E tasks for S samples, from image anchors [E, D_q] and text anchors [E, D_t].
 
     Args:
-        query: Features of S samples; an absent image has cosine 0 with every anchor.
-        image: Mean image features, a row a task.
-        text: Mean text features.
-        batch_maximum: Use for each anchor the largest cosine of the batch, for images and texts apart, so
-            that the result is [1, E].
+        query: Features of S samples. An absent image has cosine 0 with every anchor.
+        image: Mean image features, one row per task.
+        text: Mean text features, one row per task.
+        batch_maximum: If True, each anchor uses its largest cosine in the batch, separately for images and
+            texts. Then the result is [1, E].
     """
     pairs = ((query.image, image), (query.text, text))
     cosines = [F.cosine_similarity(rows[:, None], anchors.to(rows), dim=-1) for rows, anchors in pairs]

@@ -1,4 +1,4 @@
-"""Isolated LoRAs, the upper bound: a LoRA of rank `rank` a task, chosen by the true task at test time."""
+"""Isolated LoRAs, the upper bound: one LoRA of rank `rank` per task, chosen by the true task at test time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class IsolatedMethod(Method):
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """Nothing in a sample says which LoRA is its own.
+        """Refuse to route: a sample does not tell its task.
 
         Raises:
             ValueError: Always.
@@ -32,7 +32,7 @@ class IsolatedMethod(Method):
         )
 
     def gates(self, task: str) -> Tensor:
-        """One-hot gates [E] of the task's own LoRA.
+        """Return the one-hot gates [E] of the task's own LoRA.
 
         Raises:
             ValueError: If the task has not been learnt.

@@ -1,16 +1,15 @@
-"""MAny (arXiv 2604.14016): a LoRA a task, merged after training by algebra alone. Own reading of the paper.
+"""MAny (arXiv 2604.14016): one LoRA per task, merged by algebra after training. Own reading of the paper.
 
-There is no public code; the equations are the paper's, everything below is how they are read here.
+There is no public code. The equations are the paper's; the rest of this text is this package's reading.
 
-LPM: each task trains its own LoRA alone. After it, every module's LoRAs are merged by the recursion of
-`parts.merge`, in float64 on the CPU, and at inference the merged weight alone acts, on every sample and
-without a router. Whether the regression is on the rows of A, on activations or on B is not public; rho is
-unknown. The bundle keeps the tasks' LoRAs and not the recursion's state: the merged weight is made of them
-again at loading, which takes no more than the algebra did.
+LPM: each task trains its own LoRA alone. After the task, the recursion of `parts.merge` merges the LoRAs of
+every module, in float64 on the CPU. At inference the merged weight acts alone, on every sample and without a
+router. Two things are not public: rho, and whether the regression is on the rows of A, on activations or on
+B. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
 
-CPM: each task also trains a small LoRA on the projector's linears (a full copy of a 7B model's projector
-would be 21 million values a task), and the outputs of the tasks' projectors are mixed per image by visual
-prototypes, see `parts.projector`. Families whose projector is a part of the vision tower (Qwen's) do without.
+CPM: each task also trains a small LoRA on the projector's linears. (A full copy of a 7B model's projector
+would be 21 million values per task.) Visual prototypes mix the outputs of the tasks' projectors per image,
+see `parts.projector`. Families whose projector is part of the vision tower (Qwen's) have no CPM.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TEMPERATURE = 0.1
 
 
 class ManyMethod(Method):
-    """One LoRA a task, merged; one projector LoRA a task, mixed."""
+    """One merged LoRA per task, and one mixed projector LoRA per task."""
 
     name = "many"
 
@@ -48,25 +47,25 @@ class ManyMethod(Method):
             self.projector.begin_task(new_lora(self.projector.modules, self.config.rank))
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """The task's LoRAs of the projector."""
+        """Return the task's LoRAs of the projector."""
         return [] if self.projector is None else self.projector.trainable()
 
     def end_task(self) -> None:
-        """Freeze the LoRAs and merge those of the language model with the older ones."""
+        """Freeze the task's LoRAs, and merge all LoRAs of the language model."""
         self.cram.freeze()
         if self.projector is not None:
             self.projector.end_task()
         self._merge()
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """In training the newest LoRA alone; else gate 1, which the merged weights do not read."""
+        """Return gates of the newest LoRA alone in training, else gate 1. Merged weights read no gates."""
         route = uniform_route(self.cram)
         if training:
             route.gates[:, :, :-1] = 0
         return route
 
     def export_state(self) -> MethodState:
-        """LoRAs and prototypes of the projector, by "projector.<name>"."""
+        """Return the projector's LoRAs and prototypes, named "projector.<name>"."""
         kept = {} if self.projector is None else self.projector.state()
         return MethodState({f"projector.{name}": tensor for name, tensor in kept.items()}, {})
 
@@ -81,7 +80,7 @@ class ManyMethod(Method):
         self._merge()
 
     def trained_values(self) -> int:
-        """Values of the projector's LoRAs."""
+        """Return the number of values of the projector's LoRAs."""
         tensors = self.export_state().tensors
         return sum(tensor.numel() for name, tensor in tensors.items() if name[-2:] in (".a", ".b"))
 

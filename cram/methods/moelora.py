@@ -1,11 +1,13 @@
-"""MoELoRA of CoIN (arXiv 2403.08350): a router in every module weighs 8 LoRAs a token; all train always.
+"""MoELoRA of CoIN (arXiv 2403.08350): a router in every module weighs 8 LoRAs per token. All always train.
 
     y = W0 x + b + sum_e softmax(W_g x)_e * scale * B_e A_e x
 
-Faithful to the released code: a dense softmax per token, a router W_g [8, D_in] without bias in every module,
-experts and router shared by all tasks and trained further by each, no auxiliary loss. The router reads the
-layer's input without dropout. Own reading: the target linears are the configuration's, each expert has rank
-`rank`, and the router starts as `nn.Linear` does.
+Faithful to the released code: the softmax is dense and per token. Every module has a router W_g [8, D_in]
+without bias, which reads the layer's input without dropout. All tasks share experts and routers, and each
+task trains them further. There is no auxiliary loss.
+
+Own reading: the target linears are the configuration's, each expert has rank `rank`, and the router starts
+with the initial values of `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ EXPERTS = tuple(f"expert{index}" for index in range(8))
 
 
 class TokenRouter(LayerGating):
-    """softmax(W_g x) per token; a decode step needs nothing of the prefill."""
+    """Gates softmax(W_g x) per token. A decode step needs nothing from the prefill."""
 
     def __init__(self, in_features: int, experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, in_features), requires_grad=False)
 
     def reset(self) -> None:
-        """The initial values of `nn.Linear`."""
+        """Draw the initial values of `nn.Linear`."""
         self.weight.data.copy_(initial_rows(*self.weight.shape))
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
-        """Gates [B * T, E] for x [B, T, D_in]."""
+        """Return gates [B * T, E] for x [B, T, D_in]."""
         logits = F.linear(x, self.weight.to(x.dtype)).flatten(0, -2)
         return logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -53,7 +55,7 @@ class MoELoraMethod(Method):
             module.gating = TokenRouter(module.in_features, len(EXPERTS)).to(module.weight.device)
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Put experts and routers, new or as the last task left them, into training."""
+        """Train experts and routers: new ones in the first task, later the ones of the last task."""
         cram = self.cram
         if cram.num_experts:
             weights = [cram.expert_weights(index) for index in range(len(EXPERTS))]

@@ -1,11 +1,12 @@
-"""O-LoRA (arXiv 2310.14152): one LoRA a task, its A kept orthogonal to all older ones; all of them add up.
+"""O-LoRA (arXiv 2310.14152): one LoRA per task, whose A is kept orthogonal to older A. All LoRAs add up.
 
     loss = cross-entropy + 0.5 * sum over modules of sum_ij |A_old A_new^T|_ij
 
-Faithful to the released code: the entrywise sum of magnitudes (not a squared norm) over the A of all older
-tasks, which are frozen, and gate 1 for every task at test time. The released code can also penalise the norms
-of the new factors; its weight there is 0 in the paper's runs, so this file has no such term. Own reading: the
-target linears are the configuration's, and each LoRA has rank `rank`.
+Faithful to the released code: the added loss is an entrywise sum of magnitudes, not a squared norm. It runs
+over the frozen A of all older tasks. Every task has gate 1 at test time. The released code can also penalise
+the norms of the new factors. The weight of that term is 0 in the paper's runs, so this file has no such term.
+
+Own reading: the target linears are the configuration's, and each LoRA has rank `rank`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class OLoraMethod(Method):
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
 
     def extra_loss(self, state: ForwardState) -> Tensor | None:
-        """The weighted overlap of the new A with the older ones; none in the first task."""
+        """Return the weighted overlap of the new A with the older A, or None in the first task."""
         if self.cram.num_experts < 2:
             return None
         terms = []
@@ -43,5 +44,5 @@ class OLoraMethod(Method):
 
 
 def overlap(older: Tensor, new: Tensor) -> Tensor:
-    """sum_ij |older new^T|_ij of the rows older [R, D_in] and new [r, D_in], a scalar."""
+    """Return sum_ij |older new^T|_ij of the rows older [R, D_in] and new [r, D_in], a scalar."""
     return (older @ new.mT).abs().sum()

@@ -9,13 +9,13 @@ EXPERT = "sequential"
 
 
 class SequentialMethod(Method):
-    """The first task starts the LoRA, every other one takes it up again."""
+    """The first task starts the LoRA. Every later task trains the same LoRA further."""
 
     name = "sequential"
     budget = "one"
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Put the LoRA, new or as the last task left it, into training."""
+        """Train the LoRA: a new one in the first task, later the one of the last task."""
         fresh = new_lora(self.cram.modules, self.config.rank)
         weights = self.cram.expert_weights(0) if self.cram.num_experts else fresh
         self.cram.set_experts([EXPERT], [weights], trained=1)

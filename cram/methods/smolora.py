@@ -3,16 +3,17 @@
     y = W0 x + b + alpha u + beta f        u = scale B_v A_v x,  f = scale B_i A_i x
     v = argmax R_v mean(x),  i = argmax R_i e        [alpha, beta] = softmax([I_v . u, I_f . f]) per token
 
-Four experts a half; mean(x) runs over the sample's tokens, e is the feature of its instruction. As I_v . u is
-linear in x, the fusion scores are one small product of x with the rows scale A_k^T B_k^T I, and the layer is
-the usual one under token gates.
+Each half has four experts. mean(x) runs over the sample's tokens, and e is the feature of its instruction.
+I_v . u is linear in x. So the fusion scores are one small product of x with the rows scale A_k^T B_k^T I, and
+the layer is the usual expert layer under token gates.
 
-Faithful to the released code: a hard top-1 gate passes no gradient to its router. There R_v and R_i are
-"trained" in the first task only, which leaves them at their initial values; here they are constants from the
-start and saved. Experts and I_v, I_f are trained by every task; the scale is inside the fusion scores.
-Own reading: e is CLIP's text feature (the released code has one sentence embedding a task). The mean leaves
-padding out, where the released one depends on the batch, and logits are made without dropout. A and the
-routers start as in the other methods; each expert has rank `rank`.
+Faithful to the released code: a hard top-1 gate passes no gradient to its router. The released code "trains"
+R_v and R_i in the first task only, so they keep their initial values. In this package they are saved
+constants. Every task trains the experts and I_v, I_f. The scale is inside the fusion scores.
+
+Own reading: e is CLIP's text feature; the released code has one sentence embedding per task. The mean leaves
+out padding; the released mean depends on the batch. Logits are made without dropout. A and the routers start
+as in the other methods, and each expert has rank `rank`.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ EXPERTS = tuple(f"{half}{index}" for half in ("visual", "instruction") for index
 
 
 def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
-    """Rows scale A_e^T B_e^T I [E, D_in], the half's I in fusion [2, D_out]: row e times x is e's score."""
+    """Rows scale A_e^T B_e^T I [E, D_in] with I_v, I_f in fusion [2, D_out]. Row e times x is e's score."""
     whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
     a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
     assert a is not None and bt is not None
     half = len(bt) // 2
-    both = F.linear(bt, fusion)  # [E r, 2], of which each row needs its half's
+    both = F.linear(bt, fusion)  # [E r, 2]; each row needs the column of its own half
     scores = experts.scale * torch.cat([both[:half, 0], both[half:, 1]])
     own = torch.diag_embed(scores.view(experts.num_experts, -1).t(), 0, 0, 1)  # [E, E, r]
     return own.flatten(1) @ a
 
 
 def fused_gates(x: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-    """Token gates [B * T, E] of x [B, T, D_in]: a softmax over the experts not in others [B, E]."""
+    """Return token gates [B * T, E] of x [B, T, D_in]: a softmax over the experts outside `others` [B, E]."""
     scores = F.linear(x, rows.to(x.dtype)).masked_fill(others[:, None], -torch.inf)
     return scores.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
 
@@ -63,27 +64,27 @@ class SeparableGating(LayerGating):
 
     def __init__(self, linear: ExpertLinear, text_dim: int) -> None:
         super().__init__()
-        self._linear = (linear,)  # in a tuple, so that it does not become a part of its own part
+        self._linear = (linear,)  # in a tuple, so that torch does not register the linear as a submodule
         self.register_buffer("visual_router", torch.zeros(HALF, linear.in_features))
         self.register_buffer("instruction_router", torch.zeros(HALF, text_dim))
         self.fusion = nn.Parameter(torch.zeros(2, linear.out_features), requires_grad=False)
         self._folded: tuple[PackedExperts, Tensor] | None = None
 
     def reset(self) -> None:
-        """The initial values of `nn.Linear`."""
+        """Draw the initial values of `nn.Linear`."""
         for weight in (self.visual_router, self.instruction_router):
             weight.copy_(initial_rows(*weight.shape))
         bound = 1 / math.sqrt(self.fusion.shape[1])
         nn.init.uniform_(self.fusion, -bound, bound)
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
-        """Gates [B * T, E] for x [B, T, D_in] and the instructions' features [S, D_t] of the route."""
+        """Return gates [B * T, E] for x [B, T, D_in]. The route's features are the instructions' [S, D_t]."""
         linear = self._linear[0]
         experts, features, name = linear.experts, state.features, linear.name
         assert experts is not None and features is not None
 
         def choose() -> Tensor:
-            """Whether a row leaves an expert out [B, E]; a hard choice has no gradient."""
+            """Return [B, E], True where a row leaves an expert out. A hard choice has no gradient."""
             visual = token_means(x.detach(), state.mask) @ self.visual_router.t()
             instruction = features @ self.instruction_router.t()
             instruction = instruction.repeat_interleave(len(x) // len(features), 0)
@@ -93,7 +94,7 @@ class SeparableGating(LayerGating):
         return fused_gates(x, state.once(f"{name}.others", choose), rows)
 
     def _rows(self, experts: PackedExperts, state: ForwardState) -> Tensor:
-        """`fusion_rows`, computed once for experts and fusion that are frozen."""
+        """Return `fusion_rows`. Frozen experts and fusion compute them once."""
         if experts.trained or self.fusion.requires_grad:
             return state.once(f"{self._linear[0].name}.rows", lambda: fusion_rows(experts, self.fusion))
         owner, rows = self._folded or (None, self.fusion)
@@ -124,7 +125,7 @@ class SMoLoraMethod(Method):
             module.gating = gating
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Put the experts and the fusion, new or as the last task left them, into training."""
+        """Train experts and fusion: new ones in the first task, later the ones of the last task."""
         cram = self.cram
         if not cram.num_experts:
             for gating in self._gatings:
@@ -142,7 +143,7 @@ class SMoLoraMethod(Method):
             gating.requires_grad_(False)
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """The route's features are those of the instructions [S, D_t]."""
+        """Return a route whose features are those of the instructions [S, D_t]."""
         assert query is not None
         gates = torch.ones(self.cram.num_layers, len(query), self.cram.num_experts)
         return Route(gates, features=query.text)

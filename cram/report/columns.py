@@ -1,4 +1,4 @@
-"""The columns of the tables of methods as data, and who is ranked: for the page and for `table.md`."""
+"""The columns of the tables of methods, and the ranking of the methods. The page and `table.md` use both."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Column:
     """One measure of a method.
 
     Attributes:
-        label: Its heading, with the unit.
-        definition: What it is, in a sentence.
-        value: Mean and spread over seeds; None where a report does not have it.
+        label: Heading, with the unit.
+        definition: One sentence that defines the measure.
+        value: Mean and spread over seeds. None if a report does not have the measure.
         show: Writes a number.
-        better: 1 if more is better, -1 if less is, 0 if no method is marked as the best.
+        better: 1 if more is better, -1 if less is better, 0 if no method is marked as the best.
     """
 
     label: str
@@ -93,35 +93,35 @@ COLUMNS = (
 
 
 def shown_columns(methods: Sequence[MethodSummary]) -> list[Column]:
-    """The columns that some method has."""
+    """Return the columns for which at least one method has a value."""
     return [column for column in COLUMNS if any(column.value(method) is not None for method in methods)]
 
 
 def spread_text(column: Column, value: Spread) -> str:
-    """The spread as it is shown; nothing where it would read as 0."""
+    """Return the spread as text. A spread that would read as 0 gives an empty text."""
     text = column.show(value.std)
     return "" if text == column.show(0.0) else text
 
 
 def is_compared(method: MethodSummary) -> bool:
-    """Whether a method is ranked: it is not told the task at test time and is no ablation of another."""
+    """True if a method is ranked: it is not told the task at test time, and it is no ablation."""
     return not method.told_task and not method.ablation
 
 
 def ranks(methods: Sequence[MethodSummary]) -> dict[str, int]:
-    """Place by mean Last among the methods that are compared, best first; equal ones share a place."""
+    """Return the places of the compared methods by mean Last, best first. Equal methods share a place."""
     lasts = {m.name: round(m.metrics["last"].mean, 2) for m in methods if is_compared(m)}
     return {name: 1 + sum(other > last for other in lasts.values()) for name, last in lasts.items()}
 
 
 def in_order(methods: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """Compared methods by place, then those that are told the task, then ablations; ties keep their order."""
+    """Order: compared methods by place, methods that are told the task, ablations. Ties keep their order."""
     place = ranks(methods)
     return sorted(methods, key=lambda m: (m.ablation, m.told_task, place.get(m.name, 0)))
 
 
 def best_value(methods: Sequence[MethodSummary], column: Column) -> float | None:
-    """The best number of a column, as shown, among the compared methods if there are several."""
+    """Return the best number of a column among the compared methods, as shown. None if fewer than two."""
     values = [column.value(method) for method in methods if is_compared(method)]
     means = [round(value.mean, 2) for value in values if value is not None]
     return (

@@ -1,4 +1,4 @@
-"""The pictures that only a comparison of many methods has: how they age, what accuracy costs, ablations."""
+"""The pictures of a comparison of many methods: accuracy over the stream, cost of accuracy, ablations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cram.report.style import HAIRLINE, INK, QUIET
 from cram.report.summary import MethodSummary, Spread
 
 FONT_SIZE = 9.0
-# Width of a letter and height of a line in that size, and how far a label stays from its point, in points.
+# In points: width of a letter and height of a line in that size, and distance of a label from its point.
 LETTER, LINE, AWAY = 5.4, 11.5, 7.0
 
 
@@ -25,7 +25,7 @@ def learnt_so_far(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def forgotten_so_far(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far [seeds, T] the earlier tasks have fallen from their best accuracy before."""
+    """Mean drop [seeds, T] of the earlier tasks from their best earlier accuracy."""
     fallen = np.zeros(matrices.shape[:2])
     for t in range(1, matrices.shape[1]):
         fallen[:, t] = (np.nanmax(matrices[:, :t, :t], axis=1) - matrices[:, t, :t]).mean(axis=1)
@@ -33,7 +33,7 @@ def forgotten_so_far(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ageing_curves(methods: Sequence[MethodSummary], colours: dict[str, str]) -> Figure:
-    """Two panels over the tasks learnt so far: their mean accuracy, and what the earlier ones have lost."""
+    """Two panels over the stream: mean accuracy on tasks learnt so far, and mean drop of earlier tasks."""
     height = 0.22 * len(methods) + 2.6
     figure = Figure(figsize=(11.0, height), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -69,7 +69,7 @@ def _label_ends(
     colours: dict[str, str],
     height: float,
 ) -> None:
-    """Write each name beside its line's end, moved up or down until no two overlap; `height` in inches."""
+    """Write each name beside its line's end. Names move up or down until none overlap. `height`: inches."""
     low, high = axes.get_ylim()
     # Axis titles and labels take about 0.9 inches of the figure's height.
     gap = (high - low) * LINE / (72 * (height - 0.9))
@@ -168,7 +168,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def ablation_bars(whole: MethodSummary, ablations: Sequence[MethodSummary]) -> Figure:
-    """What changes in Last and in Forgetting, seed by seed, where one idea of a method is switched off."""
+    """Change of Last and of Forgetting, seed by seed, if one idea of a method is switched off."""
     figure = Figure(figsize=(10.0, 0.42 * len(ablations) + 1.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(ablations))

@@ -69,10 +69,10 @@ FIGURES = {
 
 
 def write_page(run_folder: Path) -> Path:
-    """Write `report.html` (self-contained) and one PNG a picture into a run folder.
+    """Write `report.html` (self-contained) and one PNG per picture into a run folder.
 
     Args:
-        run_folder: Folder with a `report.json` as `cram.report.schema` defines it.
+        run_folder: Folder with a `report.json` that follows `cram.report.schema`.
 
     Returns:
         The page's path.
@@ -127,7 +127,7 @@ def _render(report: Report, methods: list[MethodSummary], svgs: dict[str, str]) 
 
 
 def _table(title: str, methods: Sequence[MethodSummary], columns: list[Column]) -> dict[str, Any]:
-    """One row a method, with its place and its colour in the pictures."""
+    """One row per method, with its place and its colour in the pictures."""
     place = ranks(methods)
     rows = [
         {
@@ -142,7 +142,7 @@ def _table(title: str, methods: Sequence[MethodSummary], columns: list[Column]) 
 
 
 def _final_rows(methods: Sequence[MethodSummary]) -> list[dict[str, Any]]:
-    """One row a method: its accuracy on each task after the last one."""
+    """One row per method: its accuracy on each task after the last task."""
     columns = [Column("", "", partial(_final, i), decimals, 1) for i in range(len(methods[0].tasks))]
     best = [best_value(methods, column) for column in columns]
     return [
@@ -156,7 +156,7 @@ def _final(index: int, method: MethodSummary) -> Spread:
 
 
 def _cell(column: Column, method: MethodSummary, best: float | None) -> dict[str, Any]:
-    """A table cell; the best of the methods that are compared is marked, if there are several."""
+    """A table cell. The best of several compared methods is marked."""
     value = column.value(method)
     if value is None:
         return {"text": "–", "spread": "", "best": False}

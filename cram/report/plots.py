@@ -1,6 +1,6 @@
 """The pictures of a run: accuracy matrices, forgetting curves, ranks, routing and cost.
 
-Every function returns a figure; nothing is shown and no global state of matplotlib is used.
+Every function returns a figure. No function shows a figure or uses global state of matplotlib.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cram.report.comparison_plots import ablation_bars, ageing_curves, tradeoff
 from cram.report.style import HAIRLINE, INK, QUIET, SHADES, STYLE, method_colours
 from cram.report.summary import MethodSummary, RoutingSummary
 
-# More methods than these do not get a line in every task's panel.
+# Up to this many methods get a line in every task's panel.
 FEW_METHODS = 4
-# Numbers are written into cells up to this many columns.
+# Up to this many columns get numbers in their cells.
 MOST_LABELLED_COLUMNS = 12
 
 
 def colours_of(methods: Sequence[MethodSummary]) -> dict[str, str]:
-    """Colour by name of the methods that are no ablations, whatever their order."""
+    """Return name -> colour of the methods that are no ablations. The order of methods does not matter."""
     return method_colours(sorted(method.name for method in methods if not method.ablation))
 
 
 def draw_all(methods: Sequence[MethodSummary]) -> dict[str, Figure]:
-    """Every picture that the run has data for, by file name without extension.
+    """Return file name without extension -> picture, for every picture that the run has data for.
 
-    Panels and bars of each method are for a few; more share axes. Ablations have a picture of their own.
+    A few methods get panels and bars of their own; many methods share axes. Ablations have their own picture.
     """
     shown = [method for method in in_order(methods) if not method.ablation]
     ablations = [method for method in methods if method.ablation]
@@ -69,7 +69,7 @@ def save_png(figure: Figure, file: Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as an inline `<svg>` element."""
+    """Return a figure as an inline `<svg>` element."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -78,7 +78,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def accuracy_matrices(methods: Sequence[MethodSummary]) -> Figure:
-    """One heat map a method: row = after learning a task, column = accuracy on a task."""
+    """One heat map per method: row = after learning a task, column = accuracy on a task."""
     tasks = methods[0].tasks
     side = max(2.6, 0.52 * len(tasks))
     rows, columns = _balanced(len(methods), most_columns=int(13 // side))
@@ -96,7 +96,7 @@ def accuracy_matrices(methods: Sequence[MethodSummary]) -> Figure:
 
 
 def forgetting_curves(methods: Sequence[MethodSummary]) -> Figure:
-    """One panel a task: its accuracy from the step where it was learnt to the end of the stream."""
+    """One panel per task: its accuracy from its own training to the end of the stream."""
     tasks = methods[0].tasks
     columns = min(len(tasks), 3 if len(tasks) <= 6 else 5)
     rows = math.ceil(len(tasks) / columns)
@@ -105,7 +105,7 @@ def forgetting_curves(methods: Sequence[MethodSummary]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     steps = np.arange(1, len(tasks) + 1)
     for i, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
-        # The first method is the one in question: it lies on top.
+        # The first method lies on top, because the report is about it.
         for order, method in enumerate(methods):
             mean, spread = method.matrix[:, i], method.deviation[:, i]
             style = {"color": colours[method.name], "zorder": 3 + len(methods) - order}
@@ -129,7 +129,7 @@ def forgetting_curves(methods: Sequence[MethodSummary]) -> Figure:
 
 
 def rank_maps(method: MethodSummary) -> Figure:
-    """One heat map a projection: row = task (its expert), column = layer, value = the expert's rank there."""
+    """One heat map per projection: row = task, column = layer, value = rank of the task's expert."""
     grids = method.ranks
     layers = next(iter(grids.values())).shape[1]
     width = max(1.5, 0.42 * layers) if layers <= MOST_LABELLED_COLUMNS else 4.4
@@ -155,7 +155,7 @@ def rank_maps(method: MethodSummary) -> Figure:
 
 
 def routing_map(routing: RoutingSummary) -> Figure:
-    """Row = the task a test sample is from, column = an expert, value = its mean gate."""
+    """Row = task of the test samples, column = expert, value = mean gate of the expert."""
     height, width = routing.gates.shape
     figure = Figure(figsize=(0.62 * width + 4.4, 0.46 * height + 1.6), layout="constrained")
     axes, beside = figure.subplots(1, 2, width_ratios=[width, 3.2], sharey=True)
@@ -181,7 +181,7 @@ def routing_map(routing: RoutingSummary) -> Figure:
 
 
 def cost_bars(methods: Sequence[MethodSummary]) -> Figure:
-    """Parameters kept after the last task, and seconds of training and evaluation, one bar a method."""
+    """One bar per method: parameters kept after the last task, and seconds of training and evaluation."""
     figure = Figure(figsize=(9.2, 0.42 * len(methods) + 1.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = [method.name for method in methods]
@@ -207,7 +207,7 @@ def cost_bars(methods: Sequence[MethodSummary]) -> Figure:
 
 
 def _balanced(panels: int, most_columns: int) -> tuple[int, int]:
-    """Rows and columns for so many panels, with rows of nearly equal length."""
+    """Rows and columns for a number of panels, with rows of nearly equal length."""
     rows = math.ceil(panels / max(1, most_columns))
     return rows, math.ceil(panels / rows)
 
@@ -229,7 +229,7 @@ def _heat_map(
     top: float,
     number: str,
 ) -> None:
-    """Cells of one shade scale from 0 to `top`; NaN cells stay empty, numbers are left out of dense maps."""
+    """Cells on one shade scale from 0 to `top`. NaN cells stay empty, and dense maps have no numbers."""
     height, width = values.shape
     axes.pcolormesh(np.ma.masked_invalid(values), cmap=SHADES, vmin=0, vmax=top, edgecolors="white", lw=1.2)
     axes.set_xlim(0, width)

@@ -1,10 +1,10 @@
-"""The one definition of `report.json`: what a run folder says about the methods that were run.
+"""The definition of `report.json`, the results of a run folder.
 
-Accuracies are percentages (0..100), times are seconds, tasks are in the order in which they were learnt.
-The file has either `methods` (one seed) or `seeds` (several seeds, one object of methods a seed); the
-page and the pictures take the mean over seeds where there are several.
+Accuracies are percentages (0..100), times are seconds, and tasks are in the order of learning. The file has
+either `methods` (one seed) or `seeds` (several seeds, each with its own `methods`). The page and the pictures
+show means over the seeds.
 
-The annotations are evaluated at run time: `validate_report` reads the keys from these very definitions.
+The annotations are evaluated at run time, because `validate_report` reads the keys from these definitions.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any, NotRequired, TypedDict, cast
 
 
 class Parameters(TypedDict):
-    """Trainable values that stay in the model: all tasks together, and those that each task added."""
+    """Trainable values that stay in the model: of all tasks together, and of each task."""
 
     total: int
     per_task: dict[str, int]
 
 
 class Seconds(TypedDict):
-    """Wall-clock seconds of training and of evaluation; `per_task` is the training of each task."""
+    """Wall-clock seconds of training and of evaluation. `per_task` holds the training of each task."""
 
     train: float
     eval: float
@@ -30,9 +30,9 @@ class Seconds(TypedDict):
 class Routing(TypedDict):
     """How the test samples of one task were routed after the last task.
 
-    `group_accuracy` and `expert_accuracy` are the percentages of samples whose group, and whose expert
-    with the largest gate, are those of the sample's own task. `mean_gates` is the mean weight of each
-    expert over samples and layers.
+    `group_accuracy`: percentage of samples that were routed to the group of their own task.
+    `expert_accuracy`: percentage of samples whose largest gate is that of their own task's expert.
+    `mean_gates`: mean weight of each expert over samples and layers.
     """
 
     group_accuracy: float
@@ -41,11 +41,11 @@ class Routing(TypedDict):
 
 
 class Entry(TypedDict):
-    """What an entry of a comparison is.
+    """One entry of a comparison.
 
-    `method` is its name in the registry; an entry of another name is an ablation of it. `changes` are the
-    fields in which its configuration differs from `settings.config`. `told_task` says whether it is told the
-    task at test time; it is then shown but not ranked.
+    `method` is a name in the registry. An entry with another name than its method is an ablation. `changes`
+    holds the fields in which the entry's configuration differs from `settings.config`. `told_task` is true if
+    the method is told the task at test time. Such an entry is shown but not ranked.
     """
 
     method: str
@@ -55,14 +55,14 @@ class Entry(TypedDict):
 
 
 class Stored(TypedDict):
-    """The bundle after the last task: numbers in its tensors, and bytes of all its files."""
+    """The bundle after the last task: count of numbers in its tensors, and bytes of all its files."""
 
     values: int
     bundle_bytes: int
 
 
 class Inference(TypedDict):
-    """Mean seconds of `generate` on one batch, adapted and on the bare base; its samples and tokens."""
+    """Mean seconds of `generate` on one batch, adapted and bare, with the batch's samples and tokens."""
 
     adapted: float
     base: float
@@ -73,9 +73,9 @@ class Inference(TypedDict):
 class MethodReport(TypedDict):
     """One method's run over the whole stream.
 
-    `matrix[t][i]` is the accuracy on task i after task t was learnt (row t has t + 1 numbers).
-    `ranks[task][module]` is the rank of the task's expert in a module; `groups[task]` its instruction group.
-    The last three are there where the run is part of a comparison.
+    `matrix[t][i]` is the accuracy on task i after task t was learnt, so row t has t + 1 numbers.
+    `ranks[task][module]` is the rank of the task's expert in a module, and `groups[task]` its instruction
+    group. Only runs of a comparison have the last three keys.
     """
 
     tasks: list[str]
@@ -96,7 +96,7 @@ class MethodReport(TypedDict):
 
 
 class Report(TypedDict):
-    """The file as a whole. `stream` names the task stream, `settings` is shown on the page as it is."""
+    """The whole file. `stream` names the task stream. The page shows `settings` unchanged."""
 
     stream: str
     methods: NotRequired[dict[str, MethodReport]]
@@ -108,10 +108,10 @@ METRIC_NAMES = ("last", "avg", "mft", "bwt", "forgetting")
 
 
 def validate_report(data: object) -> Report:
-    """Check that `data`, as read from `report.json`, follows the schema.
+    """Check that `data`, the content of a `report.json`, follows the schema.
 
     Raises:
-        ValueError: Naming the place (`methods.cram.matrix[2]`), what it must be and what was found.
+        ValueError: If it does not. The message names the place (`methods.cram.matrix[2]`) and the rule.
     """
     top = _object(data, "report", Report)
     if ("methods" in top) == ("seeds" in top):
@@ -130,12 +130,12 @@ def validate_report(data: object) -> Report:
 
 
 def by_seed(report: Report) -> dict[str, dict[str, MethodReport]]:
-    """The methods of every seed; a report of one seed counts as the seed "0"."""
+    """Return seed -> methods. In a report of one seed that seed is called "0"."""
     return report["seeds"] if "seeds" in report else {"0": report["methods"]}
 
 
 def _methods(value: object, where: str) -> tuple[list[str], list[str]]:
-    """Check the methods of one seed; their names and their common tasks."""
+    """Check the methods of one seed. Return their names and their common tasks."""
     methods = _mapping(value, where)
     tasks: list[str] = []
     for name, method in methods.items():
@@ -212,7 +212,7 @@ def _matrix(value: object, num_tasks: int, where: str) -> None:
 
 
 def _object(value: object, where: str, kind: type) -> dict[str, Any]:
-    """A JSON object with every required key of the typed dictionary `kind` and no unknown key."""
+    """Return `value` if it has every required key of the typed dictionary `kind` and no unknown key."""
     found = _mapping(value, where)
     required: frozenset[str] = kind.__required_keys__  # type: ignore[attr-defined]
     known = required | kind.__optional_keys__  # type: ignore[attr-defined]

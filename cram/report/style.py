@@ -1,4 +1,4 @@
-"""Colours and type of all pictures."""
+"""Colours and fonts of all pictures."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ STYLE: dict[str, Any] = {
 
 
 def method_colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour a method: fixed for the methods that are always there, in order for the others."""
+    """Return one colour per method. Some methods have fixed colours; the others get colours in order."""
     others = iter(OTHER_COLOURS * (1 + len(names) // len(OTHER_COLOURS)))
     return {name: METHOD_COLOURS.get(name) or next(others) for name in names}

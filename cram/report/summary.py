@@ -1,4 +1,4 @@
-"""Means over seeds of a run's report, in the arrays that the page and the pictures draw from."""
+"""Means over the seeds of a report, as arrays for the page and the pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of one value a seed."""
+        """Return the spread of values, one value per seed."""
         mean = sum(values) / len(values)
         if len(values) == 1:
             return cls(mean, 0.0)
@@ -51,12 +51,12 @@ class MethodSummary:
         matrix: [T, T] mean accuracies, NaN above the diagonal; `deviation` [T, T] likewise.
         metrics: The five continual metrics, each with its spread.
         ranks: Projection -> [tasks, layers] mean ranks (NaN where a layer has no such module).
-        groups: Task -> the instruction groups it had, one a seed, without repeats.
-        ablation: Whether it is a variant of a method of another name.
-        told_task: Whether it is told the task at test time.
-        note: What it is, or nothing.
-        stored_values, bundle_megabytes: Size of the bundle after the last task, where it was measured.
-        added_inference: Percentage by which answering takes longer than on the bare base, where measured.
+        groups: Task -> its instruction groups over the seeds, without repeats.
+        ablation: True for an ablation of a method.
+        told_task: True for a method that is told the task at test time.
+        note: Description of the method; may be empty.
+        stored_values, bundle_megabytes: Size of the bundle after the last task. None if not measured.
+        added_inference: Percentage by which answers take longer than on the bare base. None if not measured.
     """
 
     name: str
@@ -82,7 +82,7 @@ class MethodSummary:
 
 
 def summarise(report: Report) -> list[MethodSummary]:
-    """One summary a method, in the order of the report, which must be valid."""
+    """Return one summary per method, in the order of the report. The report must be valid."""
     seeds = list(by_seed(report).values())
     return [_summarise_method(name, [methods[name] for methods in seeds]) for name in seeds[0]]
 
@@ -109,7 +109,7 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
         groups={t: sorted({run["groups"][t] for run in runs if "groups" in run}) for t in tasks},
         routing=_summarise_routing(tasks, runs),
         ablation=entry is not None and entry["method"] != name,
-        # A report without entries is of a single run, or of the built-in methods alone.
+        # A report without entries comes from a single run, not from a comparison.
         told_task=entry["told_task"] if entry is not None else name == "isolated",
         note=entry["note"] if entry is not None else "",
         stored_values=_spread([size["values"] for size in stored], runs),
@@ -119,7 +119,7 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
 
 
 def _spread(values: Sequence[float], runs: Sequence[MethodReport]) -> Spread | None:
-    """None unless every run has the value."""
+    """The spread, or None if a run lacks the value."""
     return Spread.of(values) if len(values) == len(runs) else None
 
 
@@ -131,7 +131,7 @@ def _square(rows: list[list[float]]) -> NDArray[np.float64]:
 
 
 def _rank_grids(tasks: list[str], runs: list[MethodReport]) -> dict[str, NDArray[np.float64]]:
-    """Ranks by projection: the last part of a module's name; columns are the layer numbers in its name."""
+    """Ranks by projection. A module's name ends in its projection and holds its layer number (the column)."""
     found: dict[str, dict[tuple[int, int], list[int]]] = {}
     for run in runs:
         for task, modules in run.get("ranks", {}).items():

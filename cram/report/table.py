@@ -12,7 +12,7 @@ from cram.report.summary import MethodSummary, Spread, summarise
 
 
 def write_table(folder: Path, report: Report) -> Path:
-    """Write `table.md` into a folder; `report` must be valid.
+    """Write `table.md` into a folder. `report` must be valid.
 
     Returns:
         The file's path.
@@ -23,7 +23,7 @@ def write_table(folder: Path, report: Report) -> Path:
 
 
 def print_table(report: Report) -> None:
-    """Print the methods' metrics, mean over seeds."""
+    """Print the metrics of all methods, as means over the seeds."""
     methods = in_order(summarise(report))
     width = max(len(method.name) for method in methods)
     print(" " * width + "".join(f"{name:>12}" for name in (*METRIC_NAMES, "parameters")))
@@ -33,7 +33,7 @@ def print_table(report: Report) -> None:
 
 
 def lines(report: Report) -> list[str]:
-    """The file line by line: setting, methods, ablations, definitions, notes."""
+    """Return the lines of the file: setting, methods, ablations, definitions, notes."""
     methods = in_order(summarise(report))
     columns = shown_columns(methods)
     seeds = list(by_seed(report))
@@ -82,7 +82,7 @@ def _cell(column: Column, value: Spread | None) -> str:
 
 
 def _remarks(methods: Sequence[MethodSummary]) -> list[str]:
-    """Who has no place, and why."""
+    """Name the methods without a place, with the reason."""
     told = [method.name for method in methods if method.told_task]
     remarks = [f"- No place: {', '.join(told)}, told the task at test time."] if told else []
     return remarks + (["- No place: ablations."] if any(method.ablation for method in methods) else [])

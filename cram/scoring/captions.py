@@ -2,9 +2,10 @@
 
 Definitions: BLEU, Papineni et al. 2002 (closest reference length); ROUGE-L, Lin 2004 (beta 1.2); CIDEr-D,
 Vedantam et al. 2015 (n-grams up to 4, sigma 6, document frequencies from the references). METEOR is left
-out: it needs Java, WordNet and paraphrase tables. Text is lower-cased and split by an approximation of the
-Penn Treebank rules that COCO uses (punctuation dropped, clitics such as 's and n't split off), which agrees
-with it on plain captions.
+out, because METEOR needs Java, WordNet and paraphrase tables.
+
+COCO splits text by the Penn Treebank rules. This module approximates them: text is lower-cased, punctuation
+is dropped, and clitics such as 's and n't are split off. On plain captions both give the same tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     """BLEU-1..4, ROUGE-L and CIDEr of a corpus, as fractions (CIDEr up to 10).
 
     Args:
-        predictions: One caption an image.
-        references: The reference captions of the same images, at least one each.
+        predictions: One caption per image.
+        references: The reference captions of the same images, at least one per image.
 
     Raises:
         ValueError: If there are no images, the lengths differ or an image has no reference.

@@ -1,6 +1,6 @@
 """Continual-learning metrics over the lower-triangular accuracy matrix a[t][i].
 
-a[t][i] is the accuracy on task i after training task t; with T tasks, row t has the columns 0..t.
+a[t][i] is the accuracy on task i after task t was trained. Row t has the columns 0..t.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class ContinualMetrics:
-    """The five numbers of one run; `DEFINITIONS` says in words what each is."""
+    """The five numbers of one run. `DEFINITIONS` explains each number in words."""
 
     last: float
     avg: float
@@ -30,19 +30,19 @@ class ContinualMetrics:
     forgetting: float
 
     def to_dict(self) -> dict[str, float]:
-        """As plain data, in the order of `DEFINITIONS`."""
+        """Return the numbers as plain data, in the order of `DEFINITIONS`."""
         return asdict(self)
 
 
 def continual_metrics(matrix: Sequence[Sequence[float]]) -> ContinualMetrics:
     """Last, Avg, MFT, BWT and Forgetting of a lower-triangular accuracy matrix.
 
-    Forgetting takes the maximum over the steps BEFORE the last, so a task that improves at the end gives a
-    negative value; the Mammoth library takes it over all steps and reports 0 there. BWT and Forgetting of a
-    single task are 0.
+    Forgetting takes the maximum over the steps BEFORE the last step. So a task that improves in the last step
+    gives a negative value. (The Mammoth library takes the maximum over all steps and reports 0 for such a
+    task.) BWT and Forgetting of a single task are 0.
 
     Args:
-        matrix: T rows; row t holds a[t][0..t] (further columns would be unlearnt tasks and are refused).
+        matrix: T rows. Row t holds a[t][0..t] and no further column, because later tasks are not learnt yet.
 
     Raises:
         ValueError: If the matrix is empty or a row t does not have t + 1 columns.

@@ -1,8 +1,8 @@
 """The scoring rules behind published numbers, with their defects, for comparison with the strict scorers.
 
-Sources: LAMDA-CL/Prism (and the CRAM release built on it) and Ghy0501/MCITlib. What they share and the strict
-scorers do not: the denominator is the number of predictions, so unanswered questions do not count, and a
-row may be paired with its answer by position.
+Sources: LAMDA-CL/Prism (and the CRAM release built on it) and Ghy0501/MCITlib. These rules differ from the
+strict scorers in two ways. They divide by the number of predictions, so unanswered questions do not count.
+And some of them pair a prediction with its answer by position.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class PublishedRule:
     """One published accuracy.
 
     Attributes:
-        matches: Whether a prediction is right, given (prediction, answer).
-        skip: Predictions that contain this text count as wrong whatever the answer is.
-        pairing: By question id, or by position in the file.
+        matches: (prediction, answer) -> True if the prediction is right.
+        skip: A prediction that contains this text counts as wrong, whatever the answer is.
+        pairing: "id" pairs predictions and answers by question id, "position" by position in the file.
         unknown: A prediction without an answer is wrong ("wrong"), left out of both counts ("drop") or an
             error ("raise").
-        source: Where the rule is from.
+        source: Source of the rule.
     """
 
     matches: Callable[[str, str], bool]
@@ -72,7 +72,7 @@ RULES: dict[str, PublishedRule] = {
 def published_accuracy(
     rule: PublishedRule, predictions: Sequence[tuple[str, str]], answers: Sequence[tuple[str, str]]
 ) -> float:
-    """Accuracy (0..100) as the published scorer computes it.
+    """Return the accuracy (0..100) as the published scorer computes it.
 
     Args:
         rule: An entry of `RULES`.
@@ -80,7 +80,7 @@ def published_accuracy(
         answers: (question id, answer) in file order.
 
     Raises:
-        ValueError: Where the published scorer stops with an error: no predictions, or one without an answer.
+        ValueError: If there is no prediction, or one without an answer, and the published scorer stops there.
     """
     by_id = dict(answers)
     right, total = 0, 0

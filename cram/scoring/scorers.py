@@ -1,7 +1,7 @@
-"""Scorers: predictions and samples -> one number, from 0 to 100 (`coco_caption` alone can exceed 100).
+"""Scorers: predictions and samples -> one number, from 0 to 100 (only `coco_caption` can exceed 100).
 
-Strict scorers (the default) count every test sample once, whatever was predicted; published variants follow
-the rules behind published numbers (`cram.scoring.published`). Both refuse predictions whose ids are not
+Strict scorers (the default) count every test sample once, whatever was predicted. Published variants follow
+the rules behind published numbers (`cram.scoring.published`). Both kinds refuse predictions whose ids are not
 exactly the samples' ids.
 
     accuracy         share of answers equal to an accepted answer, ignoring case, blanks and a final point
@@ -34,11 +34,11 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 
 
 class Sample(Protocol):
-    """A test sample as far as scoring must know it; `cram.streams.Sample` is one."""
+    """The part of a test sample that scoring reads. `cram.streams.Sample` has this part."""
 
     @property
     def id(self) -> str:
-        """Its id, by which predictions find it."""
+        """The id, which joins a prediction to its sample."""
 
     @property
     def answer(self) -> str:
@@ -73,7 +73,7 @@ def score(scorer: str, predictions: Mapping[str, str], samples: Sequence[Sample]
 def published_scores(
     scorer: str, predictions: Mapping[str, str], samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """The scores of the published variants of a strict scorer that differ from it; empty if none does."""
+    """Return the published variants of a strict scorer whose scores differ from the strict score."""
     strict = score(scorer, predictions, samples)
     variants = {name: score(name, predictions, samples) for name in VARIANTS.get(scorer, ())}
     return {name: value for name, value in variants.items() if abs(value - strict) > 1e-9}
@@ -83,7 +83,8 @@ def check_coverage(predictions: Mapping[str, str], samples: Sequence[Sample]) ->
     """Refuse predictions whose ids are not exactly the ids of the samples.
 
     Raises:
-        ValueError: Naming how many ids are missing, left over or repeated, and the first of them.
+        ValueError: If ids are missing, unknown or repeated. The message gives their number and the first
+        ones.
     """
     ids = [sample.id for sample in samples]
     if not ids:
@@ -101,10 +102,10 @@ def check_coverage(predictions: Mapping[str, str], samples: Sequence[Sample]) ->
 
 
 def read_predictions(file: Path) -> dict[str, str]:
-    """Read predictions from JSON lines `{question_id, text}` (other keys are ignored).
+    """Read predictions from JSON lines `{question_id, text}`. Other keys are ignored.
 
     Raises:
-        ValueError: Naming the file and the line of the first fault, among them a repeated id.
+        ValueError: If a line is wrong or an id is repeated. The message names the file and the line.
     """
     predictions: dict[str, str] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -126,24 +127,24 @@ def read_predictions(file: Path) -> dict[str, str]:
 
 
 def normalise(text: str) -> str:
-    """Case, runs of blanks and one final point removed: what `accuracy` compares."""
+    """Return what `accuracy` compares: the text without case, runs of blanks and one final point."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def option_letter(text: str) -> str | None:
-    """The option letter an answer states: "B", "(b)", "B. a dog", "The answer is B."; None for others."""
+    """Return the option letter that a text states: "B", "(b)", "B. a dog", "The answer is B."; else None."""
     match = _OPTION.fullmatch(text.strip())
     return match.group(1).upper() if match else None
 
 
 def single_number(text: str) -> float | None:
-    """The number in a text that holds exactly one ("1,200 m" -> 1200.0); None otherwise."""
+    """Return the number of a text that holds exactly one number ("1,200 m" -> 1200.0), else None."""
     found = _NUMBER.findall(text)
     return float(found[0].replace(",", "")) if len(found) == 1 else None
 
 
 def anls_similarity(prediction: str, answer: str, threshold: float = ANLS_THRESHOLD) -> float:
-    """1 - edit distance / longer length of the stripped, lower-cased texts; 0 below the threshold.
+    """Return 1 - edit distance / longer length of the stripped, lower-cased texts; 0 below the threshold.
 
     Source: Biten et al. 2019 (ST-VQA), with the threshold 0.5 of the DocVQA evaluation.
     """

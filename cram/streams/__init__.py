@@ -1,4 +1,4 @@
-"""Task streams: readers for the public layouts, the built-in stream, and a registry that is data."""
+"""Task streams: the built-in streams, stream files, and readers of the public file layouts."""
 
 from cram.streams.readers import StreamError
 from cram.streams.registry import load_stream

@@ -1,7 +1,7 @@
 """Readers of the public file layouts: LLaVA training JSON, question/answer test JSON, COCO captions.
 
-Every row is checked while it is read, so a file that is read is a file that can be used. Images are only
-looked up here (the file exists and lies under the image root); they are opened when a sample is used.
+Every row is checked while the file is read. So a file that was read can be used. For an image, the check is
+that its file exists and lies under the image root. An image is opened when its sample is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IMAGE_PLACEHOLDER = "<image>"
 
 
 class StreamError(ValueError):
-    """A fault in the data of a stream; the message names the file, the row and the field."""
+    """A fault in the data of a stream. The message names the file, the row and the field."""
 
     def __init__(self, file: Path, row: int | None, field: str, fault: str) -> None:
         place = str(file) if row is None else f"{file}, row {row}"
@@ -30,19 +30,19 @@ class StreamError(ValueError):
 def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> list[Sample]:
     """Read one split.
 
-    A row with `conversations` is read as LLaVA JSON (`{id, image?, conversations: [{from, value}]}`), any
-    other as test JSON (`{question_id, image?, text, answer}`, `answer` a string, a number or a list of
-    accepted answers). `image` may be a path, a list of paths, null or absent; paths are relative to
+    A row with `conversations` is read as LLaVA JSON: `{id, image?, conversations: [{from, value}]}`. Any
+    other row is read as test JSON: `{question_id, image?, text, answer}`. `answer` is a string, a number or a
+    list of accepted answers. `image` is a path, a list of paths, null or absent. Paths are relative to
     `image_root`. Image placeholders are removed from the instruction. Other keys of a row are ignored.
 
     Args:
         file: JSON file that holds a list of rows.
         image_root: Folder that every image must lie in.
-        repeated_ids: Whether ids may repeat, as in training files with several captions of one image; a
-            repeated id is then completed by its row number.
+        repeated_ids: True if ids may repeat, as in training files with several captions per image. Then the
+            row number is added to a repeated id.
 
     Raises:
-        StreamError: For the first fault found; rows count from 0.
+        StreamError: For the first fault. Rows count from 0.
     """
     rows = _load_rows(file)
     seen: dict[str, int] = {}
@@ -72,8 +72,8 @@ def add_references(samples: Sequence[Sample], file: Path) -> list[Sample]:
     """Give captioning samples their reference captions from a COCO file.
 
     The file is `{images: [{id, file_name?}], annotations: [{image_id, caption}]}`. A sample belongs to the
-    image whose file name (with or without folder and extension) is its own image's, or else whose id is
-    its question id; never to the image at the same position.
+    image with the same file name; folder and extension do not matter. If there is none, the sample belongs to
+    the image whose id is the sample's question id. The position in the file decides nothing.
 
     Raises:
         StreamError: If the file is malformed or has no caption for a sample.
@@ -111,7 +111,7 @@ def _with_references(
 
 
 class _Row:
-    """One row of a file with accessors that name the place of a fault."""
+    """One row of a file. The accessors name the place of a fault."""
 
     def __init__(self, file: Path, index: int, data: object) -> None:
         self.file, self.index = file, index
@@ -183,12 +183,12 @@ def _read_question(row: _Row) -> tuple[str, tuple[str, ...]]:
 
 
 def _strip_placeholders(row: _Row, instruction: str, num_images: int) -> str:
-    """Remove the image placeholders; where there are any, there must be one an image."""
+    """Remove the image placeholders. If there are any, there must be one per image."""
     placeholders = instruction.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, num_images):
         raise row.error(
             "image",
-            f"must have one image a placeholder, got {num_images} images for {placeholders} placeholders",
+            f"must have one image per placeholder, got {num_images} images for {placeholders} placeholders",
         )
     text = re.sub(rf"\n?{IMAGE_PLACEHOLDER}\n?", "", instruction).strip()
     if not text:

@@ -1,7 +1,7 @@
-"""Streams by name or by file. A stream file is data: tasks in order, their files, and how they are scored.
+"""Streams by name or by file. A stream file lists the tasks in order, their files and their scorers.
 
     name: UCIT
-    root: ${UCIT_ROOT}             # optional; relative to the stream file, which is also the default
+    root: ${UCIT_ROOT}             # optional; relative to the stream file's folder; default: that folder
     images: datasets               # image root, relative to root; default: root
     tasks:
       - name: ImageNet-R
@@ -13,8 +13,8 @@
         references: captions.json  # optional, COCO captions of the test images
         repeated_ids: true         # optional, training ids may repeat
 
-Everything is read and checked when the stream is loaded: a fault in the last row of the last task is
-reported before the first task is trained. Nothing but reading a stream file needs PyYAML.
+Everything is read and checked when the stream is loaded. So a fault in the last row of the last task is
+reported before the first task is trained. Only reading a stream file needs PyYAML.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
-# Key of a stream file or of one of its tasks -> (type, whether it is required).
+# Key of a stream file or of a task -> (type, True if the key is required).
 STREAM_KEYS: dict[str, tuple[type, bool]] = {
     "name": (str, True),
     "root": (str, False),
@@ -60,11 +60,11 @@ def load_stream(
     """Load a stream and check all of it.
 
     Args:
-        source: A name in `BUILTIN` (pictures drawn on the spot: six, 20 or 50 tasks), the name of a shipped
-            stream file ("ucit", "trigap"), or the path of a stream file.
-        seed: Seed of a built-in stream's pictures, or of the choice that `limit` makes.
-        limit: Samples a split at most: a built-in stream draws so many, a stream file's splits are
-            thinned out at random (in file order, the same choice for the same seed).
+        source: A name in `BUILTIN` (six, 20 or 50 tasks with pictures drawn on the spot), the name of a
+            shipped stream file ("ucit", "trigap"), or the path of a stream file.
+        seed: Seed of a built-in stream's pictures, or of the random choice that `limit` makes.
+        limit: Maximum number of samples per split. A built-in stream draws that many. From a stream file's
+            split that many are chosen at random and kept in file order.
         data_root: Replaces `root` of the stream file.
 
     Raises:
@@ -72,9 +72,9 @@ def load_stream(
         ValueError: If `limit` is not positive or `source` is neither a name nor a file.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 sample a split, got {limit}")
+        raise ValueError(f"limit must be at least 1 sample per split, got {limit}")
     if source in BUILTIN:
-        # The drawing code is loaded only by those who draw.
+        # Imported here, so that stream files load without the drawing code.
         from cram.streams.builtin import STREAMS, build
 
         own = STREAMS[str(source)]
@@ -169,7 +169,7 @@ def _inside(file: Path, field: str, root: Path, name: str) -> Path:
 def _check_keys(
     file: Path, prefix: str, content: object, keys: dict[str, tuple[type, bool]]
 ) -> dict[str, Any]:
-    """An object that has every required key of `keys`, no other key, and values of the right types."""
+    """Return `content` if it has all required keys, no unknown key, and values of the right types."""
     place = prefix.rstrip(".") or "(file)"
     if not isinstance(content, dict):
         raise StreamError(file, None, place, f"must be a mapping, got {content!r}")

@@ -1,6 +1,6 @@
-"""What a task stream is made of: samples, tasks and the stream, and the lazy opening of images.
+"""The parts of a task stream: samples, tasks and the stream. Images are opened lazily.
 
-Pillow is imported where an image is opened: streams without images, and `import cram`, do without it.
+Pillow is imported where an image is opened. So `import cram` and streams without images do not need Pillow.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Sample:
 
     Attributes:
         id: Unique within its split.
-        images: Opened images or paths; empty for a question without an image.
+        images: Opened images or paths. Empty for a question without an image.
         instruction: The user's whole turn (question and format instruction) without image placeholders.
-        answer: What the model is trained to say.
-        references: Every accepted answer of a test sample (several captions, several annotators);
-            empty means that `answer` is the only one.
-        source: Where the sample was read from ("file, row n"), for error messages.
+        answer: The answer that the model is trained to give.
+        references: All accepted answers of a test sample, for example several captions. Empty means that
+            `answer` is the only accepted answer.
+        source: File and row of the sample ("file, row n"), for error messages.
     """
 
     id: str
@@ -45,10 +45,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a stream: its two splits, how answers are scored and how long they may be.
+    """One task of a stream: its two splits, its scorer and its length limit.
 
     Attributes:
-        name: Unique within the stream; letters, digits, `_`, `-` and `.`.
+        name: Unique within the stream. Letters, digits, `_`, `-` and `.` are allowed.
         train: Training samples.
         test: Test samples.
         scorer: A name known to `cram.scoring.score`.
@@ -80,8 +80,8 @@ class Stream:
 def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Open one image as RGB.
 
-    The header is read before the pixels, so a small file that claims a huge picture is refused
-    without being decoded.
+    The header is read before the pixels. So a small file that claims a huge picture is refused and not
+    decoded.
 
     Raises:
         ValueError: If the image has more than `max_pixels` pixels or cannot be decoded.
@@ -105,11 +105,11 @@ def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) ->
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    # Dropping the transparency of a palette in one step makes Pillow warn at every such image.
+    # Two steps: Pillow warns if a palette's transparency is dropped in one step.
     transparent_palette = image.mode == "P" and "transparency" in image.info
     return (image.convert("RGBA") if transparent_palette else image).convert("RGB")
 
 
 def open_images(sample: Sample) -> list[Image.Image]:
-    """Open every image of a sample as RGB, in order; an empty list for a sample without images."""
+    """Open every image of a sample as RGB, in order. A sample without images gives an empty list."""
     return [open_image(image) for image in sample.images]

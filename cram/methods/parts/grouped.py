@@ -1,4 +1,4 @@
-"""Experts in instruction groups, chosen by the distance of an image's features to their centroids."""
+"""Experts in instruction groups. The distance from an image's features to the centroids chooses experts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GroupedMethod(Method):
 
     Attributes:
         router: Groups and centroids.
-        locked_group: The group that automatic routing uses while the model is in training mode; None routes
-            every sample by its own text.
+        locked_group: The group that automatic routing uses while the model is in training mode. With None,
+            every sample is routed by its own text.
     """
 
     uses_queries = True
@@ -33,17 +33,17 @@ class GroupedMethod(Method):
         self.locked_group: int | None = None
 
     def route(self, query: Query | None, training: bool) -> Route:
-        """Centroid gates inside each sample's group; in training mode inside the locked group, if any.
+        """Return centroid gates inside each sample's group. In training mode, a locked group serves all.
 
         Raises:
-            ValueError: Without a query, if experts were added without a group, or as `Router.route`.
+            ValueError: If there is no query, if an expert has no group, or as `Router.route`.
         """
         if query is None:
             raise ValueError("cram must see a query to route, got none")
         return self.route_within(query, self.locked_group if training else None)
 
     def route_within(self, query: Query, group: int | None) -> Route:
-        """The route of S samples inside one group; None gives each sample its own."""
+        """Return the route of S samples inside one group. With None, each sample gets its own group."""
         if self.router.expert_names != self.cram.expert_names:
             raise ValueError(
                 "every expert must have a group and a centroid (`model.cram.method.add_expert`), "
@@ -52,13 +52,13 @@ class GroupedMethod(Method):
         return self.router.route(query, group)
 
     def history(self, group: int) -> dict[str, list[Tensor]]:
-        """Factors a [r, D_in] of the group's experts per module, oldest first, for `instantiate_expert`."""
+        """Return the factors a [r, D_in] of the group's experts per module, oldest first."""
         members = self.router.experts_of(group)
         return {path: [a for a, _ in module.factors(members)] for path, module in self.cram.modules.items()}
 
     @contextmanager
     def training_group(self, group: int) -> Iterator[None]:
-        """Automatic routing in training mode uses this group inside; see `locked_group`."""
+        """Lock the group inside the context; see `locked_group`."""
         before, self.locked_group = self.locked_group, group
         try:
             yield
@@ -73,18 +73,18 @@ class GroupedMethod(Method):
         centroid: Tensor | None = None,
         trained: bool = True,
     ) -> None:
-        """Appends an expert to every module and to the router; nothing changes if a check fails.
+        """Appends an expert to every module and to the router. If a check fails, nothing changes.
 
         Args:
             name: A new name.
-            weights: Module path -> (a [r, D_in], b [D_out, r]); a rank may differ per module and be 0.
-            group: Its instruction group.
-            centroid: [D_q] or [L, D_q], trained with the expert; None for zeros that are not trained.
-            trained: Whether it is trained from here on; older experts are frozen.
+            weights: Module path -> (a [r, D_in], b [D_out, r]). The rank may differ per module and may be 0.
+            group: The expert's instruction group.
+            centroid: [D_q] or [L, D_q], trained with the expert. None stands for zeros that are not trained.
+            trained: True if the expert is trained from here on. Older experts are frozen.
 
         Raises:
-            ValueError: As `AttachedModel.add_expert` and `Router.add_expert`, or if the centroid has not the
-                encoder's width.
+            ValueError: As `AttachedModel.add_expert` and `Router.add_expert`, or if the centroid does not
+                have the encoder's width.
         """
         width = self.cram.encoder.image_dim
         rows = torch.zeros(width) if centroid is None else centroid
@@ -95,12 +95,12 @@ class GroupedMethod(Method):
         self.cram.add_expert(name, weights, trained)
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """The centroid of the expert in training."""
+        """Return the centroid of the expert in training."""
         centroid = self.router.trained_centroid
         return [] if centroid is None or self.cram.hooks.solo_in_training else [centroid]
 
     def experts_replaced(self) -> None:
-        """Forget all centroids; the groups stay."""
+        """Forget all centroids. The groups stay."""
         self.router.clear()
 
     def freeze(self) -> None:
@@ -114,24 +114,24 @@ class GroupedMethod(Method):
             self.router.freeze()
 
     def expert_groups(self) -> dict[str, int]:
-        """Expert -> its instruction group."""
+        """Return expert -> instruction group."""
         return dict(zip(self.router.expert_names, self.router.expert_groups, strict=True))
 
     def values_per_expert(self) -> int:
-        """Values of a centroid in every layer."""
+        """Return the number of values of one expert's centroids in all layers."""
         return self.cram.num_layers * self.cram.encoder.image_dim
 
     def export_state(self) -> MethodState:
-        """Groups and centroids."""
+        """Return groups and centroids."""
         tensors, values = self.router.export_state()
         counts = tensors.pop("counts").tolist()
         return MethodState(tensors, {**values, "counts": counts})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take up groups and centroids of the experts that are there.
+        """Take up groups and centroids of the experts that are in the model.
 
         Raises:
-            ValueError: As `Router.import_state`, or if the state is of other experts.
+            ValueError: As `Router.import_state`, or if the state belongs to other experts.
         """
         if not tensors and not self.cram.num_experts:
             return

@@ -7,11 +7,11 @@
     v_j <- normalise(v_j - Q Q^T v_j)                      unless nothing is left of v_j
     B = U sqrt(S'),  A = sqrt(S') V^T
 
-Only directions below ``rank_max`` can be selected, so only those are expanded to D_out and D_in; nothing of
-size [D_out, D_in] is formed. S contains s: the released code leaves it in (S' = S, the expert starts at twice
-the update because the forward multiplies by s again), the faithful default divides it out (S' = S / s).
-Left out on purpose: re-orthogonalising the projected rows and shrinking S by the removed part (the released
-code does neither).
+Only the first ``rank_max`` directions can be selected, so only these are expanded to D_out and D_in. No
+matrix of size [D_out, D_in] is formed. S contains s. The faithful default divides s out: S' = S / s. The
+released code leaves s in: S' = S. There the expert starts at twice the update, because the forward multiplies
+by s again. Left out on purpose: re-orthogonalising the projected rows and shrinking S by the removed part
+(the released code does neither).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _STACK = 32  # modules decomposed at once: bounds the stacked copies to about 25
 
 @dataclass(frozen=True)
 class Instantiation:
-    """The new expert of one module and why it has its rank.
+    """The new expert of one module, with the reasons for its rank.
 
     Attributes:
         a: [r, D_in] float32.
         b: [D_out, r] float32.
-        singular_values: [min(r_buf, D_in, D_out)] float32 on the CPU, descending, of s B_buf A_buf.
-        selected: indices into ``singular_values``, in the order of the rows of ``a``.
-        novelty: residual norm of the first ``rank_max`` directions; 1.0 each without history.
+        singular_values: Those of s B_buf A_buf, [min(r_buf, D_in, D_out)] float32 on the CPU, descending.
+        selected: Indices into ``singular_values``, in the order of the rows of ``a``.
+        novelty: Residual norms of the first ``rank_max`` directions. Without history each is 1.0.
     """
 
     a: Tensor
@@ -71,15 +71,15 @@ def instantiate_modules(
 
     Args:
         buffers: module -> (a_buf [r_buf, D_in], b_buf [D_out, r_buf]).
-        history: module -> A factors [r_k, D_in] of the same group's older experts; absent or empty for the
-            first task of a group, ranks of 0 are legal.
-        config: thresholds, ranks, scale, and ``released_code`` (keep the scale inside the factors).
+        history: module -> A factors [r_k, D_in] of the same group's older experts. Absent or empty for the
+            first task of a group. A rank of 0 is legal.
+        config: Thresholds, ranks, scale, and ``released_code``, which keeps the scale inside the factors.
 
     Returns:
         One ``Instantiation`` per module, in the order of ``buffers``.
 
     Raises:
-        ValueError: on shapes that do not match, NaN/Inf, or history of an unknown module.
+        ValueError: If shapes do not match, a value is NaN or Inf, or history names an unknown module.
     """
     if unknown := sorted(set(history) - set(buffers)):
         raise ValueError(f"history modules must be among the buffers' {sorted(buffers)}, got {unknown}")
@@ -170,7 +170,7 @@ def _outside(directions: Tensor, basis: Tensor) -> Tensor:
 
 
 def _select(values: list[float], novelty: Sequence[float], config: CramConfig) -> tuple[int, ...]:
-    """Indices of the kept directions: threshold, cap, novelty filter, then the floor by singular value."""
+    """Indices of the kept directions. Order of the rules: threshold, cap, novelty filter, floor."""
     above = [j for j, value in enumerate(values[: config.rank_max]) if value > config.tau_alloc] or [0]
     kept = [j for j in above if novelty[j] > config.tau_orth] or above[:1]
     spare = [j for j in range(min(config.rank_max, len(values))) if j not in kept]

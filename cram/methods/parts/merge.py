@@ -4,18 +4,19 @@ The merged weight of tasks 1 .. t is the minimiser of
 
     sum_i ||(W - B_i A_i) A_i^T||_F^2 + rho ||W||_F^2
 
-that is, W should do to the rows of each A_i, the inputs that task i reacts to, what B_i A_i does. It is found
-by recursion, in float64 on the CPU:
+The rows of A_i are the inputs that task i reacts to. W should act on these rows as B_i A_i does. A recursion
+finds W, in float64 on the CPU:
 
     R_t = R_{t-1} - R_{t-1} A_t^T (I + A_t R_{t-1} A_t^T)^-1 A_t R_{t-1}        R_0 = I / rho
     W_t = W_{t-1} + (B_t A_t - W_{t-1}) A_t^T A_t R_t                           W_0 = 0
 
-No dense [D_out, D_in] or [D_in, D_in] matrix is formed: W_t = Y Q with the rows of Q [k, D_in] an orthonormal
-basis of the rows of all A_i, and outside that span R_t is I / rho. So the recursion runs in the coordinates
-of Q, and the merged weight is one expert of rank k, at most the sum of the ranks. (The same optimum in the
-coordinates of the A_i themselves, B (A A^T + rho I)^-1 A, is far worse conditioned where these are nearly
-dependent.) W is linear in the B_i: merging scale * B_i A_i gives scale * W, so the merged expert keeps the
-scale of its parts.
+No dense [D_out, D_in] or [D_in, D_in] matrix is formed. Let the rows of Q [k, D_in] be an orthonormal basis
+of the rows of all A_i. Then W_t = Y Q, and R_t is I / rho outside the span of Q. So the recursion runs in the
+coordinates of Q. The merged weight is one expert of rank k, and k is at most the sum of the ranks.
+
+The same optimum in the coordinates of the A_i themselves is B (A A^T + rho I)^-1 A. That form is far worse
+conditioned if rows of the A_i are nearly dependent. W is linear in the B_i: merging scale * B_i A_i gives
+scale * W. So the merged expert keeps the scale of its parts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cram.model.factors import Factors
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """The state of the recursion after some tasks, float64 on the CPU.
+    """The state of the recursion after a number of tasks, float64 on the CPU.
 
     Attributes:
         rho: Weight of the ridge term.
@@ -47,7 +48,7 @@ class MergedWeight:
 
     @classmethod
     def empty(cls, in_features: int, out_features: int, rho: float) -> MergedWeight:
-        """The weight 0 of no task.
+        """Return the state before the first task: the weight 0.
 
         Raises:
             ValueError: If rho is not positive.
@@ -58,10 +59,10 @@ class MergedWeight:
         return cls(rho, basis, basis.new_zeros(out_features, 0), basis.new_zeros(0, 0))
 
     def add(self, a: Tensor, b: Tensor) -> MergedWeight:
-        """The state after one more task with factors a [r, D_in] and b [D_out, r] of any float dtype.
+        """Return the state after one more task with factors a [r, D_in] and b [D_out, r] of any float dtype.
 
         Raises:
-            ValueError: On a wrong shape.
+            ValueError: If a shape is wrong.
         """
         in_features, out_features = self.basis.shape[1], self.weight.shape[0]
         if a.shape != (b.shape[-1], in_features) or b.shape != (out_features, a.shape[0]):
@@ -79,7 +80,7 @@ class MergedWeight:
         return MergedWeight(self.rho, basis, weight, (inverse + inverse.T) / 2)
 
     def factors(self) -> Factors:
-        """a [r, D_in] and b [D_out, r] of the merged weight, r = min(k, D_out); one is orthonormal."""
+        """Return a [r, D_in] and b [D_out, r] of the merged weight, r = min(k, D_out). One is orthonormal."""
         a, b = self.basis, self.weight
         if len(a) > len(b):
             b, corner = torch.linalg.qr(b)
@@ -87,7 +88,7 @@ class MergedWeight:
         return a, b
 
     def _widened(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Basis, R and Y after a basis change to one that spans the rows of a [r, D_in] as well."""
+        """Basis, R and Y after the basis was extended to span the rows of a [r, D_in] as well."""
         basis = torch.linalg.qr(torch.cat([self.basis, a]).T)[0].T.contiguous()
         old = self.basis @ basis.T
         outside = torch.eye(len(basis), dtype=a.dtype) - old.T @ old
@@ -95,7 +96,7 @@ class MergedWeight:
 
 
 def merge(parts: Iterable[Factors], rho: float) -> Factors:
-    """Factors a [r, D_in], b [D_out, r] of the merged weight of parts (a_i, b_i), float64, by the recursion.
+    """Merge parts (a_i, b_i) by the recursion; return the factors a [r, D_in], b [D_out, r] in float64.
 
     Raises:
         ValueError: If there is no part, rho is not positive or shapes differ.

@@ -1,11 +1,12 @@
 """The orthogonality penalty of the expert in training, over all modules of an attached model.
 
-The penalty is a function of one forward's state: the modules' visual-token means and the route. The paper's
-reading penalises every module on its own input in its output space. The released code keeps one input per
-layer: it penalises the layer's first linear on the last executed linear's input, and for square modules the
-basis is the row space of the older A factors. The bases depend only on older experts, which
-never change: each is extended by one expert at a time, so a task costs only its new expert, and a model that
-was loaded from a bundle arrives at the same bits as one that learnt all along.
+The penalty is a function of one forward's state: the route, and each module's mean input over the image
+tokens. As the paper is read here, every module is penalised on its own input, in its output space. The
+released code keeps one input per layer: it penalises the layer's first linear on the last executed linear's
+input. For square modules its basis is the row space of the older A factors.
+
+The bases depend only on older experts, and older experts never change. Each task extends every basis by one
+expert. A model that was loaded from a bundle gets the same bits as a model that has learnt all tasks itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Basis = Literal["output", "input"]
 
 
 class ModuleShape(NamedTuple):
-    """Where an adapted linear sits and its sizes."""
+    """Layer and sizes of an adapted linear."""
 
     layer: int
     in_features: int
@@ -35,7 +36,7 @@ class ModuleShape(NamedTuple):
 
 
 class PenaltyTerm(NamedTuple):
-    """One penalised expert: its module, the module whose input it sees, and the space of its basis."""
+    """One penalised module, the module whose input the penalty uses, and the space of the basis."""
 
     module: str
     input_module: str
@@ -43,14 +44,14 @@ class PenaltyTerm(NamedTuple):
 
 
 def penalty_terms(modules: Mapping[str, ModuleShape], config: CramConfig) -> list[PenaltyTerm]:
-    """Which experts are penalised, on which input and in which space.
+    """Lists the penalised modules, each with its input and its space.
 
     Args:
-        modules: all adapted linears in execution order.
-        config: with ``released_code`` the released selection (one term per layer), else one term per module.
+        modules: All adapted linears in execution order.
+        config: With ``released_code`` there is one term per layer, else one term per module.
 
     Raises:
-        ValueError: if the released selection pairs a linear with an input of another width.
+        ValueError: If the released selection pairs a linear with an input of another width.
     """
     if not config.released_code:
         return [PenaltyTerm(name, name, "output") for name in modules]
@@ -73,17 +74,17 @@ def _released_basis(shape: ModuleShape) -> Basis:
 
 
 def history_columns(basis: Basis, older: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Columns whose span the penalty forbids, for ``orthonormal_basis``; detached.
+    """Returns the columns whose span the penalty forbids, detached, for ``orthonormal_basis``.
 
     Args:
-        basis: "output" for the columns of all b_j, "input" for the rows of all a_j (released, square).
+        basis: "output" takes the columns of all b_j. "input" takes the rows of all a_j (released, square).
         older: (a_j [r_j, D_in], b_j [D_out, r_j]) of the group's older experts in one module.
 
     Returns:
-        [D_out, k] with k the sum of the ranks; "input" is [D_in, k].
+        [D_out, k] for "output" and [D_in, k] for "input". k is the sum of the ranks.
 
     Raises:
-        ValueError: if there is no older expert, so that the module has no penalty.
+        ValueError: If there is no older expert. Then the module has no penalty.
     """
     if not older:
         raise ValueError("older experts must not be empty, got none")
@@ -91,24 +92,24 @@ def history_columns(basis: Basis, older: Sequence[tuple[Tensor, Tensor]]) -> Ten
 
 
 class HistoryBases:
-    """Orthonormal bases of what the experts of one attached model span, kept from task to task.
+    """Orthonormal bases of the spaces that experts of one attached model span, kept from task to task.
 
-    Derived data: saved nowhere, made again from the experts where it is missing. A basis belongs to one pool
-    of experts (`AttachedModel.pool`): where the experts were replaced, every basis is made anew.
+    The bases are derived data. They are not saved; a missing basis is made from the experts. A basis belongs
+    to one pool of experts (`AttachedModel.pool`). If the experts were replaced, every basis is made anew.
     """
 
     def __init__(self) -> None:
-        """Holds nothing yet."""
+        """Starts without bases."""
         self._pool: object = None
         self._held: dict[tuple[str, Basis, int], tuple[list[int], Tensor]] = {}
 
     def get(self, term: PenaltyTerm, cram: AttachedModel, experts: list[int]) -> Tensor:
-        """The basis [D, k] of some frozen experts of the term's module, extended by those not yet in it.
+        """Returns the basis [D, k] of some frozen experts of the term's module. New experts extend it.
 
         Args:
             term: Module and space.
             cram: The model.
-            experts: One group's frozen experts in order; not empty.
+            experts: One group's frozen experts in order, at least one.
         """
         if self._pool is not cram.pool:
             self._pool, self._held = cram.pool, {}
@@ -128,7 +129,7 @@ class Penalty:
     """Bases of one task, and the penalty of each of its training forwards.
 
     Attributes:
-        needed: Whether the expert's group has older experts; otherwise the value is 0 and no input is pooled.
+        needed: True if the expert's group has older experts. Otherwise the value is 0 and no input is pooled.
     """
 
     def __init__(self, cram: AttachedModel, router: Router, bases: HistoryBases) -> None:
@@ -137,7 +138,7 @@ class Penalty:
         Args:
             cram: The model with the expert in training.
             router: Groups and centroids.
-            bases: Those of earlier tasks, which are extended.
+            bases: The bases of earlier tasks. They are extended.
 
         Raises:
             ValueError: If no expert is in training.
@@ -156,10 +157,10 @@ class Penalty:
         self.needed = bool(older) and cram.config.penalty_weight > 0
 
     def value(self, state: ForwardState) -> Tensor:
-        """The weighted penalty of the training forward with this state, a scalar; 0 if it is not needed.
+        """Returns the weighted penalty of the training forward with this state, a scalar. 0 if not needed.
 
         Raises:
-            ValueError: If the forward kept no inputs, or was not routed by a query.
+            ValueError: If the forward kept no inputs, or if no query routed it.
         """
         if not self.needed:
             return torch.zeros((), device=self._router.frozen_centroids.device)
@@ -180,7 +181,7 @@ class Penalty:
         return self._config.penalty_weight * value
 
     def _dropped(self, hidden: list[Tensor]) -> list[Tensor]:
-        """Dropout on every term's means, drawn for all of them at once."""
+        """Dropout on the means of every term. One draw serves all terms."""
         if not self._config.dropout:
             return hidden
         flat = F.dropout(torch.cat([each.flatten() for each in hidden]), self._config.dropout)

@@ -2,12 +2,14 @@
 
     w[n, t] = softmax_t(cos(v_n, mu_t) / T)        h_n = sum_t w[n, t] P_t(x_n)
 
-P_t is the frozen projector with the LoRA of task t on its linears, v_n a feature of image n and mu_t its mean
-over the training images of task t. v is CLIP's image feature where the encoder reuses the model's vision
-tower, from the same run of the tower; elsewhere the mean of the projector's input over the image's tokens,
-which tells the tasks apart less sharply. Outputs are mixed, not weights: the projector is not linear.
+P_t is the frozen projector with the LoRA of task t on its linears. v_n is a feature of image n. mu_t is the
+mean of that feature over the training images of task t.
 
-While a task is trained its own LoRA acts alone. With E tasks the projector runs E times an image.
+If the encoder reuses the model's vision tower, v is CLIP's image feature, from the same run of the tower.
+Otherwise v is the mean of the projector's input over the image's tokens; this feature separates tasks less
+sharply. Outputs are mixed and not weights, because the projector is not linear.
+
+While a task is trained, its own LoRA acts alone. With E tasks the projector runs E times per image.
 """
 
 from __future__ import annotations
@@ -28,17 +30,17 @@ from cram.routing.query import Route
 
 
 class MixedProjector:
-    """The adapted linears, prototypes and hooks of one model's projector; its path in the model stays.
+    """The adapted linears, prototypes and hooks of one model's projector. The projector's path stays.
 
     Attributes:
         modules: Path inside the projector -> adapted linear.
-        prototypes: mu [E, D_v], a row a task; zeros for a task without images.
+        prototypes: mu [E, D_v], one row per task. The row of a task without images is zero.
     """
 
     def __init__(
         self, cram: AttachedModel, projector: nn.Module, tower: nn.Module, temperature: float
     ) -> None:
-        """Wraps the projector's linears and hooks it; `release` undoes both."""
+        """Wraps the projector's linears and hooks the projector. `release` undoes both."""
         self._cram, self._projector, self._temperature = cram, projector, temperature
         self._current = Current()
         linears = [(path, part) for path, part in projector.named_modules() if isinstance(part, nn.Linear)]
@@ -60,11 +62,11 @@ class MixedProjector:
             self._hooks.append(tower.register_forward_hook(self._after_tower))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out what belongs to a forward in progress."""
+        """Leaves out of copies the values of a forward in progress."""
         return {**self.__dict__, "_seen": None, "_weights": None}
 
     def begin_task(self, weights: Mapping[str, Factors]) -> None:
-        """Adds a LoRA, a [r, D_in] and b [D_out, r] per linear, and trains it from here on."""
+        """Adds a LoRA, a [r, D_in] and b [D_out, r] per linear, and starts its training."""
         for path, linear in self.modules.items():
             linear.append(*weights[path], scale=self._cram.config.scale, trained=True)
         self.prototypes = F.pad(self.prototypes, (0, 0, 0, 1))
@@ -77,11 +79,11 @@ class MixedProjector:
             linear.experts = linear.experts.freeze()
 
     def trainable(self) -> list[nn.Parameter]:
-        """The factors in training."""
+        """Returns the factors in training."""
         return [parameter for linear in self.modules.values() for parameter in linear.trainable()]
 
     def state(self) -> dict[str, Tensor]:
-        """Every LoRA, "<path>.a" [E, r, D_in] and "<path>.b" [E, D_out, r], and "prototypes" [E, D_v]."""
+        """Returns "prototypes" [E, D_v], and "<path>.a" [E, r, D_in], "<path>.b" [E, D_out, r] per linear."""
         found = {"prototypes": self.prototypes}
         for path, linear in self.modules.items():
             if pairs := linear.factors(range(len(self.prototypes))):
@@ -90,7 +92,7 @@ class MixedProjector:
         return found
 
     def shapes(self, experts: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the state after a number of tasks with LoRAs of one rank."""
+        """Returns names and shapes of the state after `experts` tasks with LoRAs of one rank."""
         shapes: dict[str, tuple[int, ...]] = {"prototypes": (experts, self.prototypes.shape[1])}
         for path, linear in self.modules.items():
             r = min(rank, linear.in_features, linear.out_features)
@@ -99,7 +101,7 @@ class MixedProjector:
         return shapes if experts else {"prototypes": shapes["prototypes"]}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up a state of the right shapes; every LoRA is frozen."""
+        """Takes up a state of the right shapes. Every LoRA is frozen."""
         self.prototypes = tensors["prototypes"].clone()
         for path, linear in self.modules.items():
             pairs = zip(tensors.get(f"{path}.a", ()), tensors.get(f"{path}.b", ()), strict=True)
@@ -116,7 +118,7 @@ class MixedProjector:
         self._seen = self._cram.encoder.project(output.pooler_output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Chooses the LoRA that the projector's own pass runs with, and the weights of all."""
+        """Chooses the LoRA for the projector's own pass, and the weights of all LoRAs."""
         x, seen = args[0], self._seen
         self._seen = self._weights = None
         if not len(self.prototypes) or self._cram.is_disabled:
@@ -132,7 +134,7 @@ class MixedProjector:
         self._use(-1 if training else 0, x.device)
 
     def _mix(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """The weighted sum over the tasks, in float32; the given output is the first task's."""
+        """The weighted sum over the tasks, in float32. The given output belongs to the first task."""
         if self._weights is None:
             return None
         weights = self._weights.to(output.device)[:, :, None, None]
@@ -148,6 +150,6 @@ class MixedProjector:
 
 
 def mixing_weights(features: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """softmax_t(cos(features[n], prototypes[t]) / temperature), [N, E]; an absent prototype has cosine 0."""
+    """softmax_t(cos(features[n], prototypes[t]) / temperature), [N, E]. A zero prototype has cosine 0."""
     cosines = F.cosine_similarity(features[:, None], prototypes.to(features), dim=-1)
     return torch.softmax(cosines / temperature, dim=-1)

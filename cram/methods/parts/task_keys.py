@@ -1,9 +1,9 @@
-"""Keys by which a sample finds its task: one for image and one for text features, drawn to their means.
+"""Keys that decide a sample's task. Each task has one key for image features and one for text features.
 
     loss = mean over samples of [1 - cos(e_img, k_img)] + [1 - cos(e_txt, k_txt)]
     task(s) = argmax_t cos(e_img, k_img_t) + cos(e_txt, k_txt_t)
 
-A sample without an image has no image term.
+The loss draws each key to the mean of its task's features. A sample without an image has no image term.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class TaskKeys:
 
     Attributes:
         image, text: Finished keys [T, D_q] and [T, D_t].
-        trained: Both keys [1, D] of the task in training, or none.
+        trained: Both keys [1, D] of the task in training; empty if no task is in training.
     """
 
     def __init__(self, image_dim: int, text_dim: int, device: torch.device) -> None:
-        """Holds no key yet."""
+        """Starts without keys."""
         self.image, self.text = (torch.zeros(0, dim, device=device) for dim in (image_dim, text_dim))
         self.trained: list[nn.Parameter] = []
 
     def __len__(self) -> int:
-        """Number of finished tasks."""
+        """Return the number of finished tasks."""
         return len(self.text)
 
     def begin(self) -> None:
@@ -43,18 +43,18 @@ class TaskKeys:
         self.trained = [nn.Parameter(key.to(keys.device)) for key, keys in zip(start, sides, strict=True)]
 
     def finish(self) -> None:
-        """End the task; its keys are kept as they are."""
+        """End the task and keep its keys."""
         self.load(self.state())
 
     def state(self) -> dict[str, Tensor]:
-        """Keys "keys.image" and "keys.text" of all tasks, those in training last."""
+        """Return the keys "keys.image" and "keys.text" of all tasks. The task in training comes last."""
         sides = [[self.image], [self.text]]
         for side, key in zip(sides, self.trained, strict=bool(self.trained)):
             side.append(key.detach())
         return {"keys.image": torch.cat(sides[0]), "keys.text": torch.cat(sides[1])}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the keys of `state`; none is in training."""
+        """Take up the keys of `state`. No task is in training then."""
         self.image, self.text = (
             tensors[name].to(own.device, torch.float32, copy=True)
             for name, own in (("keys.image", self.image), ("keys.text", self.text))
@@ -62,12 +62,12 @@ class TaskKeys:
         self.trained = []
 
     def loss(self, query: Query) -> Tensor:
-        """The loss of the keys in training, a scalar."""
+        """Return the loss of the keys in training, a scalar."""
         image, text = _cosines(query, *self.trained)
         return (query.has_image[:, None].to(image) - image + 1 - text).mean()
 
     def nearest(self, query: Query) -> Tensor:
-        """The most similar task of S samples: int64 [S].
+        """Return the most similar task of each of S samples: int64 [S].
 
         Raises:
             ValueError: If there is no key.
@@ -82,7 +82,7 @@ class TaskKeys:
 def _cosines(query: Query, image_keys: Tensor, text_keys: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines [S, T] of S samples with T image and T text keys.
 
-    A query's image is 0 where a sample has none, and so is its cosine.
+    A sample without an image has image feature 0, and so cosine 0.
     """
     pairs = ((query.image, image_keys), (query.text, text_keys))
     image, text = (F.normalize(x, dim=1) @ F.normalize(keys.to(x.device), dim=1).t() for x, keys in pairs)

@@ -1,4 +1,4 @@
-"""A router a task in every module: the k best experts by the first token of each sample.
+"""One router per task in every module. It chooses the k best experts by the first token of each sample.
 
 g(s) = softmax over the k largest of W_t(s) x_1(s)
 """
@@ -27,13 +27,13 @@ class TaskRouters(LayerGating):
     router: nn.Parameter | None
 
     def __init__(self, path: str, experts: int, in_features: int, k: int) -> None:
-        """Holds no router yet.
+        """Starts without routers.
 
         Args:
             path: The module's path.
-            experts: E.
-            in_features: D_in.
-            k: Experts a sample.
+            experts: Number of experts, E.
+            in_features: Width of the module's input, D_in.
+            k: Experts per sample.
         """
         super().__init__()
         self.path, self.k = path, k
@@ -42,21 +42,21 @@ class TaskRouters(LayerGating):
         self.register_parameter("router", None)
 
     def routers(self) -> Tensor:
-        """Routers [T, E, D_in] of all tasks, the one in training last."""
+        """Return the routers [T, E, D_in] of all tasks. The router in training comes last."""
         return self.finished if self.router is None else torch.cat([self.finished, self.router])
 
     def begin(self) -> None:
-        """Start a task's router, as `nn.Linear` does."""
+        """Start a task's router with the initial values of `nn.Linear`."""
         router = initial_rows(*self.finished.shape[1:])
         self.router = nn.Parameter(router[None].to(self.finished.device))
         self.used.zero_()
 
     def finish(self, order: list[int]) -> None:
-        """End the task; expert `order[i]` becomes expert i in all routers."""
+        """End the task. Expert `order[i]` becomes expert i in all routers."""
         self.finished, self.router = self.routers().detach()[:, order], None
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
-        """Gates [B, E] by the routers of the samples' tasks, which are the route's features [S, 1]."""
+        """Return gates [B, E] by the routers of the samples' tasks, the route's features [S, 1]."""
         assert state.features is not None
         tasks = state.features[:, 0].long()
         if len(x) != len(tasks):

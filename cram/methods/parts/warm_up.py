@@ -1,4 +1,4 @@
-"""CRAM's warm-up: a buffer LoRA acts and trains alone while the task shows its group and its centroid."""
+"""CRAM's warm-up: a buffer LoRA acts and trains alone. Meanwhile the task's group and centroid are found."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from cram.routing.query import Query
 
 
 class WarmUp:
-    """The warm-up of one task after another.
+    """The warm-up; each task begins it anew.
 
     Attributes:
         task: Name of the task.
-        group: Instruction group of the newest batch; None before the first.
+        group: Instruction group of the newest batch. None before the first batch.
     """
 
     def __init__(self, cram: AttachedModel) -> None:
-        """Binds the warm-up to a model; nothing is in training yet."""
+        """Binds the warm-up to a model. Nothing is in training yet."""
         self._cram = cram
         self.task = ""
         self.group: int | None = None
         self._centroid = CentroidMean()
 
     def begin(self, task: str = "") -> None:
-        """Start: in every module a LoRA of rank `config.buffer_rank` acts alone.
+        """Start the buffer: in every module a LoRA of rank `config.buffer_rank` acts alone.
 
         Raises:
             ValueError: If a buffer exists or an expert is in training.
@@ -47,15 +47,15 @@ class WarmUp:
 
     @property
     def has_images(self) -> bool:
-        """Whether an image was counted."""
+        """True if an image was counted."""
         return self._centroid.count > 0
 
     def centroid(self) -> Tensor:
-        """The mean [D_q] of the images' features; zeros without an image."""
+        """Return the mean [D_q] of the images' features. Without an image it is zero."""
         return self._centroid.mean() if self.has_images else torch.zeros(self._cram.encoder.image_dim)
 
     def factors(self) -> dict[str, Factors]:
-        """Factors (a [r, D_in], b [D_out, r]) of the buffer per module, detached.
+        """Return the buffer's factors (a [r, D_in], b [D_out, r]) per module, detached.
 
         Raises:
             ValueError: If there is no buffer.
@@ -65,17 +65,17 @@ class WarmUp:
         return {path: module.solo_factors() for path, module in self._cram.modules.items()}
 
     def end(self) -> None:
-        """Drop the buffer; without one this does nothing."""
+        """Drop the buffer. Without a buffer this does nothing."""
         self._cram.set_solo({})
 
 
 def warmup_steps(max_steps: int, fraction: float) -> int:
-    """Optimiser steps that train the buffer: max(1, round(fraction * max_steps)), ties to even.
+    """Return the number of steps that train the buffer: max(1, round(fraction * max_steps)), ties to even.
 
-    A fraction of 0 or less means no warm-up and gives -1, a step number that is never reached.
+    A fraction of 0 or less means no warm-up. The result is then -1, a step number that is never reached.
 
     Raises:
-        ValueError: if ``max_steps`` is below 1.
+        ValueError: If ``max_steps`` is below 1.
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")

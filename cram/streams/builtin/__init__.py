@@ -22,7 +22,7 @@ class BuiltinStream:
     test_samples: int
 
 
-# A run tests on every task so far after each task: the longer the stream, the smaller its splits.
+# After each task a run tests all tasks so far. So a longer stream has smaller splits.
 STREAMS: dict[str, BuiltinStream] = {
     "builtin": BuiltinStream(TASKS, 1280, 256),
     "builtin-20": BuiltinStream(make_tasks(TABLE[:20]), 1024, 96),
@@ -39,9 +39,9 @@ def build(
     """Draw a built-in stream.
 
     Args:
-        seed: Decides every picture and question; the same seed gives the same stream.
-        train_samples: Training samples a task; None for the stream's own size.
-        test_samples: Test samples a task, likewise; none of them occurs in the training split.
+        seed: Decides every picture and question. The same seed gives the same stream.
+        train_samples: Training samples per task. None stands for the stream's own size.
+        test_samples: Test samples per task, None as above. No test sample occurs in the training split.
         name: A name in `STREAMS`.
 
     Raises:

@@ -94,7 +94,7 @@ class Canvas:
 
     @property
     def dark(self) -> bool:
-        """Whether the top left corner is darker than middle grey."""
+        """True if the top left corner is darker than middle grey."""
         pixel = self._image.getpixel((0, 0))
         return isinstance(pixel, tuple) and sum(pixel[:3]) < 3 * 128
 

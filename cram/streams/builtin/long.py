@@ -1,12 +1,12 @@
 """The long built-in streams of 20 and 50 tasks: a table of domains and questions, in the order of learning.
 
-A domain is a layout in a style, a question belongs to a layout and brings its format (`questions.py`). The
-table holds every kind of recurrence:
+A domain is a layout in a style. A question belongs to a layout and has a format (`questions.py`). The table
+holds every kind of recurrence:
 
 * the same question on another domain ("boards shape" after "sketches shape");
 * the same domain with another question, mostly in another format ("charts tallest" after "charts value");
-* the same domain with another question in the same format ("balls change" after "balls count"), where only
-  the question tells the two apart, not the picture and not the format;
+* the same domain with another question in the same format ("balls change" after "balls count"): neither the
+  picture nor the format separates the two tasks, only the question does;
 * the same task again with new pictures ("sketches shape" a second time, named "sketches-shape-2").
 
 The 20 tasks are the first of the 50. A task's pictures depend on the seed and the task's name alone.

@@ -1,8 +1,8 @@
-"""The questions of the long built-in streams: for each layout, what may be asked and in which format.
+"""The questions of the long built-in streams: for each layout, the possible questions and their formats.
 
-A question reads its answer off the scene, so it goes with every style. A format fixes the last sentence of
-the instruction, the scorer and the length of an answer. The wordings are such that the base's text features,
-under the joining rule of `cram/routing/groups.py`, make one instruction group of each format.
+A question reads its answer off the scene, so it works with every style. A format fixes the last sentence of
+the instruction, the scorer and the length of an answer. The wordings are chosen so that each format becomes
+one instruction group, with the base's text features and the joining rule of `cram/routing/groups.py`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ FORMATS: dict[str, Format] = {
     "list": Format("Name them all.", "anls", 16),
 }
 
-# What may be drawn and asked: a random generator and a scene give the question and its answer.
+# (random generator, scene) -> (question, answer).
 Ask = Callable[[np.random.Generator, Scene], tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question in a format; `ask` draws its wording where it varies, and reads the answer off the scene."""
+    """A question in a format. `ask` draws the wording and reads the answer off the scene."""
 
     format: str
     ask: Ask

@@ -1,7 +1,7 @@
-"""The pictures of the long built-in streams: layouts say what there is, styles say how it is drawn.
+"""The pictures of the long built-in streams. A layout decides the objects, a style decides their look.
 
-A layout draws a `Scene` from a random generator, a style turns a scene into a picture; any layout goes with
-any style. A domain of `long.py` is one of each.
+A layout draws a `Scene` from a random generator, and a style turns a scene into a picture. Every layout works
+with every style. A domain of `long.py` is one layout in one style.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEVEL_HEIGHT = 6.0
 class Thing:
     """One object: a shape, a "bar" of some level or a "digit" of some level, with where and how it lies.
 
-    `color` None is an unlit object, drawn grey, or a digit, drawn in what the ground shows best.
+    An object whose `color` is None is unlit and grey. A digit without a colour gets the one that shows best.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of a picture in reading order; `vertical`: the two of a pair lie one above the other."""
+    """The objects of a picture in reading order. `vertical`: one object of a pair lies above the other."""
 
     things: tuple[Thing, ...]
     vertical: bool = False
@@ -135,8 +135,8 @@ class Style:
     Attributes:
         ground: Colour of the ground.
         fade: Colour that the ground fades to at the bottom.
-        grain: Spread of the random texture of a ground that does not fade, in a grid of `cells`.
-        cells: See `grain`.
+        grain: Spread of the random texture. Only a ground that does not fade has a texture.
+        cells: Size of the texture's grid.
         pattern: Name in `PATTERNS` of the lines over the ground.
         ink: Colour of the pattern.
         pen: Name in `PENS`.
@@ -169,7 +169,7 @@ STYLES: dict[str, Style] = {
 
 
 def render(rng: np.random.Generator, scene: Scene, style: Style) -> Image.Image:
-    """The picture of a scene; the generator moves the ground, the ink and the pen a little."""
+    """Return the picture of a scene. The generator moves the ground, the ink and the pen a little."""
     ground = jitter_color(rng, style.ground, 6)
     if style.fade is None:
         canvas = Canvas(noise_background(rng, ground, style.grain, style.cells))

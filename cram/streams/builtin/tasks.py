@@ -1,8 +1,8 @@
-"""The six built-in tasks: each a picture kind of its own, a question and the form its answer must take.
+"""The six built-in tasks. Each has its own kind of picture, its own question and its own form of answer.
 
 In the spirit of UCIT: classification of sketches with option letters, chart reading, captioning, icon
-questions, counting arithmetic on rendered scenes, and handwritten digits. Every generator draws one sample
-from a random generator and nothing else, so that a seed decides the whole stream.
+questions, counting arithmetic on rendered scenes, and handwritten digits. A sample depends only on the random
+generator, so a seed decides the whole stream.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BuiltinTask:
     """A task's generator with its scoring rule and answer length in tokens.
 
     Attributes:
-        key: Decides the task's pictures together with the stream's seed; no two tasks share one.
+        key: Decides the task's pictures, together with the stream's seed. Every task has another key.
     """
 
     key: int

@@ -101,7 +101,7 @@ def test_limit_thins_out_by_seed(tmp_path: Path) -> None:
     assert [len(split) for split in first] == [12, 10, 12, 10]
     assert first == ids(0) != ids(1)
     assert all(split == sorted(split, key=int) for split in first)
-    with pytest.raises(ValueError, match="limit must be at least 1 sample a split, got 0"):
+    with pytest.raises(ValueError, match="limit must be at least 1 sample per split, got 0"):
         load_stream("ucit", limit=0)
 
 
