@@ -1,1 +1,1 @@
-"""Benchmarks of CRAM: one command, cases named after real models, the gate before the figures."""
+"""Benchmarks of CRAM: one command, and cases named after real models. No figure without a correct result."""

@@ -1,4 +1,4 @@
-"""Who takes part in which case: the baselines, and every implementation through the public functions."""
+"""The candidates of each case: the baselines, and every implementation through the public functions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Candidate:
 
     Attributes:
         build: Makes the layer on a problem.
-        ops: The cases' operations that it takes part in.
-        truth: The results it must give, in float64.
-        missing: Why it cannot run here, or None.
-        captured: Whether it can run in a CUDA graph; what reads a device value on the host cannot.
-        ours: Whether it is this package.
+        ops: The operations whose cases it takes part in.
+        truth: The right results, in float64.
+        missing: The reason why it cannot run on this machine, or None.
+        captured: True if it can run in a CUDA graph. Code that reads a device value on the host cannot.
+        ours: True for this package's implementations.
     """
 
     build: Callable[[Problem], Layer]
@@ -69,7 +69,7 @@ def _no_impl(op: str, impl: str, case: Case, device: torch.device) -> str | None
 
 
 def _ours() -> dict[str, Candidate]:
-    """One candidate an implementation; those that an op lacks say so in the results."""
+    """One candidate per implementation. The results name implementations that an op lacks."""
     found = {}
     for impl in IMPLS:
         missing = partial(_no_impl, "expert_lora", impl)
@@ -116,7 +116,7 @@ def _parts() -> dict[str, Candidate]:
     }
 
 
-# The first candidate of an operation is what the others are measured against.
+# The others are measured against the first candidate of an operation.
 CANDIDATES: dict[str, Candidate] = {
     "base": Candidate(linear.base, truth=truth.base),
     "released": Candidate(loops.released, captured=False),
@@ -134,7 +134,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def _stacked(candidate: Candidate) -> Candidate:
-    """One call a layer of the stack, each by the candidate."""
+    """The candidate, called once per layer of the stack."""
 
     def build(p: Problem) -> Layer:
         x, gates = leaf(p.x), leaf(p.gates)

@@ -1,4 +1,4 @@
-"""What is measured: widths of real models, ranks of real streams, the grids of `toy`, `quick` and `full`."""
+"""The cases: widths of real models, ranks of real streams, and the grids of `toy`, `quick` and `full`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Model:
     bias: bool = False  # on q, k and v
 
     def linear(self, projection: str) -> tuple[int, int, bool]:
-        """Return (D_in, D_out, whether there is a bias) of q, k, v, o, gate, up or down."""
+        """Return (D_in, D_out, True if there is a bias) of q, k, v, o, gate, up or down."""
         hidden, mlp = self.hidden, self.mlp
         kv = (hidden, self.key_value, self.bias)
         return {
@@ -46,8 +46,8 @@ MODELS = {
     "toy": Model(2, 64, 32, 96),
 }
 
-# Ranks such as instantiation gives them (at most 9 on UCIT, 10 on TriGap, at least 4); "-groups" puts the
-# experts into instruction groups, so that a sample's gates are exactly 0 outside its own.
+# Typical results of instantiation: at least 4, at most 9 on UCIT and 10 on TriGap. "-groups" puts the experts
+# into instruction groups. A sample's gates are exactly 0 outside its own group.
 STREAMS = {
     "ucit": (9, 8, 9, 7, 6, 4),
     "trigap": (10, 9, 10, 8, 7, 10, 6, 9, 5, 4),
@@ -64,7 +64,7 @@ TRAINING_OPS = ("train", "stacked-train", "gates-train")
 
 
 def model_named(name: str) -> Model:
-    """Return a model by name; "square-512" is one whose linears are all 512 wide."""
+    """Return a model by name. All linears of "square-512" are 512 wide."""
     if name.startswith("square-"):
         width = int(name.removeprefix("square-"))
         return Model(32, width, width, width)
@@ -72,7 +72,7 @@ def model_named(name: str) -> Model:
 
 
 def ranks_named(stream: str) -> tuple[int, ...]:
-    """Return a stream's ranks by name; "64x8" is 64 experts of rank 8."""
+    """Return a stream's ranks by name. "64x8" stands for 64 experts of rank 8."""
     if uniform := re.fullmatch(r"(\d+)x(\d+)", stream):
         return (int(uniform[2]),) * int(uniform[1])
     return STREAMS[stream]
@@ -84,14 +84,14 @@ class Case:
 
     Attributes:
         op: forward (gates given), routed (gates computed in the call), train (forward, backward), decode
-            (one token a request), stacked, stacked-train (linears that read the same x), gates, gates-train
+            (one token per request), stacked, stacked-train (linears that read the same x), gates, gates-train
             (all layers), shrink, expand, gram (one product each).
-        model, projection: Name in `MODELS` and linear of it; "q+k+v" for a stack; the gates have none.
+        model, projection: Name in `MODELS`, and a linear of that model. "q+k+v" is a stack. Gates have none.
         stream: Name in `STREAMS`.
-        tokens: T; for gates the number of samples.
-        segments: Samples S, each with its own gates; T in decode.
+        tokens: T. For gates, the number of samples.
+        segments: S, the number of samples. Each sample has its own gates. In decode S equals T.
         dtype: Name in `DTYPES`.
-        compiled: Whether torch.compile is measured as well, which takes long.
+        compiled: True if torch.compile is measured as well. Compiling takes long.
     """
 
     op: str
@@ -105,7 +105,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique name, also what `--only` searches."""
+        """Unique name. `--only` searches it."""
         linear = f"{self.model}.{self.projection}" if self.projection else self.model
         return f"{self.op}/{linear}/{self.stream}/T{self.tokens}/{self.dtype}"
 
@@ -116,12 +116,12 @@ class Case:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The linears of a stack, or the one."""
+        """The linears of a stack, or the one linear."""
         return tuple(self.projection.split("+"))
 
     @property
     def training(self) -> bool:
-        """Whether a backward pass belongs to it."""
+        """True if the case has a backward pass."""
         return self.op in TRAINING_OPS
 
 

@@ -1,9 +1,9 @@
-"""How fast the hardware allows a case to be: bytes and FLOPs of its phases, from the shapes.
+"""The least time of a case on this hardware: bytes and FLOPs of its phases, from the shapes.
 
 A phase reads each input once and writes each output once; its floor is the longer of bytes / copy bandwidth
 and FLOPs / matmul rate, both measured on the machine. A case's floor is the sum over its phases, which run
-one after another. The expand as a pass of its own (read and write y) is part of it: a fused base product
-could go below.
+one after another. The floor counts EXPAND as a pass of its own that reads and writes y. A base product with
+EXPAND fused into it could go below the floor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.cases import DTYPES, GATE_OPS, QUERY_WIDTH, Case, model_named
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that ends before the next begins."""
+    """A part of the work. The next phase begins after it has ended."""
 
     name: str
     moved_bytes: float
@@ -24,7 +24,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches: copied bytes (read and written) and, by dtype, matmul FLOPs a microsecond."""
+    """Measured rates per microsecond: copied bytes (read and written), and matmul FLOPs by dtype."""
 
     bytes_per_us: float
     flops_per_us: dict[str, float]
@@ -36,7 +36,7 @@ class Ceilings:
 
 
 def base_phases(case: Case) -> list[Phase]:
-    """The frozen linear (of a stack, each): forward, and dX in training."""
+    """The frozen linear, or each linear of a stack: forward, and dX in training."""
     if len(case.projections) > 1:
         return [phase for one in case.projections for phase in base_phases(replace(case, projection=one))]
     d_in, d_out, _ = model_named(case.model).linear(case.projection)
@@ -46,7 +46,7 @@ def base_phases(case: Case) -> list[Phase]:
 
 
 def expert_phases(case: Case) -> list[Phase]:
-    """What the experts add: SHRINK and EXPAND, and in training V, GRAM of the last expert, EXPAND into dX."""
+    """The experts: SHRINK and EXPAND. In training also V, GRAM of the last expert, and EXPAND into dX."""
     if len(case.projections) > 1:
         return [phase for one in case.projections for phase in expert_phases(replace(case, projection=one))]
     d_in, d_out, _ = model_named(case.model).linear(case.projection)
@@ -72,7 +72,7 @@ def expert_phases(case: Case) -> list[Phase]:
 
 
 def gate_phases(case: Case) -> list[Phase]:
-    """All layers' gates: centroids read once (and their gradient written once); products in float32."""
+    """The gates of all layers: centroids read once, their gradient written once, products in float32."""
     layers, samples, experts = model_named(case.model).layers, case.segments, len(case.ranks)
     table = layers * experts * QUERY_WIDTH
     out = layers * samples * experts
@@ -82,7 +82,7 @@ def gate_phases(case: Case) -> list[Phase]:
 
 
 def phases(case: Case) -> list[Phase]:
-    """Everything a candidate with experts does."""
+    """All phases of a candidate with experts."""
     if case.op in GATE_OPS:
         return gate_phases(case)
     if case.op in ("shrink", "expand", "gram"):

@@ -1,4 +1,4 @@
-"""What the figures should show, as data; a table in the report, never a test."""
+"""The goals for the figures, as data. They become a table in the report and are never a test."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Goal:
     """A bound on a measure over all cells that match.
 
     Attributes:
-        text: What it says.
+        text: The goal in words.
         device: "cpu" or "cuda".
         where: Field of the case -> the values it may have.
-        measure: Of a cell and the package's candidate in it; None where a figure is missing.
-        bound: At most this for a shown unit of "%" , "x" or "us"; at least this for "less".
-        unit: How it is shown.
+        measure: (cell, the package's candidate in the cell) -> figure, or None if a figure is missing.
+        bound: The largest allowed figure for the units "%", "x" and "us"; the smallest for "less".
+        unit: The unit shown.
     """
 
     text: str
@@ -58,9 +58,10 @@ def _of(function: Callable[[float, float], float], other: str) -> Measure:
 
 
 def _less_added(other: str) -> Measure:
-    """How many times less is added to the base than by another candidate; 1 % of the base at least.
+    """Time that another candidate adds to the base, divided by the time that this package adds.
 
-    Infinite where nothing is added: the layer with its experts is as fast as torch's linear without.
+    Added times count as at least 1 % of the base. Infinite if the package adds nothing: then its layer with
+    experts is as fast as torch's linear alone.
     """
 
     def measure(cell: Cell, ours: str) -> float | None:
@@ -158,7 +159,7 @@ GOALS = [
 
 
 def checked(results: dict[str, Any]) -> list[Checked]:
-    """Return the goals of the run's device for which there are figures, each at its worst cell."""
+    """Return the goals of the run's device that have figures, each with its worst cell."""
     device = results["environment"]["device"]
     found = []
     for goal in GOALS:
@@ -193,7 +194,7 @@ def _check(goal: Goal, measured: list[tuple[float, Cell]]) -> Checked:
 
 
 def ours(cell: Cell, device: str) -> str:
-    """Return the candidate that `impl="auto"` stands for in a cell; among the parts the package's kernel."""
+    """Return the candidate that `impl="auto"` takes in a cell. For single products: the package's kernel."""
     if "triton" in cell["rows"]:
         return "triton"
     names = (f"cram {impl}" for impl in AUTO[device])

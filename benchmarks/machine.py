@@ -1,4 +1,4 @@
-"""What the figures depend on: machine, versions, commit, and the machine's two measured ceilings."""
+"""The conditions of the figures: machine, versions, commit, and the machine's two measured ceilings."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def results_folder() -> Path:
 
 
 def load() -> float:
-    """Return how many processes wanted a core over the last minute, this one included."""
+    """Return the mean number of processes that wanted a core over the last minute, this process included."""
     return round(os.getloadavg()[0], 2)
 
 
 def machine_name(device: torch.device) -> str:
-    """Return the name of this machine's results: the GPU, or the CPU, its instructions and threads; and
+    """Return the name of this machine's results: the GPU, or the CPU with its instructions and threads, and
     torch's version."""
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.type == "cuda":
@@ -110,7 +110,8 @@ def cache_bytes(device: torch.device) -> int:
 def ceilings(device: torch.device, small: bool = False) -> Ceilings:
     """Measure copy bandwidth and matmul rate on random data: the 10th percentile of the times.
 
-    Where a CPU has no fast bfloat16 product, its rate is that of float32, which widening can reach.
+    If a CPU has no fast bfloat16 product, the rate of float32 stands in, because widening can reach that
+    rate.
     """
     cuda = device.type == "cuda"
     elements = 2**16 if small else 2**30 if cuda else 2**25
@@ -133,7 +134,7 @@ def ceilings(device: torch.device, small: bool = False) -> Ceilings:
 
 
 def fast_halves() -> bool:
-    """Return whether torch multiplies bfloat16 at full speed on this CPU."""
+    """Return True if torch multiplies bfloat16 at full speed on this CPU."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -24,10 +24,10 @@ class Work:
 
     Attributes:
         model: In evaluation mode, on its device.
-        encoder, processor: What `cram.attach` takes.
+        encoder, processor: Arguments for `cram.attach`.
         batch, labels: Model inputs of a training step, labels [B, T].
         prompt: Model inputs of generation.
-        routed: Whether the encoder can route; else gates are fixed.
+        routed: True if the encoder can route. Otherwise gates are fixed.
     """
 
     model: Any

@@ -16,14 +16,14 @@ OPS = {m.OP.name: m.OP for m in (layer_api, stacked, routed, gates_api, penalty_
 
 def missing(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why an implementation has no figure on a device, or None."""
-    # The interpreter is for tests: it says nothing about speed.
+    # Triton's interpreter is for tests. Its times say nothing about a GPU.
     if impl == "triton" and device.type != "cuda":
         return "Triton needs a CUDA device"
     return OPS[op].why_missing(impl, device, dtype)
 
 
 def two_ops(p: Problem, impl: str) -> Layer:
-    """expert_lora, its gates given or from centroid_gates in the same call."""
+    """expert_lora. Its gates are given, or computed by centroid_gates in the same call."""
     experts = p.experts()
     x, gates = leaf(p.x), leaf(p.gates)
     if p.case.op == "routed":
@@ -47,7 +47,7 @@ def one_op(p: Problem, impl: str) -> Layer:
 
 
 def all_gates(p: Problem, impl: str | None) -> Layer:
-    """centroid_gates of all layers, or with None the formula as it is written down."""
+    """centroid_gates of all layers. With None, the plain formula."""
     centroids = leaf(p.centroids)
     if impl is None:
         return Layer(lambda: plain_gates(p.query, centroids), {"centroids": centroids})

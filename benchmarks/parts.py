@@ -1,6 +1,6 @@
-"""The three products one by one: by the library's matmul, and by the package's kernels with a tile of choice.
+"""The three products one by one: by the library's matmul, and by the package's kernels with a given tile.
 
-Expand adds to dy, which stands for y; gram makes dA from V o w and dBt from Z o w, one after another.
+"expand" adds to dy, which stands for y. "gram" makes dA from V o w, and then dBt from Z o w.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cram_kernels.launch import Launch, architecture
 
 
 def matmul(p: Problem) -> Layer:
-    """cuBLAS, or the CPU's library: gating is a pass of its own over [T, R]."""
+    """cuBLAS, or the CPU's library. Gating is a separate pass over [T, R]."""
     x, a, bt, dy = p.x, p.packed_a, p.packed_bt, p.dy
     if p.case.op == "shrink":
         return Layer(lambda: F.linear(x, a), {})
@@ -36,7 +36,7 @@ def matmul(p: Problem) -> Layer:
 
 
 def triton_part(p: Problem, tile: Any = None) -> Layer:
-    """The package's kernel; `tile` None for the shipped one."""
+    """The package's kernel. With `tile` None, the shipped tile."""
     return {"shrink": _shrink, "expand": _expand, "gram": _gram}[p.case.op](p, tile or shipped_tile(p))
 
 
@@ -109,5 +109,5 @@ def _gram(p: Problem, tile: Any) -> Layer:
     )
 
 
-# Timed over and over, expand goes on adding to the same y: values grow, the work stays.
+# Repeated calls of expand add to the same y again and again. Values grow, but the work stays the same.
 PARTS: dict[str, Callable[[Problem], Layer]] = {"matmul": matmul, "triton": triton_part}

@@ -9,7 +9,7 @@ from benchmarks import floors
 from benchmarks.cases import LAYER_OPS, STACKED_OPS, Case
 from benchmarks.report import duration
 
-# One colour a candidate throughout; ours stand out, baselines are grey to brown.
+# One colour per candidate in all plots. Baselines are grey to brown, so ours stand out.
 COLOURS = {
     "released": "#7f7f7f",
     "loop": "#b0a18f",
@@ -42,7 +42,7 @@ OPS = (*LAYER_OPS, *STACKED_OPS)
 
 
 def write(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """Write ratios.png and roofline.png; returns what was written."""
+    """Write ratios.png and roofline.png. Return the written files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def write(folder: Path, results: dict[str, Any]) -> list[Path]:
 
 
 def _spread(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return up to three cells of each operation, its first, middle and last."""
+    """Return up to three cells of each operation: the first, the middle and the last."""
     chosen = []
     for op in OPS:
         of_op = [cell for cell in cells if cell["case"]["op"] == op]
@@ -67,7 +67,7 @@ def _spread(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ratios(file: Path, cells: list[dict[str, Any]], results: dict[str, Any]) -> Path:
-    """Bars from 1 to t / t_base, one panel a case, on one logarithmic axis for all panels."""
+    """Bars from 1 to t / t_base, one panel per case. All panels share one logarithmic axis."""
     from matplotlib import pyplot as plt
 
     cells = _spread(cells)
@@ -106,7 +106,7 @@ def timed_rows(cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _roofline(file: Path, cells: list[dict[str, Any]], results: dict[str, Any]) -> Path:
-    """Achieved FLOP/s against intensity by the byte model, under the measured ceilings; one panel a dtype."""
+    """Achieved FLOP/s against modelled intensity, under the measured ceilings. One panel per dtype."""
     from matplotlib import pyplot as plt
 
     ceilings = floors.Ceilings(**results["ceilings"])

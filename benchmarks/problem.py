@@ -1,4 +1,4 @@
-"""The data of one case: random tensors on the device, as many sets as it takes to leave the caches cold."""
+"""The data of one case: random tensors on the device, in so many sets that every call finds cold caches."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from benchmarks.cases import DTYPES, GATE_OPS, GROUP_SIZE, QUERY_WIDTH, Case, mo
 from cram_kernels import PackedExperts, pack_experts
 
 SCALE, SIGMA = 2.0, 2.0
-# Sets of buffers together exceed the last cache so many times; a cyclic walk then finds nothing in it.
+# All sets of buffers together are this many times the last cache. A cyclic walk then finds nothing in the
+# cache.
 CACHE_FACTOR, MOST_BYTES = 4, 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one call, named as in cram_kernels; the last expert is trained.
+    """Inputs of one call, named as in cram_kernels. The last expert is trained.
 
     Attributes:
         x, weight, bias, dy: [T, D_in], [D_out, D_in], [D_out] or None, and y's gradient.
         a, b: Experts in PEFT's shapes.
         gates: [S, E] float32.
-        query, centroids: [S, D_q] and [L, E, D_q] float32; L is 1 for a linear.
+        query, centroids: [S, D_q] and [L, E, D_q] float32. L is 1 for a linear.
         siblings: The other linears of a stack, on the same x and gates.
     """
 
@@ -69,15 +70,15 @@ class Problem:
 
     @property
     def trained_rank(self) -> int:
-        """Packed rows that are trained."""
+        """Number of packed rows that are trained."""
         return self.case.ranks[-1]
 
     def experts(self) -> PackedExperts:
-        """Pack the experts; the last one is trained in training cases."""
+        """Pack the experts. In training cases the last expert is trained."""
         return pack_experts(self.a, self.b, SCALE, trained=int(self.case.training))
 
     def route(self) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-        """Return what gives plain PyTorch baselines their gates [S, E], and the gates to differentiate by."""
+        """Return a function that gives plain PyTorch baselines the gates [S, E], and the gates' leaves."""
         if self.case.op == "routed":
             return lambda: plain_gates(self.query, self.centroids)[0], {}
         gates = leaf(self.gates)
@@ -114,13 +115,13 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def plain_gates(query: Tensor, centroids: Tensor) -> Tensor:
-    """Gates [L, S, E] as the formula is written down: distances, then softmax."""
+    """Gates [L, S, E] by the plain formula: distances, then softmax."""
     squared = torch.cdist(query.expand(len(centroids), -1, -1), centroids).square()
     return (-squared / (2 * SIGMA**2)).softmax(-1)
 
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw the data of a case; unit-scale outputs."""
+    """Draw the data of a case. Outputs have unit scale."""
     if len(case.projections) > 1:
         first, *others = (
             _draw(replace(case, projection=one), device, 1000 * seed + i)
@@ -172,7 +173,7 @@ def rotation(case: Case, device: torch.device, cache_bytes: int, most: int = 32)
 
 
 def smaller(case: Case, most_tokens: int) -> Case:
-    """Return the case with at most so many tokens and the same number of tokens a segment, or one segment."""
+    """Return the case with at most `most_tokens`: as many tokens per segment as before, or one segment."""
     if case.tokens <= most_tokens:
         return case
     each = case.tokens // case.segments

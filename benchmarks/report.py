@@ -1,4 +1,4 @@
-"""The Markdown table of a run: goals first, then one table an operation."""
+"""The Markdown page of a run: first the goals, then one table per operation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MEANINGS = {
 
 
 def write(folder: Path, results: dict[str, Any], committed: dict[str, Any] | None = None) -> Path:
-    """Write table.md; `committed` are earlier results of the same machine to compare with."""
+    """Write table.md. `committed` are earlier results of the same machine, for comparison."""
     file = folder / "table.md"
     file.write_text("\n".join(lines(results, committed)) + "\n")
     return file
@@ -75,7 +75,7 @@ def lines(results: dict[str, Any], committed: dict[str, Any] | None = None) -> l
 
 
 def compact(results: dict[str, Any]) -> list[str]:
-    """Return the goals and one line a case, short enough for the end of a log."""
+    """Return the goals and one line per case, short enough for the end of a log."""
     shown = [
         f"{'ok  ' if g.holds else 'MISS'} {g.text}: {g.found}, wanted {g.wanted}; {g.where}"
         for g in goals.checked(results)
@@ -96,7 +96,7 @@ def compact(results: dict[str, Any]) -> list[str]:
 
 
 def added(cell: dict[str, Any], name: str, base: str) -> float | None:
-    """Return (t - t_base) / t_base, or None where one is missing."""
+    """Return (t - t_base) / t_base, or None if a time is missing."""
     times = [cell["rows"].get(n, {}).get("median_us") for n in (name, base)]
     return None if None in times else times[0] / times[1] - 1
 
@@ -151,7 +151,7 @@ def _setting(results: dict[str, Any]) -> str:
 
 
 def _busy(environment: dict[str, Any]) -> bool:
-    """Whether other processes took processor time from a CPU run, whose own threads are load after it."""
+    """True if other processes took processor time from a CPU run. The run's own threads are subtracted."""
     if environment["device"] != "cpu":
         return False
     after = environment.get("load_after", 0.0) - environment["threads"]
@@ -159,7 +159,7 @@ def _busy(environment: dict[str, Any]) -> bool:
 
 
 def _distance(results: dict[str, Any], committed: dict[str, Any]) -> str:
-    """Return how far the medians are from those of the committed run."""
+    """Return the distance of the medians from those of the committed run."""
     before = {
         (cell["name"], name): row["median_us"]
         for cell in committed["cases"]

@@ -1,4 +1,4 @@
-"""The main benchmark: for every case the gate, then the figures, written after each case."""
+"""The main benchmark. Every case has the gate first, then the figures. Each case is written at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.cases import GATE_OPS, PART_OPS, SUITES, Case
 from benchmarks.problem import Layer, Problem, make, rotation, smaller
 from benchmarks.timing import Limits, Step, interleaved, sampler, seconds
 
-# What one candidate may raise without costing the others their figures.
+# If a candidate raises one of these, the other candidates still get their figures.
 FAILURES: tuple[type[BaseException], ...] = (
     RuntimeError,
     ValueError,
@@ -40,27 +40,28 @@ LIMITS = {
     ("quick", "cpu"): _BRIEF,
     ("full", "cpu"): _LONG,
     ("quick", "cuda"): _BRIEF,
-    # Device time is short, and events resolve well: more cases rather than more samples.
+    # Device time is short and events resolve well. So there are more cases and fewer samples.
     ("full", "cuda"): Limits(0.15, 7, 40),
 }
-# A case whose first candidate takes longer than so many seconds a call is left out: torch multiplies bfloat16
-# very slowly on processors without instructions for it.
+# A case is left out if its first candidate takes more than this many seconds per call. torch multiplies
+# bfloat16 very slowly on processors without instructions for it.
 LONGEST_CALL, PROBE_TOKENS = {"toy": 60.0, "quick": 2.0, "full": 1.5}, 64
-# On a CPU the gate runs on fewer tokens: float64 products of the full size would outlast the benchmark.
+# On a CPU the gate runs on fewer tokens, because float64 products of the full size would outlast the
+# benchmark.
 GATE_TOKENS = {"cpu": 64, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and where to write it.
+    """The settings of a run.
 
     Attributes:
         suite: toy, quick or full.
-        device: Where.
+        device: The device of all tensors.
         out: Folder of the results.
         only: Regular expression searched in the cases' names.
-        budget_seconds: After so long no further case is begun.
-        resume: Go on from results of the same commit; a case that was under way counts as failed.
+        budget_seconds: No case begins after this time.
+        resume: Go on from results of the same commit. A case that was interrupted counts as failed.
     """
 
     suite: str
@@ -72,7 +73,7 @@ class Plan:
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Measure; return what results.json holds."""
+    """Measure, and return the content of results.json."""
     deadline = time.monotonic() + plan.budget_seconds
     chosen = [case for case in SUITES[plan.suite, plan.device.type] if re.search(plan.only, case.name)]
     if not chosen:
@@ -81,7 +82,7 @@ def run(plan: Plan) -> dict[str, Any]:
     ceilings = floors.Ceilings(**results["ceilings"])
     done = {cell["name"] for cell in results["cases"]}
     if plan.device.type == "cuda":
-        gc.freeze()  # what is loaded by now stays: collecting between cases need not look at it
+        gc.freeze()  # objects loaded so far stay, so collections between cases can skip them
     for case in chosen:
         if case.name in done:
             continue
@@ -131,7 +132,7 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def base_seconds(case: Case, device: torch.device) -> float:
-    """Return about how long one call of the case's first candidate takes, from one on a few of its tokens."""
+    """Return the estimated time of one call of the case's first candidate, from a call on a few tokens."""
     few = smaller(case, PROBE_TOKENS)
     problem = make(few, device)
     with torch.set_grad_enabled(case.training):
@@ -146,10 +147,10 @@ def measure(
     ceilings: floors.Ceilings,
     only: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Gate and time the candidates of one case; `only` those named, or None for all."""
+    """Gate and time the candidates of one case. `only` names some of them; None takes all."""
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Candidate] = {}
-    torch.compiler.reset()  # compiled code is specialised to a case; the next must not count as recompiling
+    torch.compiler.reset()  # compiled code belongs to one case; the next case must not count as a recompile
     gate = make(smaller(case, GATE_TOKENS[device.type]), device, seed=1)
     expected: dict[truth.Truth, dict[str, torch.Tensor]] = {}
     for name, candidate in taking_part(case.op).items():
@@ -183,13 +184,13 @@ def measure(
 
 
 def passed(candidate: Candidate, gate: Problem, expected: dict[str, torch.Tensor] | None = None) -> float:
-    """Return the candidate's error on a problem; raises where it is too large."""
+    """Return the candidate's error on a problem. Raise if the error is too large."""
     actual = truth.results(gate, candidate.build(gate))
     return truth.error(actual, expected or candidate.truth(gate), truth.LIMITS[gate.case.dtype])
 
 
 def step(p: Problem, layer: Layer) -> Step:
-    """What is timed: the forward, in training with the gradients of all leaves."""
+    """Return the timed function: the forward, and in training the gradients of all leaves."""
     if not p.case.training:
         return layer.forward
     leaves = tuple(layer.leaves.values())
@@ -209,7 +210,7 @@ def costs(p: Problem, layer: Layer, ceilings: floors.Ceilings, name: str) -> dic
 
 
 def saved_bytes(p: Problem, layer: Layer) -> int:
-    """Return the bytes that autograd keeps between forward and backward, weights and experts left out."""
+    """Return the bytes that autograd keeps between forward and backward, without weights and experts."""
     constant = [t for one in p.stack for t in (one.weight, one.bias, *one.a, *one.b)]
     constant += [p.packed_a, p.packed_bt, *(t for n, t in layer.leaves.items() if n not in ("x", "gates"))]
     known = {t.untyped_storage().data_ptr() for t in constant if t is not None}
@@ -245,7 +246,7 @@ def _release(device: torch.device) -> None:
 
 @contextmanager
 def _recorded(rows: dict[str, dict[str, Any]], name: str) -> Iterator[None]:
-    """Turn a failure of one candidate into its row."""
+    """Write the failure of a candidate into the candidate's row."""
     try:
         yield
     except failures() as error:
@@ -254,7 +255,7 @@ def _recorded(rows: dict[str, dict[str, Any]], name: str) -> Iterator[None]:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """Return what a candidate may raise, Triton's own errors included where it is installed."""
+    """Return the errors that a candidate may raise. If Triton is installed, its errors are among them."""
     try:
         from triton.errors import TritonError
     except ImportError:

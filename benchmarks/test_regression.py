@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only --benchmark-autosave
     pytest-benchmark compare
 
-Not part of the test suite: nothing here asserts a time.
+This module is not part of the test suite and asserts no time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = [
 
 
 def _chosen() -> list[Any]:
-    """The package's candidates of each case, and its base for scale."""
+    """The package's candidates of each case, and the base linear for comparison."""
     return [
         pytest.param(case, name, id=f"{case.name}-{name}")
         for case in CASES

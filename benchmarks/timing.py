@@ -1,9 +1,11 @@
 """Time per call of several candidates, interleaved in one process.
 
-On a CPU a sample is a number of calls between two readings of the clock. On CUDA it is a number of replays of
-one graph that holds a call on every set of buffers, between two events; a candidate that reads device values
-on the host is called eagerly instead, which its row says. Calls walk through all sets of buffers, so none is
-in the cache; candidates that are called eagerly walk together, or one would find what another has just read.
+On a CPU a sample is a number of calls between two readings of the clock. On CUDA a sample is a number of
+replays of one graph between two events; the graph holds one call per set of buffers. A candidate that reads
+device values on the host is called eagerly, and its row says so.
+
+Calls walk through all sets of buffers, so no call finds its data in the cache. Eager candidates share one
+walk. Otherwise a candidate would find the data that another candidate has just read.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
-# A sample lasts at least so long, far above what the clock resolves.
+# Least length of a sample, far above the resolution of the clock.
 SAMPLE_SECONDS = 2e-3
 WARM_CALLS, WARM_SECONDS = 3, 0.3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long one case may take.
+    """The limits of one case.
 
     Attributes:
-        seconds: For each candidate, once the least number of samples is there.
-        least, most: Samples of each candidate.
-        sets: Sets of buffers at most.
+        seconds: Time per candidate. The least number of samples is taken in any case.
+        least, most: Least and largest number of samples per candidate.
+        sets: Largest number of sets of buffers.
     """
 
     seconds: float
@@ -44,8 +46,8 @@ class Sampler:
     """A candidate ready to be timed.
 
     Attributes:
-        run: Makes some calls.
-        calls: How many.
+        run: Makes `calls` calls.
+        calls: Number of calls per run.
         mode: "graph" or "eager".
     """
 
@@ -56,7 +58,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, 10th and 90th percentile over the samples."""
+    """Microseconds per call: median, 10th and 90th percentile over the samples."""
 
     median_us: float
     low_us: float
@@ -67,13 +69,13 @@ class Timing:
 def sampler(
     steps: Sequence[Step], device: torch.device, captured: bool, turns: Iterator[int] | None = None
 ) -> Sampler:
-    """Warm up every step (one a set of buffers) and return what makes calls on them in turn.
+    """Warm up every step, and return a sampler that calls the steps in turn.
 
     Args:
-        steps: A call on each set of buffers.
-        device: Where.
-        captured: Whether the calls can be captured in a CUDA graph.
-        turns: Counts the calls of all candidates that share the sets; its own where None.
+        steps: One call per set of buffers.
+        device: The device of the calls.
+        captured: True if the calls can be captured in a CUDA graph.
+        turns: Counter of the calls of all candidates that share the sets. None makes a new counter.
     """
     if device.type == "cuda" and captured:
         return Sampler(_graph(steps), len(steps), "graph")
@@ -81,7 +83,7 @@ def sampler(
     for step in itertools.islice(itertools.cycle(steps), max(WARM_CALLS, len(steps))):
         step()
         if time.perf_counter() > deadline:
-            break  # nothing is cold to a call of that length
+            break  # warming up does not matter to calls that take so long
     counted = itertools.count() if turns is None else turns
     return Sampler(lambda: steps[next(counted) % len(steps)](), 1, "eager")
 
@@ -105,7 +107,7 @@ def _graph(steps: Sequence[Step]) -> Step:
 
 
 def seconds(run: Step, repeats: int, device: torch.device) -> float:
-    """Return how long `repeats` runs take, one after another."""
+    """Return the seconds that `repeats` runs take, one after another."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):

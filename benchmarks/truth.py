@@ -1,7 +1,7 @@
-"""The gate: what a candidate must compute, in float64, and how far it may be from it.
+"""The gate: the right results in float64, and the largest allowed distance from them.
 
-Limits are on |out - truth| / |truth| over a whole tensor. They catch a wrong function (a lost expert, a wrong
-gate) and leave room for rounding in any order; the error budget of the tests is narrower.
+Limits are on |out - truth| / |truth| over a whole tensor. They catch a wrong function, such as a lost expert
+or a wrong gate, and allow for rounding in any order. The error budget of the tests is narrower.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def lora9(p: Problem) -> dict[str, Tensor]:
 
 
 def stacked(truth: Truth) -> Truth:
-    """The results of a stack of layers: outputs side by side, gradients of what they share summed."""
+    """The results of a stack of layers: outputs side by side, and summed gradients of shared inputs."""
 
     def merged(p: Problem) -> dict[str, Tensor]:
         found = [truth(replace(one, siblings=())) for one in p.stack]
@@ -80,7 +80,7 @@ def gates(p: Problem) -> dict[str, Tensor]:
 
 
 def parts(p: Problem) -> dict[str, Tensor]:
-    """One product: Z, y + U Bt (on dy as y), or both weight gradients one after another."""
+    """One product: Z, or y + U Bt (with dy as y), or both weight gradients one after another."""
     x, a, bt, dy = p.x.double(), p.packed_a.double(), p.packed_bt.double(), p.dy.double()
     z, w = x @ a.t(), (p.over_tokens(p.gates).double() * SCALE)[:, p.owner]
     if p.case.op == "shrink":
@@ -93,7 +93,7 @@ def parts(p: Problem) -> dict[str, Tensor]:
 
 
 def results(p: Problem, layer: Layer) -> dict[str, Tensor]:
-    """Run a layer once, forward and in training cases backward; y and the gradients by name."""
+    """Run a layer once: forward, and backward in training cases. Return y and the gradients by name."""
     if not p.case.training:
         with torch.no_grad():
             return {"y": _joined(layer.forward())}
@@ -107,10 +107,10 @@ def _joined(y: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def error(actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> float:
-    """Return the largest |out - truth| / |truth| over the tensors that both have; at most `limit`.
+    """Return the largest |out - truth| / |truth| over the expected tensors.
 
     Raises:
-        Wrong: A tensor is missing, not finite or too far off.
+        Wrong: If a tensor is missing or not finite, or if its error exceeds `limit`.
     """
     shared = [name for name in actual if name in expected]
     if "y" not in shared or (len(actual) > 1 and len(shared) < 2):

@@ -1,1 +1,1 @@
-"""What the package is compared with: one small file a baseline, each a function from a problem to a layer."""
+"""The baselines, one small file per baseline. Each is a function from a problem to a layer."""

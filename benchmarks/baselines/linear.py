@@ -1,4 +1,4 @@
-"""The frozen base linear alone: forward, and dX in training. Every ratio is against it."""
+"""The frozen base linear alone: forward, and dX in training. Every ratio divides by its time."""
 
 from __future__ import annotations
 

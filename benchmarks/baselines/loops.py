@@ -1,4 +1,4 @@
-"""Expert by expert: as the authors' released code does it, and the leanest form of the same loop."""
+"""Loops over experts: the loop of the authors' released code, and the leanest form of that loop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks.problem import SCALE, Layer, Problem, leaf
 
 
 class Released(nn.Module):
-    """The released layer's arithmetic: slots padded to the largest rank, two host reads an expert, gate last.
+    """The released arithmetic: slots padded to the largest rank, two host reads per expert, gate last.
 
-    Slots are one parameter each for A and B, as there. Gates are per sample, where the released code has one
-    set a batch.
+    As in the released code, the slots of A are one parameter and the slots of B another. Gates are per
+    sample; the released code has one set of gates per batch.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def released(p: Problem) -> Layer:
 
 
 def loop(p: Problem) -> Layer:
-    """One small product pair an expert, gate on the rank axis, no padding and no host read."""
+    """One pair of small products per expert, the gate on the rank axis, no padding, no host read."""
     x, (route, leaves) = leaf(p.x), p.route()
     last_a, last_bt = leaf(p.a[-1]), leaf(p.b[-1].t().contiguous())
     a, b = [*p.a[:-1], last_a], [*p.b[:-1], last_bt.t()]

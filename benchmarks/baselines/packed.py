@@ -1,4 +1,4 @@
-"""Ranks packed into two products, in plain PyTorch, and what torch.compile makes of it."""
+"""Ranks packed into two products, in plain PyTorch, with and without torch.compile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _compiled() -> object:
 
 
 def packed(p: Problem, compiled: bool = False) -> Layer:
-    """Two large products whatever the number of experts; autograd makes the backward pass."""
+    """Two large products for any number of experts. Autograd makes the backward pass."""
     x, (route, leaves) = leaf(p.x), p.route()
     tail = p.packed_a.shape[0] - p.trained_rank
     a, bt, owner = p.packed_a, p.packed_bt, p.owner

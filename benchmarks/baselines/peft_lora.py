@@ -1,4 +1,4 @@
-"""PEFT's own LoRA layer: one adapter of the experts' total rank, and one of rank 9 as people use it."""
+"""PEFT's own LoRA layer: one adapter of the experts' total rank, and one adapter of the usual rank 9."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.problem import SCALE, Layer, Problem, leaf
 
 
 def peft_lora(p: Problem, rank: int | None = None) -> Layer:
-    """y = W0 x + b + s B A x without gates, by `peft`; adapter weights in x.dtype, no dropout.
+    """y = W0 x + b + s B A x without gates, by `peft`. Adapter weights are in x.dtype; there is no dropout.
 
     Args:
         p: The problem.
-        rank: Of the adapter: the first packed rows; None for all.
+        rank: Rank of the adapter, which gets the first packed rows. None takes all rows.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

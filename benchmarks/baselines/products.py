@@ -1,4 +1,4 @@
-"""Other layouts of the same products: grouped_mm over padded experts; the expand inside the base product."""
+"""Other layouts of the same products: grouped_mm over padded experts, and EXPAND inside the base product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.problem import SCALE, Layer, Problem
 
 
 def grouped(p: Problem) -> Layer:
-    """`torch._grouped_mm`, every (token, expert) pair a row; ranks padded to the largest, and to 16 bytes."""
+    """`torch._grouped_mm`, one row per (token, expert). Ranks are padded to the largest, and to 16 bytes."""
     ranks, tokens = p.case.ranks, p.case.tokens
     experts, rank = len(ranks), -(-max(ranks) // 8) * 8
     down = p.x.new_zeros(experts, p.weight.shape[1], rank)
@@ -30,9 +30,9 @@ def grouped(p: Problem) -> Layer:
 
 
 def concatenated(p: Problem) -> Layer:
-    """[x | U] [W0 | B]^T as one product: x lies in a buffer with room for U, and W0 is stored beside B.
+    """[x | U] [W0 | B]^T as one product. x lies in a buffer with room for U, and W0 is stored beside B.
 
-    The expand costs no pass over y; the price is the layout, which the layer in front would have to write.
+    EXPAND then costs no pass over y. The price is the layout: the layer before would have to write it.
     """
     rank, width = p.packed_a.shape[0], p.weight.shape[1]
     pitch = -(-rank // 16) * 16

@@ -50,7 +50,7 @@ class Variant:
 
     Attributes:
         model: Shares the base's weights with the other variants.
-        parameters: What an optimiser gets.
+        parameters: The optimiser's parameters.
         around: Context of every forward.
         extra_loss: Added to the loss, or None.
         forget: Called before every prompt.
@@ -97,7 +97,7 @@ def draw_factors(work: Work, ranks: Sequence[int]) -> Factors:
 
 
 def bare(work: Work, factors: Factors) -> Variant:
-    """No adapters; gradients go back to the input embeddings."""
+    """No adapters. Gradients go back to the input embeddings."""
     model = shared_copy(work.model)
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else None
@@ -119,7 +119,7 @@ def peft(work: Work, factors: Factors, rank: int | None = None) -> Variant:
 
 
 def released(work: Work, factors: Factors) -> Variant:
-    """The authors' loop in every adapted linear; even gates."""
+    """The authors' loop in every adapted linear, with even gates."""
     model, parameters = shared_copy(work.model), []
     for path, pairs in factors.items():
         gates = torch.full((len(pairs),), 1 / len(pairs), device=work.model.device)
@@ -130,7 +130,7 @@ def released(work: Work, factors: Factors) -> Variant:
 
 
 def cram(work: Work, factors: Factors, penalty: bool = False) -> Variant:
-    """This package; routed where the encoder can, else with even gates."""
+    """This package. It routes if the encoder can; otherwise gates are even."""
     from cram import CramConfig, attach
 
     model = shared_copy(work.model)
@@ -209,7 +209,7 @@ def train_step(variant: Variant, work: Work) -> Callable[[], Tensor]:
 
 
 def generate(variant: Variant, work: Work, tokens: int) -> Callable[[], Tensor]:
-    """Return greedy generation of exactly so many tokens a prompt."""
+    """Return greedy generation of exactly `tokens` tokens per prompt."""
     limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
 
     def run() -> Tensor:
@@ -221,7 +221,7 @@ def generate(variant: Variant, work: Work, tokens: int) -> Callable[[], Tensor]:
 
 
 def timed(steps: dict[Any, Callable[[], Any]], device: torch.device, limits: Limits) -> dict[Any, float]:
-    """Return the median time of each in microseconds, interleaved, after one call each."""
+    """Return the median time of each step in microseconds. Steps run interleaved, after one call each."""
     for step in steps.values():
         step()
     samplers = {name: Sampler(step, 1, "eager") for name, step in steps.items()}
@@ -229,7 +229,7 @@ def timed(steps: dict[Any, Callable[[], Any]], device: torch.device, limits: Lim
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Return what a call allocates beyond what is there, on CUDA."""
+    """Return the bytes that a call allocates at its peak beyond the present ones. None if not on CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -293,7 +293,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure one model; writes e2e-<model>.json and .md."""
+    """Measure one model, and write e2e-<model>.json and .md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks e2e", description=__doc__.splitlines()[0])
     sizes = ("demo", *models.SIZES)
     parser.add_argument("--model", default="demo", choices=sizes, help="the shipped base or a random LLaVA")

@@ -114,7 +114,7 @@ def _sanitized(tool: str, cuda: bool) -> Part:
         return Part(tool, checks, 150, missing=missing, stub="the checks run without compute-sanitizer")
     found = _tool("compute-sanitizer")
     command = (found or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FAULT), *checks)
-    # Allocations from the cache of PyTorch would hide accesses between two tensors.
+    # PyTorch's caching allocator would hide wrong accesses between two tensors.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Part(tool, command, 150, environment, missing=None if found else "compute-sanitizer is not there")
 

@@ -3,12 +3,15 @@
     python -m benchmarks methods                 D 2048 on the CPU
     python -m benchmarks methods --toy           tiny shapes: whether it runs, not how fast
 
-Every method goes through its own life: tasks begin and end as in training, only without data. With the last
-task in training a module answers one sample forward and, with dropout, backward, with the gradients of its
-input and of everything that it trains. Then that task ends, and it answers a prompt of one sample, and a
-decode step: one more token of each of several samples, whose gates are those of their prompts. All share the
-weights of the base, and take turns on several modules, so that none finds its data in the cache. Routing
-outside of the layer is not in the time.
+Every method begins and ends its tasks as in training, but without data. Three kinds of calls are timed:
+
+* training step: the last task is in training. A module runs one sample forward and backward, with dropout,
+  and with the gradients of its input and of all trained values;
+* prompt: all tasks have ended. A module runs the prompt of one sample;
+* decode step: a module runs one more token of each of several samples, under the gates of their prompts.
+
+All methods share the weights of the base. They take turns on several modules, so no call finds its data in
+the cache. The time does not include routing outside of the layer.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ from benchmarks.report import duration
 from benchmarks.timing import Limits, Step, interleaved, sampler
 
 TASKS, ROWS, STEPS = 6, 9, 4
-# Kind -> tokens of a call; of a decode step one for each sample.
+# Kind -> tokens of a call. A decode step has one token per sample.
 CASES = {"train": (8, 64, 1024), "prompt": (64, 1024), "decode": (1, 8)}
 PROMPT = 4  # tokens of the prompts that a decode step continues
 GOAL = 1.3
-LEAST_TRAINED = 64  # tokens; fewer are shown, but no training step is so small
+LEAST_TRAINED = 64  # tokens; smaller training steps are shown, but no real step is so small
 PROJECTION = "o_proj"  # alone: q, k and v would share what they compute
 SHAPES = {
     "full": Size(2048, 4, 16, 64, (32, 2, 28), 512),
@@ -56,7 +59,7 @@ def equal_rank_config(method: str) -> Any:
 
 
 def grown(base: Any, method: str, device: torch.device) -> Any:
-    """A model on the base's weights whose method has learnt all tasks but the last, which is in training."""
+    """A model on the base's weights. Its method has learnt all tasks but the last, which is in training."""
     from cram import attach
     from cram.routing.query import Query
 
@@ -79,7 +82,7 @@ def grown(base: Any, method: str, device: torch.device) -> Any:
 
 
 def make_route(model: Any, samples: int, training: bool) -> Any:
-    """The method's route of some samples, its gates a leaf."""
+    """The method's route of a number of samples. Its gates are a leaf of autograd."""
     from cram.routing.query import Query, Route
 
     handle, device = model.cram, model.device
@@ -137,7 +140,7 @@ def _training(module: Any, x: Tensor) -> Step:
 def measure(
     size: Size, tokens: Mapping[str, Sequence[int]], dtype: str, device: torch.device, limits: Limits
 ) -> list[Any]:
-    """Return a cell a case, with a row a method; CRAM's comes first."""
+    """Return one cell per case, with one row per method. CRAM's row comes first."""
     from cram.methods import METHODS
 
     base = random_llava(size, device, DTYPES[dtype], samples=1).model
@@ -192,7 +195,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; writes methods.json and methods.md."""
+    """Measure, and write methods.json and methods.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks methods", description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))

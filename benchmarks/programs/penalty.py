@@ -1,4 +1,4 @@
-"""The orthogonality penalty of a whole model, forward and backward, against the loops it replaces.
+"""The orthogonality penalty of a whole model, forward and backward, against the loops that it replaces.
 
     python -m benchmarks penalty                     128 modules of 512 x 512 on the CPU
     python -m benchmarks penalty --device cuda       128 modules of 4096 x 4096
@@ -40,7 +40,7 @@ Step = Callable[[], tuple[Tensor, Sequence[Tensor]]]
 
 @dataclass(frozen=True)
 class Model:
-    """One call's arguments: of every module means [B, D], experts [r, D], bases [D, k]; gamma [M, B]."""
+    """The arguments of one call: per module means [B, D], experts [r, D], bases [D, k]; and gamma [M, B]."""
 
     hidden: list[Tensor]
     a: list[Tensor]
@@ -122,7 +122,7 @@ def check(name: str, step: Step, truth: Step) -> None:
     """Compare the loss and every gradient with float64.
 
     Raises:
-        ValueError: They differ by more than float32 sums of this length may.
+        ValueError: If they differ by more than float32 sums of this length may.
     """
     (loss, grads), (true_loss, true_grads) = step(), truth()
     for found, true in zip((loss, *grads), (true_loss, *true_grads), strict=True):
@@ -134,7 +134,7 @@ def check(name: str, step: Step, truth: Step) -> None:
 
 
 def time_ms(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each step's calls, all steps taking turns."""
+    """Return the milliseconds of each step's calls. All steps take turns."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 3):
         for name, step in steps.items():

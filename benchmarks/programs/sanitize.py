@@ -1,6 +1,6 @@
 """Every operation of the package once, forward and backward, on small odd shapes, against float64.
 
-Made to run under compute-sanitizer, which sees one wrong access in a launch of any size:
+Run it under compute-sanitizer, which sees a single wrong access in a launch of any size:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks sanitize
 """
@@ -21,7 +21,7 @@ from benchmarks.suite import failures, passed
 from cram_kernels import expert_lora, orthogonality_penalty, pack_experts
 from cram_kernels.dispatch import IMPLS
 
-# One token, one beside a block, more than any block of the decode path, and several blocks.
+# One token, one token more than a block, more than any block of the decode path, and several blocks.
 TOKENS = (1, 17, 65, 300)
 
 
@@ -65,7 +65,7 @@ def _gated(candidate: Candidate, case: Case, device: torch.device) -> float:
 
 
 def _dropped(device: torch.device, impl: str) -> None:
-    """Dropout, a token map and three ranks; forward and backward."""
+    """Dropout, a token map and three ranks, forward and backward."""
     p = make(Case("train", "toy", "k", "toy", 33, 1, "float32"), device)
     experts = pack_experts(p.a, p.b, SCALE, trained=1)
     gates = p.gates.repeat(2, 1).requires_grad_()
@@ -89,7 +89,7 @@ def _penalised(device: torch.device, impl: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks; returns 1 if one failed."""
+    """Run all checks. Return 1 if a check failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks sanitize", description=__doc__.splitlines()[0]
     )

@@ -1,6 +1,6 @@
-"""How the cost grows with the stream: experts, ranks, tokens, width; a whole model's memory at 1000 tasks.
+"""The growth of the cost with experts, ranks, tokens and width, and a whole model's memory at 1000 tasks.
 
-Each curve changes one number of one linear. What a table calls modelled follows from the shapes alone.
+Each curve changes one number of one linear. A table that says "modelled" is computed from the shapes alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.timing import Limits
 CANDIDATES = ("base", "released", "peft", "packed", "cram cpu", "cram triton", "cram native")
 MASTER_BYTES = 4  # experts and centroids are kept in float32
 TYPICAL_RANK = 7
-UNIT = 10  # experts; fewer add less than two medians differ
+UNIT = 10  # experts; fewer experts add less time than two medians differ
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One number varied: the cases, and the number of each."""
+    """A curve over one number: the cases, and the number of each case."""
 
     name: str
     cases: tuple[Case, ...]
@@ -79,10 +79,10 @@ def expert_bytes(case: Case) -> float:
 
 
 def growth(cells: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float, float]]:
-    """Return (experts, time, bytes) beyond the first cell's, the last two in multiples of `UNIT` experts'.
+    """Return (experts, time, bytes). Time and bytes are those beyond the first cell, per `UNIT` experts.
 
-    Against the first cell rather than the base linear, which a layer with few experts can undercut; time as a
-    share of the base linear's in the same cell.
+    The first cell is subtracted and not the base linear, because a layer with few experts can be faster than
+    the base linear. Time is measured as a share of the base linear's time in the same cell.
     """
     points = [
         (cell["value"], share, expert_bytes(Case(**cell["case"])))
@@ -98,7 +98,7 @@ def growth(cells: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float,
 
 
 def model_bytes(model: str, tasks: int) -> int:
-    """Bytes of a whole model's experts (q, k, v, o in every layer) and centroids; from the shapes alone."""
+    """Bytes of a whole model's experts (q, k, v, o in every layer) and centroids, from the shapes alone."""
     shape = MODELS[model]
     widths = sum(sum(shape.linear(p)[:2]) for p in "qkvo")
     return shape.layers * tasks * MASTER_BYTES * (TYPICAL_RANK * widths + QUERY_WIDTH)
@@ -143,7 +143,7 @@ def _cell(cell: dict[str, Any], name: str) -> str:
 
 
 def draw(file: Path, found: dict[str, Any]) -> Path:
-    """One panel a curve: time over the base's, both axes logarithmic."""
+    """One panel per curve: time over the base linear's time. Both axes are logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +178,7 @@ def draw(file: Path, found: dict[str, Any]) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the curves; writes scaling.json, scaling.md and scaling.png."""
+    """Measure the curves, and write scaling.json, scaling.md and scaling.png."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every second point")
     parser.add_argument("--toy", action="store_true", help="tiny shapes: whether it runs, not how fast")

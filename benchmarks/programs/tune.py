@@ -1,4 +1,4 @@
-"""Try the tiles of SHRINK, EXPAND and GRAM on this GPU, beside the shipped table's.
+"""Try tiles of SHRINK, EXPAND and GRAM on this GPU, and compare them with the shipped tiles.
 
 Candidates are compiled in parallel processes into Triton's cache on disk (with `--jobs 0` that cache is there
 already), then checked and timed one after another in this one. Nothing is changed: tiles.json says what won,
@@ -90,7 +90,7 @@ SMALL_TOKENS = 64
 
 
 def candidates(case: Case, shipped: Any) -> list[Any]:
-    """Return the tiles to try, the shipped one first."""
+    """Return the tiles to try. The shipped tile comes first."""
     space = SPACES[case.op][case.tokens > SMALL_TOKENS]
     tiles = [type(shipped)(**dict(zip(space, values, strict=True))) for values in product(*space.values())]
     most_t = max(16, case.tokens)
@@ -106,7 +106,7 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def compile_all(case: Case, tiles: Sequence[Any]) -> None:
-    """Run each tile once, which leaves its code in the disk cache; what fails here fails again when timed."""
+    """Run each tile once, which leaves its code in the disk cache. Failures appear again in the timing."""
     problem = make(case, torch.device("cuda"))
     for tile in tiles:
         try:
@@ -124,7 +124,7 @@ def warm(pool: ProcessPoolExecutor, case: Case, tiles: Sequence[Any], jobs: int)
 
 
 def measure(case: Case, device: torch.device, tiles: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return per tile its median time, or why there is none. Every tile computes the right values first."""
+    """Return per tile the median time or the reason for its absence. A tile is timed after it was checked."""
     problems = rotation(case, device, machine.cache_bytes(device))
     expected = truth.parts(problems[0])
     found = []
@@ -163,7 +163,7 @@ def tune(
 
 
 def summary(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the shipped tile, the fastest, and everything tried, fastest first."""
+    """Return the shipped tile, the fastest tile, and all tried tiles, fastest first."""
     timed = sorted((row for row in rows if "median_us" in row), key=lambda row: row["median_us"])
     return {
         "name": case.name,

@@ -34,16 +34,16 @@ class Budget:
 BUDGETS: dict[str, Budget] = {
     "task": Budget(
         lambda rank_max, tasks, average: rank_max,
-        "at most rank_max rows a task and module, the most that an expert of CRAM may have",
+        "at most rank_max rows per task and module, as many as an expert of CRAM may have",
     ),
     "pool": Budget(
         lambda rank_max, tasks, average: max(1, round(tasks * rank_max / POOL_EXPERTS)),
-        f"{POOL_EXPERTS} experts for all tasks that together have rank_max rows a task",
+        f"{POOL_EXPERTS} experts for all tasks, together with rank_max rows per task",
     ),
     "branches": Budget(
         lambda rank_max, tasks, average: max(1, round(2 * tasks * rank_max / (1 + POOL_EXPERTS))),
-        f"one A and {POOL_EXPERTS} B for all tasks, in a square linear with as many trained values as a pool "
-        "of that many experts",
+        f"one A and {POOL_EXPERTS} B for all tasks; in a square linear, as many trained values as a pool of "
+        f"{POOL_EXPERTS} experts",
     ),
     "one": Budget(
         lambda rank_max, tasks, average: average,
@@ -66,7 +66,7 @@ class Ablation:
 ABLATIONS: dict[str, Ablation] = {
     "no-centroid-routing": Ablation(
         lambda config: {"sigma": 1e6},
-        "sigma so large that all experts of the group have the same weight",
+        "with so large a sigma all experts of the group have the same weight",
     ),
     "no-groups": Ablation(lambda config: {"max_groups": 1}, "one instruction group for all tasks"),
     "fixed-rank": Ablation(
@@ -82,7 +82,7 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "as-released": Ablation(
         lambda config: {"released_code": True},
-        "as the authors' released code departs from the paper, with one route for a batch",
+        "as the authors' released code, with one route for a whole batch",
     ),
 }
 

@@ -28,41 +28,42 @@ from cram.report.summary import MethodSummary, Spread, summarise
 FIGURES = {
     "matrices": (
         "Accuracy after every step",
-        "Read a row to see what the model can do after learning that task; read a column downwards to see "
-        "how the accuracy on one task changes while later tasks are learnt. The bottom row is what remains.",
+        "A row shows the accuracy on each task after one task was learnt. A column, read downwards, shows "
+        "the accuracy on one task while later tasks are learnt. The bottom row is the accuracy at the end.",
     ),
     "curves": (
         "What is kept, task by task",
-        "Each panel follows one task from the step where it was learnt (first point) to the end of the "
-        "stream; a falling line is forgetting. Shaded: one standard deviation over seeds, if several.",
+        "Each panel follows one task from its own training (first point) to the end of the stream. A falling "
+        "line means forgetting. Shaded: one standard deviation over seeds, if there are several.",
     ),
     "ageing": (
-        "How the methods age",
-        "Left: the mean accuracy on all tasks learnt so far, after every task. Right: how far the earlier "
-        "tasks have fallen by then from their best accuracy before; flat at 0 is no forgetting. Dashed: told "
-        "the task at test time.",
+        "Accuracy and forgetting along the stream",
+        "Left: after every task, the mean accuracy on all tasks learnt so far. Right: the mean drop of the "
+        "earlier tasks from their best accuracy; a flat line at 0 means no forgetting. Dashed: methods that "
+        "are told the task at test time.",
     ),
     "tradeoff": (
         "What the accuracy costs",
-        "The accuracy on all tasks after the last one, against the trained values kept (left) and the "
-        "seconds of training (right); up and to the left is better. Lines: one standard deviation over "
-        "seeds, if several. Hollow: told the task at test time.",
+        "The accuracy on all tasks after the last task, against the trained values kept (left) and the "
+        "seconds of training (right). Up and to the left is better. Lines: one standard deviation over "
+        "seeds, if there are several. Hollow: methods that are told the task at test time.",
     ),
     "ablations": (
         "What each idea of CRAM is worth",
-        "Each bar is CRAM with one idea switched off, less CRAM itself on the same seed: left the accuracy "
-        "after the last task, right the forgetting. Lines: one standard deviation over seeds, if several.",
+        "Each bar is the difference between CRAM without one idea and the whole of CRAM, on the same seed. "
+        "Left: accuracy after the last task. Right: forgetting. Lines: one standard deviation over seeds, if "
+        "there are several.",
     ),
     "ranks": (
         "Ranks of the experts",
-        "The rank that adaptive instantiation gave to each task's expert in every adapted module (row: task, "
-        "column: decoder layer, panel: projection). A darker cell is a larger rank.",
+        "The rank of each task's expert in every adapted module (row: task, column: decoder layer, panel: "
+        "projection). Adaptive instantiation chooses the ranks. A darker cell is a larger rank.",
     ),
     "routing": (
         "Routing of the test samples after the last task",
-        "Left: the mean weight that samples of a task give to each expert; experts outside the sample's "
-        "group have exactly 0. Right: how many samples reach the group of their task, and how many give "
-        "their own task's expert the largest weight. Sharing experts within a group is intended.",
+        "Left: the mean weight of each expert for the samples of a task. Experts outside the sample's group "
+        "have weight 0. Right: the share of samples that reach the group of their task, and the share whose "
+        "largest weight is on their own task's expert. Sharing experts within a group is intended.",
     ),
     "cost": ("Cost", "Parameters kept by each method, and its wall-clock time over the whole stream."),
 }
