@@ -30,6 +30,7 @@ TEXT_SUFFIXES = {
     ".cpp",
     ".cu",
     ".cuh",
+    ".cff",
     "",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 60, 12
@@ -279,7 +280,8 @@ def test_python_files_keep_the_rule(rule: Rule) -> None:
 
 
 def test_texts_keep_to_plain_words() -> None:
-    tops = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".gitignore", ".ci/run")
+    documents = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "docs")
+    tops = (*documents, "Makefile", "pyproject.toml", ".gitignore", ".ci/run")
     paths = [p for p in files(*CODE_ROOTS, *tops, suffixes=TEXT_SUFFIXES) if p.name != "tokenizer.json"]
     found = violations(plain_words, paths)
     assert not found, "\n".join(found)
