@@ -1,6 +1,7 @@
 """The three products one by one: by the library's matmul, and by the package's kernels with a given tile.
 
-"expand" adds to dy, which stands for y. "gram" makes dA from V o w, and then dBt from Z o w.
+"expand" adds U Bt to dy, which stands for y. "gram" makes dA from dZ, and then dBt from U. The package gates in
+a launch of its own (FOLD), which is not timed here.
 """
 
 from __future__ import annotations
@@ -53,15 +54,21 @@ def shipped_tile(p: Problem) -> Any:
     }[p.case.op]()
 
 
-def _gating(p: Problem) -> tuple[Any, Any]:
-    from cram_kernels.expert_lora.kernels.gating import dropout_words, gating
+def _gating(p: Problem) -> Any:
+    from cram_kernels.expert_lora.kernels.gating import gating
 
-    return gating(p.gates, (p.owner,), None, SCALE), dropout_words(0.0, 0)
+    return gating(p.gates, (p.owner,), None, SCALE)
 
 
 def _padded(z: Tensor) -> Tensor:
-    """Z in the kernels' layout [1, 1, T, pitch]."""
+    """Z or U in the kernels' layout [1, 1, T, pitch]."""
     return F.pad(z, (0, -z.shape[1] % 16)).view(1, 1, z.shape[0], -1)
+
+
+def _gated(p: Problem, z: Tensor) -> Tensor:
+    """Z o w, as FOLD leaves it for EXPAND and GRAM."""
+    w = (p.over_tokens(p.gates) * SCALE)[:, p.owner]
+    return _padded((z * w).to(z.dtype))
 
 
 def _sequence(launches: list[Launch], out: Tensor) -> Layer:
@@ -77,11 +84,10 @@ def _shrink(p: Problem, tile: Any) -> Layer:
     from cram_kernels.expert_lora.kernels.gram import reduce_planes
     from cram_kernels.expert_lora.kernels.shrink import shrink
 
-    gate, drop = _gating(p)
     rank = len(p.packed_a)
     z = _padded(p.x.new_empty(p.case.tokens, rank))
     planes = z if tile.split_k == 1 else z.new_empty(tile.split_k, *z.shape[1:], dtype=torch.float32)
-    launches = [shrink(p.x, (p.packed_a,), planes, gate, drop, tile)]
+    launches = [shrink(p.x, (p.packed_a,), planes, _gating(p), tile)]
     if tile.split_k > 1:
         launches.append(reduce_planes(planes, z))
     return _sequence(launches, z[0, 0, :, :rank])
@@ -90,23 +96,19 @@ def _shrink(p: Problem, tile: Any) -> Layer:
 def _expand(p: Problem, tile: Any) -> Layer:
     from cram_kernels.expert_lora.kernels.expand import expand
 
-    gate, drop = _gating(p)
-    y, z = p.dy.clone(), _padded(F.linear(p.x, p.packed_a))
-    return _sequence([expand(z, (p.packed_bt,), y, gate, drop, tile)], y)
+    y, u = p.dy.clone(), _gated(p, F.linear(p.x, p.packed_a))
+    return _sequence([expand(u, (p.packed_bt,), (y,), _gating(p), tile)], y)
 
 
 def _gram(p: Problem, tile: Any) -> Layer:
     from cram_kernels.expert_lora.kernels.gram import gram, reduce_planes
 
-    gate, drop = _gating(p)
-    z, v = _padded(F.linear(p.x, p.packed_a))[0, 0], _padded(F.linear(p.dy, p.packed_bt))[0, 0]
+    u, dz = (_gated(p, F.linear(*pair))[0, 0] for pair in ((p.x, p.packed_a), (p.dy, p.packed_bt)))
     elements = p.trained_rank * (p.x.shape[1] + p.dy.shape[1])
     planes = p.x.new_empty(tile.split_t, elements, dtype=torch.float32)
     flat = p.x.new_empty(elements)
     first = len(p.packed_a) - p.trained_rank
-    return _sequence(
-        [gram((v, z), (p.x, p.dy), planes, gate, drop, first, tile), reduce_planes(planes, flat)], flat
-    )
+    return _sequence([gram((dz, u), (p.x, p.dy), planes, first, tile), reduce_planes(planes, flat)], flat)
 
 
 # Repeated calls of expand add to the same y again and again. Values grow, but the work stays the same.

@@ -60,10 +60,14 @@ def check_cram(arguments: list[str]) -> None:
         parser_for(arguments).parse_args(arguments)
 
 
+# Modules that documents run; each has a function `main` and options.
+MODULES = ("benchmarks", "cram.base.pretrain", "tests.cram_kernels.aot", "tests.cram_kernels.host")
+
+
 def check_module(arguments: list[str]) -> None:
     """The module has every option that is given to it."""
     option, module, *rest = arguments
-    assert option == "-m" and module in ("benchmarks", "cram.base.pretrain"), arguments
+    assert option == "-m" and module in MODULES, arguments
     words = rest[:1] if rest and not rest[0].startswith("-") else []
     program = importlib.import_module(f"{module}.__main__" if module == "benchmarks" else module)
     shown = io.StringIO()
