@@ -1,7 +1,7 @@
 """The three products one by one: by the library's matmul, and by the package's kernels with a given tile.
 
-"expand" adds U Bt to dy, which stands for y. "gram" makes dA from dZ, and then dBt from U. The package gates in
-a launch of its own (FOLD), which is not timed here.
+"expand" adds U Bt to dy, which stands for y. "gram" makes dA from dZ, and then dBt from U. The package gates
+in a launch of its own (FOLD), which is not timed here.
 """
 
 from __future__ import annotations
