@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu headers clean
+.PHONY: demo test lint versions bench gpu headers clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -18,6 +18,10 @@ test: lint
 lint: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# The tests that depend on transformers, under the oldest and the newest supported version.
+versions:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/versions
 
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick

@@ -15,7 +15,6 @@ The gates are fixed at prefill: the keys and values in a cache were made by the 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from cram.families import Family
+from cram.model.cache import CacheStates, given_cache, made_cache
 from cram.model.linear import ExpertLinear
 from cram.model.override import Override, Overrides
 from cram.model.state import Current, ForwardState
-from cram.routing.prompts import Call, PromptReader
+from cram.routing.prompts import Call, PromptReader, real_tokens
 from cram.routing.query import Query, Route, Routes
 
 # Travels with the keyword arguments from the language model to the attention blocks, also where gradient
@@ -71,15 +71,8 @@ class ForwardHooks:
         self._linear = next(iter(modules.values()))
         self._num_layers, self._reader, self._current = num_layers, reader, current
         self._image_token_id = int(model.config.image_token_id)
-        self._prefills: weakref.WeakKeyDictionary[Any, ForwardState] = weakref.WeakKeyDictionary()
+        self._caches = CacheStates()
         self._handles = [*reader.register(model), *self._register(model, family)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out routes: their gates belong to a live autograd graph or to other caches."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prefills"}
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values, _prefills=weakref.WeakKeyDictionary())
 
     @property
     def override(self) -> Override | None:
@@ -151,10 +144,10 @@ class ForwardHooks:
         embeds = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         if embeds is None:
             embeds = args[0]
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        cache = given_cache(kwargs)
+        continued = cache if self._caches.is_filled(cache, embeds.shape[1]) else None
         training = module.training and (self.solo_in_training or self.in_training)
-        state = self._state(call, kwargs, embeds, cache if past else None, module.training, training)
+        state = self._state(call, kwargs, embeds, continued, module.training, training)
         self._current.state = state
         kwargs = {**kwargs, STATE: state}
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers)
@@ -174,9 +167,9 @@ class ForwardHooks:
         return args, kwargs
 
     def _after_language(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache, state = getattr(output, "past_key_values", None), self._current.state
-        if cache is not None and state.route is not None and self._prefills.get(cache) is not state:
-            self._prefills[cache] = state.continued()
+        cache = made_cache(output)
+        if cache is not None:
+            self._caches.keep(cache, self._current.state)
 
     def _state(
         self,
@@ -200,32 +193,29 @@ class ForwardHooks:
             route = self.method.route(query, training_mode) if routed else None
         if route is not None:
             self.check_route(route, embeds.shape[0])
-        prefill = None if continued is None else self._prefills.get(continued)
+        prefill = self._caches.get(continued)
         return ForwardState(
             route,
             embeds.device,
             query=query,
-            memory=None if prefill is None or route is None else prefill.memory,
+            memory=None if prefill is None or prefill.route is None or route is None else prefill.memory,
             disabled=self.is_disabled,
             visual=self._visual(call) if training and self.method.wants_visual_means else None,
-            mask=None if continued is not None else _real_tokens(call, kwargs, embeds),
+            mask=None if continued is not None else self._real_tokens(call, kwargs, embeds),
             decoding=continued is not None,
         )
 
     def _continued(self, call: Call | None, cache: Any, rows: int) -> ForwardState:
         """The state of the prefill that made a KV cache."""
-        if cache not in self._prefills:
-            raise ValueError(
-                "past_key_values must come from a routed prefill of this model, got an unknown cache"
-            )
+        state = self._caches.get(cache)
+        if state is None or state.route is None:
+            raise ValueError("the KV cache must come from a routed prefill of this model, got another")
         if self.method.uses_queries and self._more_images(call):
             raise ValueError(
                 "images must all be in the prefill, got image tokens behind a cache; route explicitly with "
                 "`model.cram.fixed`"
             )
-        state = self._prefills[cache]
-        if state.route is not None:
-            self.check_route(state.route, rows)
+        self.check_route(state.route, rows)
         return state
 
     def _query(self, call: Call | None, routed: bool) -> Query | None:
@@ -237,6 +227,13 @@ class ForwardHooks:
             observer(query)
         return query
 
+    def _real_tokens(self, call: Call | None, kwargs: dict[str, Any], embeds: Tensor) -> Tensor | None:
+        """Positions [B, T] (bool) that are not padding, or None where nothing says which those are."""
+        mask = None if call is None else call.mask
+        if mask is None:
+            mask = real_tokens(kwargs.get("attention_mask"), *embeds.shape[:2])
+        return None if mask is None else mask.to(embeds.device)
+
     def _more_images(self, call: Call | None) -> bool:
         decoding = call is None or call.input_ids is None or call.input_ids.shape[1] == 1
         return not decoding and self._reader.visual_tokens(call)
@@ -244,18 +241,10 @@ class ForwardHooks:
     def _visual(self, call: Call | None) -> Tensor:
         if call is None or call.input_ids is None:
             raise ValueError("the penalty must see input_ids to find the visual tokens, got embeddings")
-        return visual_token_mask(call.input_ids, self._image_token_id, call.attention_mask)
+        return visual_token_mask(call.input_ids, self._image_token_id, call.mask)
 
 
 def visual_token_mask(input_ids: Tensor, image_token_id: int, attention_mask: Tensor | None = None) -> Tensor:
     """Visual-token positions [B, T] (bool) of expanded input ids [B, T], without padding."""
     mask = input_ids == image_token_id
     return mask if attention_mask is None else mask & attention_mask.bool()
-
-
-def _real_tokens(call: Call | None, kwargs: dict[str, Any], embeds: Tensor) -> Tensor | None:
-    """Positions [B, T] (bool) that are not padding, or None where nothing says which those are."""
-    mask = kwargs.get("attention_mask") if call is None or call.input_ids is None else call.attention_mask
-    if not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
-        return None
-    return mask.to(embeds.device).bool()

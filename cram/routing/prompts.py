@@ -40,12 +40,12 @@ class Call:
 
     Attributes:
         input_ids: [B, T], or None if the caller gave embeddings.
-        attention_mask: [B, T], or None (absent or of another form).
+        mask: Real tokens [B, T] (bool), or None where nothing tells them from padding.
         tower: Features of the images, or None without a reused tower or without images.
     """
 
     input_ids: Tensor | None
-    attention_mask: Tensor | None
+    mask: Tensor | None
     tower: TowerFeatures | None = None
 
 
@@ -83,8 +83,8 @@ class PromptReader:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         encoded = given.get("mm_encoder_outputs")
         image = encoded.get("image") if isinstance(encoded, Mapping) else None
-        usable = isinstance(mask, Tensor) and ids is not None and mask.shape == ids.shape
-        self._call = Call(ids, mask if usable else None, getattr(image, _CARRIED, None))
+        real = None if ids is None else real_tokens(mask, *ids.shape)
+        self._call = Call(ids, real, getattr(image, _CARRIED, None))
 
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a reused vision tower: keeps the pooled output before it is overwritten."""
@@ -117,7 +117,7 @@ class PromptReader:
             )
         ids = call.input_ids
         if not self.visual_tokens(call):
-            text = self._encoder.encode_text(self.texts(ids, call.attention_mask))
+            text = self._encoder.encode_text(self.texts(ids, call.mask))
             return Query(text, *mean_per_sample(text.new_zeros(0, self._encoder.image_dim), [0] * len(ids)))
         if call.tower is None:
             raise ValueError(
@@ -125,15 +125,15 @@ class PromptReader:
                 f"({self._family.name}, reuses_vision_tower={self._encoder.reuses_vision_tower}); {_EXPLICIT}"
             )
         images, copies = self._images_per_sample(ids, call.tower)
-        mask = None if call.attention_mask is None else call.attention_mask[::copies]
+        mask = None if call.mask is None else call.mask[::copies]
         text = self._encoder.encode_text(self.texts(ids[::copies], mask))
         return Query(text, *mean_per_sample(self._encoder.project(call.tower.pooled), images))
 
-    def texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
+    def texts(self, input_ids: Tensor, mask: Tensor | None) -> list[str]:
         """The last user turn of each row of input_ids [B, T]; the whole prompt where no turn is marked."""
         keep = input_ids != self._config.image_token_id
-        if attention_mask is not None:
-            keep &= attention_mask.bool()
+        if mask is not None:
+            keep &= mask.to(keep.device)
         rows = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), keep.cpu(), strict=True)]
         prompts = self._decode(rows, special=True)
         turns = [self._family.user_turn(prompt) for prompt in prompts]
@@ -174,3 +174,22 @@ class PromptReader:
                 f"got {tokens} in {rows} rows"
             )
         return [count // size for count in samples], copies
+
+
+def real_tokens(mask: Any, rows: int, tokens: int) -> Tensor | None:
+    """Positions [B, T] (bool) of an attention mask that are not padding, or None where nothing says which.
+
+    Args:
+        mask: [B, T], or what generation makes of it for a static cache: [B, 1, T, S] with S >= T, True (bool)
+            or 0 (floating point) where a token is attended to. The last token attends to all real ones.
+        rows: B.
+        tokens: T.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.shape == (rows, tokens):
+        return mask.bool()
+    if mask.dim() == 4 and mask.shape[0] == rows and mask.shape[2] == tokens <= mask.shape[3]:
+        last = mask[:, 0, -1, :tokens]
+        return last if last.dtype == torch.bool else last == 0
+    return None

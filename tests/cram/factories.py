@@ -6,6 +6,7 @@ Every tokenizer is byte-level without merges, so any text survives encode and de
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from cram.attach import attach
 from cram.config import CramConfig
 from cram.model.attached import AttachedModel
+from cram.model.cache import CACHE_NAMES
 from cram.routing.clip import ClipEncoder
 
 SPECIAL = {
@@ -243,6 +245,12 @@ def inputs(name: str, texts: int = 6, images: int = 1, rows: int = 1) -> dict[st
 def prompt(question: str, images: int = 1, answer: str = "") -> str:
     """The LLaVA-1.5 prompt of one question."""
     return f"USER: {'<image>' * images}\n{question} ASSISTANT:{' ' + answer if answer else ''}"
+
+
+def continuing(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument with which a forward of the model continues a KV cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return {next(name for name in CACHE_NAMES if name in parameters): cache}
 
 
 def save_clip(folder: Path, clip: CLIPModel) -> Path:

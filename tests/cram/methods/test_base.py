@@ -25,9 +25,10 @@ from cram.learning.training import train_task
 from cram.methods import METHODS
 from cram.methods.base import Method, check_state
 from cram.model.attached import AttachedModel
+from cram.model.cache import made_cache
 from cram.report.schema import validate_report
 from tests.cram import factories, runs
-from tests.cram.factories import QUESTIONS, image, prompt
+from tests.cram.factories import QUESTIONS, continuing, image, prompt
 from tests.cram.kills import Killed, kill_at
 from tests.cram.model.checkpointing import MODES, enable_checkpointing
 from tests.cram.runs import files, results
@@ -143,11 +144,11 @@ def test_interleaved_caches_keep_their_own_gates(learnt: ContinualLearner) -> No
     with told(learnt.cram), torch.no_grad():
         expected = []
         for batch in batches:
-            past = model(**batch, use_cache=True).past_key_values
-            expected.append(last_logits(model, {**steps, "past_key_values": past}))
-        caches = [model(**batch, use_cache=True).past_key_values for batch in batches]
+            past = made_cache(model(**batch, use_cache=True))
+            expected.append(last_logits(model, {**steps, **continuing(model, past)}))
+        caches = [made_cache(model(**batch, use_cache=True)) for batch in batches]
         for past, logits in zip(caches, expected, strict=True):
-            assert torch.equal(last_logits(model, {**steps, "past_key_values": past}), logits)
+            assert torch.equal(last_logits(model, {**steps, **continuing(model, past)}), logits)
 
 
 def gradients(learnt: ContinualLearner, mode: dict[str, bool] | None) -> dict[str, Tensor]:

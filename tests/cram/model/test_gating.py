@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import cram.model.stack
 from cram.model.attached import AttachedModel
+from cram.model.cache import made_cache
 from cram.model.gating import LayerGating
 from cram.model.state import ForwardState
 from cram_kernels import expert_lora, pack_experts
-from tests.cram.factories import QUESTIONS, expert_weights, image, prompt, routed_llava
+from tests.cram.factories import QUESTIONS, continuing, expert_weights, image, prompt, routed_llava
 
 
 class MeanGating(LayerGating):
@@ -88,13 +89,13 @@ def test_every_cache_has_its_own_memory_also_under_one_fixed_route() -> None:
     route = cram.route(cram.encode(QUESTIONS[:1], [[image(0)]]))
     token = torch.tensor([[40]])
     with cram.fixed(route), torch.no_grad():
-        caches = [model(**batch_of(processor, [row]), use_cache=True).past_key_values for row in (0, 1)]
+        caches = [made_cache(model(**batch_of(processor, [row]), use_cache=True)) for row in (0, 1)]
         again = copy.deepcopy(caches[0])
-        first = logits(model, input_ids=token, past_key_values=caches[0])
+        first = logits(model, input_ids=token, **continuing(model, caches[0]))
         with pytest.raises(ValueError, match=r"q_proj\.mean must come from the prefill of the cache"):
-            model(input_ids=token, past_key_values=again)
-        caches[1:] = [model(**batch_of(processor, [row]), use_cache=True).past_key_values for row in (0, 1)]
-        assert torch.equal(logits(model, input_ids=token, past_key_values=caches[1]), first)
+            model(input_ids=token, **continuing(model, again))
+        caches[1:] = [made_cache(model(**batch_of(processor, [row]), use_cache=True)) for row in (0, 1)]
+        assert torch.equal(logits(model, input_ids=token, **continuing(model, caches[1])), first)
     assert route.memory == {}
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cram.attach import detach
+from cram.model.cache import made_cache
 from cram.routing.query import Query
-from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
+from tests.cram.factories import QUESTIONS, continuing, image, prompt, routed_llava
 
 SAMPLES: list[tuple[str, list[Any]]] = [
     (QUESTIONS[0], [image(0)]),
@@ -84,28 +85,28 @@ def test_interleaved_caches_keep_their_own_gates() -> None:
     token = torch.tensor([[40]])
     expected = []
     for sample in SAMPLES[:2]:
-        cache = model(**batch_of(processor, [sample]), use_cache=True).past_key_values
-        expected.append(model(input_ids=token, past_key_values=cache).logits)
-    caches = [model(**batch_of(processor, [s]), use_cache=True).past_key_values for s in SAMPLES[:2]]
+        cache = made_cache(model(**batch_of(processor, [sample]), use_cache=True))
+        expected.append(model(input_ids=token, **continuing(model, cache)).logits)
+    caches = [made_cache(model(**batch_of(processor, [s]), use_cache=True)) for s in SAMPLES[:2]]
     for cache, logits in zip(caches, expected, strict=True):
-        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, logits)
+        assert torch.equal(model(input_ids=token, **continuing(model, cache)).logits, logits)
     assert not torch.allclose(*expected)
 
 
 def test_a_cache_of_unknown_origin_is_an_error() -> None:
     model, processor, cram = routed_llava()
     with cram.disabled():
-        cache = model(**batch_of(processor, SAMPLES[:1]), use_cache=True).past_key_values
+        cache = made_cache(model(**batch_of(processor, SAMPLES[:1]), use_cache=True))
     with pytest.raises(ValueError, match="must come from a routed prefill"):
-        model(input_ids=torch.tensor([[40]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[40]]), **continuing(model, cache))
 
 
 def test_images_behind_a_cache_are_an_error() -> None:
     model, processor, cram = routed_llava()
     batch = batch_of(processor, SAMPLES[:1])
-    cache = model(**batch, use_cache=True).past_key_values
+    cache = made_cache(model(**batch, use_cache=True))
     with pytest.raises(ValueError, match="images must all be in the prefill"):
-        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], past_key_values=cache)
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **continuing(model, cache))
 
 
 def test_generation_returns_to_the_base_model_when_disabled() -> None:

@@ -1,0 +1,88 @@
+"""KV caches: what transformers calls them, and which forward filled each of them.
+
+transformers renames `past_key_values` to `cache` in arguments and outputs. This module alone knows both
+names.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cram.model.state import ForwardState
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the keyword arguments of a forward, or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def made_cache(output: Any) -> Any:
+    """The KV cache that a forward has returned, or None."""
+    return next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+
+
+class _Filled(NamedTuple):
+    """A cache as a forward of this model has left it.
+
+    Attributes:
+        state: The state of the forwards that continue the cache.
+        version: See `_version`.
+    """
+
+    state: ForwardState
+    version: int | None
+
+
+class CacheStates:
+    """Remembers with each KV cache the state of the forward that filled it."""
+
+    def __init__(self) -> None:
+        """No cache is known yet."""
+        self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies leave out the states: their gates belong to a live autograd graph or to other caches."""
+        return {}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def get(self, cache: Any) -> ForwardState | None:
+        """The state under which a cache is continued, or None for no cache or an unknown one."""
+        return self._filled[cache].state if cache is not None and cache in self._filled else None
+
+    def keep(self, cache: Any, state: ForwardState) -> None:
+        """Remember the state of the forward that has just filled a cache."""
+        known = self.get(cache)
+        kept = known if known is not None and known is state else state.continued()
+        self._filled[cache] = _Filled(kept, _version(cache.get_seq_length()))
+
+    def is_filled(self, cache: Any, tokens: int) -> bool:
+        """Whether a forward of `tokens` tokens continues what a cache holds.
+
+        A static cache counts its tokens on its device, and reading the count would synchronise every decode
+        step. The count is not read where the last forward of this model left the cache as it is now. In
+        inference mode tensors have no version: a single token then continues every cache that is known.
+        """
+        if cache is None:
+            return False
+        length = cache.get_seq_length()
+        if not isinstance(length, Tensor):
+            return bool(length > 0)
+        known, version = self._filled.get(cache), _version(length)
+        if known is not None and known.version == version and (version is not None or tokens == 1):
+            return True
+        return bool(length > 0)
+
+
+def _version(length: Any) -> int | None:
+    """How often a cache's count of tokens was written, known on the host; None where nothing tells it."""
+    if not isinstance(length, Tensor) or length.is_inference():
+        return None
+    return int(length._version)
