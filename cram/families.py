@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -23,6 +24,8 @@ class Family:
         vision_tower: Path of the vision tower.
         clip_tower: Whether the vision tower is a CLIP vision model with a fixed number of tokens an image,
             so that its pooled output can serve as the routing feature.
+        pixels: How its `pixel_values` hold pictures: "images", "tiles" or "patches"; see
+            `cram.routing.pictures`.
         turns: (what opens the user's turn, what ends it) in prompts, in the order in which they are tried.
         placeholders: Strings that stand for images in a decoded prompt.
         projector: Path of the module from the tower to the language model; None if the tower contains it.
@@ -33,6 +36,7 @@ class Family:
     name: str
     vision_tower: str
     clip_tower: bool
+    pixels: Literal["images", "tiles", "patches"]
     turns: tuple[tuple[str, str], ...]
     placeholders: tuple[str, ...]
     projector: str | None = None
@@ -70,16 +74,18 @@ FAMILIES: dict[str, Family] = {
             "llava",
             "model.vision_tower",
             True,
+            "images",
             (_VICUNA, _CHATML, ("[INST]", "[/INST]")),
             ("<image>",),
             _PROJECTOR,
         ),
-        Family("qwen2_5_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
-        Family("qwen3_vl", "model.visual", False, (_CHATML,), _QWEN_PLACEHOLDERS),
+        Family("qwen2_5_vl", "model.visual", False, "patches", (_CHATML,), _QWEN_PLACEHOLDERS),
+        Family("qwen3_vl", "model.visual", False, "patches", (_CHATML,), _QWEN_PLACEHOLDERS),
         Family(
             "internvl",
             "model.vision_tower",
             False,
+            "tiles",
             (_CHATML,),
             ("<img>", "<IMG_CONTEXT>", "</img>"),
             _PROJECTOR,

@@ -54,7 +54,7 @@ def measure_inference(learner: ContinualLearner) -> Inference:
         return sum(times[1:]) / REPEATS
 
     model.eval()
-    adapted = mean_time(lambda: batch_route(model, learner.method, task.name, split, indices))
+    adapted = mean_time(lambda: batch_route(learner.method, task.name))
     detach(model)
     base = mean_time(nullcontext)
     return {"adapted": adapted, "base": base, "samples": len(indices), "tokens": task.max_new_tokens}

@@ -83,7 +83,7 @@ def answer_task(
         model,
         processor.tokenizer,
         split.example,
-        lambda indices: batch_route(model, method, task.name, split, indices),
+        lambda indices: batch_route(method, task.name),
         lengths=[len(sample.instruction) for sample in task.test],
         max_new_tokens=task.max_new_tokens,
         batch_size=method.config.eval_batch_size,

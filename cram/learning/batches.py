@@ -7,7 +7,7 @@ same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram.routing.query import Query
 from cram.streams.types import Sample, open_images
 
 IGNORED = -100
@@ -166,7 +165,6 @@ class EncodedSplit:
     def __init__(self, processor: Any, samples: Sequence[Sample], budget: Budget) -> None:
         self._processor, self._samples, self._budget = processor, samples, budget
         self._examples: dict[int, Example] = {}
-        self._queries: dict[int, Query] = {}
 
     def example(self, index: int) -> Example:
         """Return one encoded sample."""
@@ -178,24 +176,7 @@ class EncodedSplit:
             self._examples[index] = example
         return example
 
-    def query(self, indices: Sequence[int], encode: Callable[..., Query]) -> Query:
-        """Return the query of a batch. The features of each sample are computed once."""
-        if new := [index for index in dict.fromkeys(indices) if index not in self._queries]:
-            samples = [self._samples[index] for index in new]
-            images = [open_images(sample) for sample in samples]
-            made = encode([sample.instruction for sample in samples], images)
-            for row, index in enumerate(new):
-                part = slice(row, row + 1)
-                self._queries[index] = Query(made.text[part], made.image[part], made.has_image[part])
-        rows = [self._queries[index] for index in indices]
-        return Query(
-            torch.cat([row.text for row in rows]),
-            torch.cat([row.image for row in rows]),
-            torch.cat([row.has_image for row in rows]),
-        )
-
     def release(self) -> None:
         """Forget everything and give the bytes back."""
         self._budget.left += sum(example.num_bytes for example in self._examples.values())
         self._examples.clear()
-        self._queries.clear()

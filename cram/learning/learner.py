@@ -134,7 +134,7 @@ class ContinualLearner:
                 self.model,
                 self.method,
                 split.example,
-                lambda indices: batch_route(self.model, self.method, task.name, split, indices),
+                lambda indices: batch_route(self.method, task.name),
                 task=task.name,
                 num_samples=len(task.train),
                 padding=self._padding,

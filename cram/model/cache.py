@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cram.model.state import ForwardState
+from cram.routing.prompts import Call
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -40,11 +41,16 @@ class _Filled(NamedTuple):
 
 
 class CacheStates:
-    """Remembers with each KV cache the state of the forward that filled it."""
+    """Remembers with each KV cache the state of the forward that filled it.
+
+    Attributes:
+        prompts: By state what its query was read from, where the query was read automatically.
+    """
 
     def __init__(self) -> None:
         """No cache is known yet."""
         self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
+        self.prompts: weakref.WeakKeyDictionary[ForwardState, Call] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out the states: their gates belong to a live autograd graph or to other caches."""
@@ -62,6 +68,8 @@ class CacheStates:
         known = self.get(cache)
         kept = known if known is not None and known is state else state.continued()
         self._filled[cache] = _Filled(kept, _version(cache.get_seq_length()))
+        if state in self.prompts:
+            self.prompts[kept] = self.prompts[state]
 
     def is_filled(self, cache: Any, tokens: int) -> bool:
         """Whether a forward of `tokens` tokens continues what a cache holds.

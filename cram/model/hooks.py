@@ -27,7 +27,7 @@ from cram.model.cache import CacheStates, given_cache, made_cache
 from cram.model.linear import ExpertLinear
 from cram.model.override import Override, Overrides
 from cram.model.state import Current, ForwardState
-from cram.routing.prompts import Call, PromptReader, real_tokens
+from cram.routing.prompts import EXPLICIT, Call, PromptReader, real_tokens
 from cram.routing.query import Query, Route, Routes
 
 # Travels with the keyword arguments from the language model to the attention blocks, also where gradient
@@ -184,7 +184,11 @@ class ForwardHooks:
         routed = self.num_experts > 0 and not self.solo_in_training
         self._overrides.check()
         if self.override is None and continued is not None:
-            return self._continued(call, continued, len(embeds)) if routed else ForwardState(decoding=True)
+            return (
+                self._continued(call, continued, len(embeds), training_mode)
+                if routed
+                else ForwardState(decoding=True)
+            )
         query = None
         if self.override is not None:
             route = self.override.route if routed else None
@@ -194,7 +198,7 @@ class ForwardHooks:
         if route is not None:
             self.check_route(route, embeds.shape[0])
         prefill = self._caches.get(continued)
-        return ForwardState(
+        made = ForwardState(
             route,
             embeds.device,
             query=query,
@@ -204,19 +208,45 @@ class ForwardHooks:
             mask=None if continued is not None else self._real_tokens(call, kwargs, embeds),
             decoding=continued is not None,
         )
+        if query is not None and call is not None and self.method.uses_queries:
+            self._caches.prompts[made] = Call(call.input_ids, call.mask)
+        return made
 
-    def _continued(self, call: Call | None, cache: Any, rows: int) -> ForwardState:
+    def _continued(self, call: Call | None, cache: Any, rows: int, training_mode: bool) -> ForwardState:
         """The state of the prefill that made a KV cache."""
         state = self._caches.get(cache)
         if state is None or state.route is None:
-            raise ValueError("the KV cache must come from a routed prefill of this model, got another")
-        if self.method.uses_queries and self._more_images(call):
             raise ValueError(
-                "images must all be in the prefill, got image tokens behind a cache; route explicitly with "
-                "`model.cram.fixed`"
+                f"the KV cache must come from a routed prefill of this model, got another; {EXPLICIT}"
             )
         self.check_route(state.route, rows)
+        several = call is not None and call.input_ids is not None and call.input_ids.shape[1] > 1
+        if several and self.method.uses_queries:
+            assert call is not None
+            self._check_more(call, state, training_mode)
         return state
+
+    def _check_more(self, call: Call, state: ForwardState, training_mode: bool) -> None:
+        """Refuses tokens behind a cache that give their sample another route.
+
+        These are the next part of a prompt, another question behind a prompt that is used again, or guesses
+        of assisted generation. The cache was made under the route of its prefill.
+        """
+        if self._reader.visual_tokens(call):
+            raise ValueError(
+                f"images must all be in the prefill, got image tokens behind a KV cache; {EXPLICIT}"
+            )
+        prompt = self._caches.prompts.get(state)
+        if prompt is None or state.query is None or state.route is None:
+            return
+        whole = prompt.followed_by(call, len(state.query))
+        route = self.method.route(self._reader.query_of_more(whole, state.query), training_mode)
+        if not torch.equal(route.gates, state.route.gates):
+            raise ValueError(
+                "the prompt must be in one prefill, got tokens behind a KV cache that change its route; "
+                f"{EXPLICIT}"
+            )
+        self._caches.prompts[state] = whole
 
     def _query(self, call: Call | None, routed: bool) -> Query | None:
         """The automatic query of a prefill or training forward, where somebody wants it."""
@@ -233,10 +263,6 @@ class ForwardHooks:
         if mask is None:
             mask = real_tokens(kwargs.get("attention_mask"), *embeds.shape[:2])
         return None if mask is None else mask.to(embeds.device)
-
-    def _more_images(self, call: Call | None) -> bool:
-        decoding = call is None or call.input_ids is None or call.input_ids.shape[1] == 1
-        return not decoding and self._reader.visual_tokens(call)
 
     def _visual(self, call: Call | None) -> Tensor:
         if call is None or call.input_ids is None:

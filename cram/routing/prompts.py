@@ -1,8 +1,9 @@
 """Automatic routing: the query of a forward, read from what the model itself is given and computes anyway.
 
-Text: the last user turn, decoded from `input_ids`. Image: the pooled output of the model's own vision tower,
-caught by a hook. That output object is overwritten right after the tower returns, and generation runs the
-tower before the forward that uses it, so the features travel with the output object itself.
+Text: the last user turn, decoded from `input_ids`. Image: caught by a hook on the vision tower. Where the
+encoder reuses the tower, the tower's pooled output is the feature; elsewhere the tower's pixels become
+pictures again and the encoder reads those. Generation runs the tower before the forward that uses its output,
+so what is caught travels with the output object itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,21 +19,36 @@ from torch import Tensor, nn
 
 from cram.families import Family
 from cram.routing.clip import ClipEncoder, mean_per_sample
+from cram.routing.pictures import Pixels, tiles_per_picture, units_per_sample
 from cram.routing.query import Query
 from cram.routing.threads import PerThread
 
-_CARRIED = "_cram_tower_features"
-_EXPLICIT = (
+_CARRIED = "_cram_images"
+EXPLICIT = (
     "route explicitly: `with model.cram.fixed(model.cram.route(model.cram.encode(instructions, images))):`"
 )
 
 
 @dataclass(frozen=True)
-class TowerFeatures:
-    """Pooled outputs [N, H] of one run of the vision tower, and the tokens it makes of an image."""
+class Images:
+    """What one run of the vision tower saw; a unit is an image, a tile, or all patches of one picture.
 
-    pooled: Tensor
-    tokens: int
+    Attributes:
+        pixels: Its input.
+        tokens: Language tokens of each unit where all have as many; None where a grid tells.
+        pooled: Pooled outputs [N, H] of a reused tower, else None.
+    """
+
+    pixels: Pixels
+    tokens: int | None = None
+    pooled: Tensor | None = None
+
+    def sizes(self) -> list[int]:
+        """Language tokens of each unit."""
+        if self.pixels.grid is None:
+            assert self.tokens is not None
+            return [self.tokens] * len(self.pixels.values)
+        return [patches // self.pixels.merge**2 for patches in self.pixels.grid.prod(-1).tolist()]
 
 
 @dataclass
@@ -41,12 +58,23 @@ class Call:
     Attributes:
         input_ids: [B, T], or None if the caller gave embeddings.
         mask: Real tokens [B, T] (bool), or None where nothing tells them from padding.
-        tower: Features of the images, or None without a reused tower or without images.
+        images: What the vision tower saw, or None without images.
     """
 
     input_ids: Tensor | None
     mask: Tensor | None
-    tower: TowerFeatures | None = None
+    images: Images | None = None
+
+    def followed_by(self, more: Call, samples: int) -> Call:
+        """One row for each of S samples: their tokens here, and behind them those of `more`."""
+        assert self.input_ids is not None and more.input_ids is not None
+        rows = [ids[:: len(ids) // samples] for ids in (self.input_ids, more.input_ids)]
+        if self.mask is None:
+            return Call(torch.cat(rows, dim=1), None)
+        mask = self.mask[:: len(self.mask) // samples]
+        return Call(
+            torch.cat(rows, dim=1), torch.cat([mask, torch.ones_like(rows[1], dtype=torch.bool)], dim=1)
+        )
 
 
 class PromptReader:
@@ -57,6 +85,7 @@ class PromptReader:
         self._name_or_path = str(getattr(model, "name_or_path", "") or "")
         self._signature = inspect.signature(model.get_submodule(family.core).forward)
         self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._image_processor = getattr(processor, "image_processor", None)
         self._calls: PerThread[Call | None] = PerThread(None)
 
     @property
@@ -69,13 +98,12 @@ class PromptReader:
         self._calls.set(call)
 
     def register(self, model: Any) -> list[Any]:
-        """Hooks the core module and a reused vision tower; returns the handles."""
-        core = model.get_submodule(self._family.core)
-        handles = [core.register_forward_pre_hook(self.before_core, with_kwargs=True)]
-        if self._encoder.reuses_vision_tower:
-            tower = model.get_submodule(self._family.vision_tower)
-            handles.append(tower.register_forward_hook(self.after_tower))
-        return handles
+        """Hooks the core module and the vision tower; returns the handles."""
+        core, tower = (model.get_submodule(path) for path in (self._family.core, self._family.vision_tower))
+        return [
+            core.register_forward_pre_hook(self.before_core, with_kwargs=True),
+            tower.register_forward_hook(self.after_tower, with_kwargs=True),
+        ]
 
     def before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the module that merges vision and language: remembers its inputs."""
@@ -86,12 +114,27 @@ class PromptReader:
         real = None if ids is None else real_tokens(mask, *ids.shape)
         self._call = Call(ids, real, getattr(image, _CARRIED, None))
 
-    def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of a reused vision tower: keeps the pooled output before it is overwritten."""
-        features = TowerFeatures(output.pooler_output.detach().clone(), output.last_hidden_state.shape[1])
-        setattr(output, _CARRIED, features)
+    def after_tower(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook of the vision tower: keeps its input and, where it is reused, its pooled output, which
+        is overwritten later."""
+        values = args[0] if args else kwargs["pixel_values"]
+        if self._family.pixels == "patches":
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            images = Images(Pixels(values, grid, int(self._config.vision_config.spatial_merge_size)))
+        else:
+            reused = self._encoder.reuses_vision_tower
+            pooled = output.pooler_output.detach().clone() if reused else None
+            images = Images(Pixels(values), self._tokens(output.last_hidden_state.shape[1]), pooled)
+        setattr(output, _CARRIED, images)
         if self._call is not None:
-            self._call.tower = features
+            self._call.images = images
+
+    def _tokens(self, positions: int) -> int:
+        """Language tokens that the tower's output positions of a unit become."""
+        strategy = getattr(self._config, "vision_feature_select_strategy", "default")
+        return int((positions - (strategy == "default")) * getattr(self._config, "downsample_ratio", 1) ** 2)
 
     def take(self) -> Call | None:
         """The inputs of the forward in progress; None if the language model was called on its own."""
@@ -102,8 +145,11 @@ class PromptReader:
         """Whether the inputs hold image or video tokens."""
         if call is None or call.input_ids is None:
             return False
-        kinds = [getattr(self._config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        return any(bool((call.input_ids == kind).any()) for kind in kinds if kind is not None)
+        return self._holds(call.input_ids, "image") or self._holds(call.input_ids, "video")
+
+    def _holds(self, ids: Tensor, kind: str) -> bool:
+        token = getattr(self._config, f"{kind}_token_id", None)
+        return token is not None and bool((ids == token).any())
 
     def query(self, call: Call | None) -> Query:
         """The query of a prefill or training forward; S samples where generation expanded them to k S rows.
@@ -113,25 +159,73 @@ class PromptReader:
         """
         if call is None or call.input_ids is None:
             raise ValueError(
-                f"automatic routing must see input_ids of the model's own forward, got none; {_EXPLICIT}"
+                f"automatic routing must see input_ids of the model's own forward, got none; {EXPLICIT}"
             )
         ids = call.input_ids
         if not self.visual_tokens(call):
             text = self._encoder.encode_text(self.texts(ids, call.mask))
             return Query(text, *mean_per_sample(text.new_zeros(0, self._encoder.image_dim), [0] * len(ids)))
-        if call.tower is None:
+        if call.images is None or self._holds(ids, "video"):
             raise ValueError(
-                "automatic routing must reuse the model's CLIP vision tower, got images without its features "
-                f"({self._family.name}, reuses_vision_tower={self._encoder.reuses_vision_tower}); {_EXPLICIT}"
+                "automatic routing must see the pixels of all images in the prompt, got image tokens without "
+                f"pixels, parts of a prompt, or a video; {EXPLICIT}"
             )
-        images, copies = self._images_per_sample(ids, call.tower)
+        tokens = torch.sum(ids == self._config.image_token_id, dim=1).tolist()
+        sizes = call.images.sizes()
+        units, copies = units_per_sample(tokens, sizes)
         mask = None if call.mask is None else call.mask[::copies]
         text = self._encoder.encode_text(self.texts(ids[::copies], mask))
-        return Query(text, *mean_per_sample(self._encoder.project(call.tower.pooled), images))
+        shown = [self._pictures(row, count, sizes) for row, count in zip(ids[::copies], units, strict=True)]
+        features = self._features(call.images, [count for row in shown for count in row])
+        return Query(text, *mean_per_sample(features.to(text.device), [len(row) for row in shown]))
+
+    def query_of_more(self, call: Call, before: Query) -> Query:
+        """The query of prompts that have grown by text since the query before: a row for each sample."""
+        assert call.input_ids is not None
+        text = self._encoder.encode_text(self.texts(call.input_ids, call.mask))
+        return Query(text, before.image, before.has_image)
+
+    def _pictures(self, row: Tensor, units: int, sizes: list[int]) -> list[int]:
+        """Units of each picture of a row [T]."""
+        if self._family.pixels == "tiles":
+            return tiles_per_picture(row.tolist(), self._config.image_token_id, sizes[0])
+        return [1] * units
+
+    def _features(self, images: Images, units: list[int]) -> Tensor:
+        """Image features [N, D_q] of N pictures with so many units each."""
+        if images.pooled is not None:
+            return self._encoder.project(images.pooled)
+        chosen = [range(end - count, end) for count, end in zip(units, accumulate(units), strict=True)]
+        pictures = images.pixels.pictures(chosen, self._pixel_rules())
+        return self._encoder.encode_images([[each] for each in pictures])[0]
+
+    def _pixel_rules(self) -> Any:
+        """The image processor, which says how pixels were normalised."""
+        if self._image_processor is None:
+            from transformers import AutoImageProcessor
+
+            self._image_processor = AutoImageProcessor.from_pretrained(self._folder())
+        return self._image_processor
+
+    def _folder(self) -> str:
+        """The model's own folder or name, where the processor's parts are."""
+        if not self._name_or_path:
+            raise ValueError(
+                f"processor must be given to attach for automatic routing, got None; or {EXPLICIT}"
+            )
+        return self._name_or_path
 
     def texts(self, input_ids: Tensor, mask: Tensor | None) -> list[str]:
         """The last user turn of each row of input_ids [B, T]; the whole prompt where no turn is marked."""
-        keep = input_ids != self._config.image_token_id
+        kinds = ("image", "vision_start", "vision_end")
+        tokenizer = self._loaded_tokenizer()
+        kinds = ("image", "vision_start", "vision_end")
+        drawn = [getattr(self._config, f"{kind}_token_id", None) for kind in kinds]
+        drawn += [getattr(tokenizer, f"{kind}_image_token_id", None) for kind in ("start", "end")]
+        keep = torch.ones_like(input_ids, dtype=torch.bool)
+        for token in drawn:
+            if token is not None:
+                keep &= input_ids != token
         if mask is not None:
             keep &= mask.to(keep.device)
         rows = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), keep.cpu(), strict=True)]
@@ -142,38 +236,15 @@ class PromptReader:
         return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
 
     def _decode(self, rows: list[list[int]], special: bool) -> list[str]:
+        decode = self._loaded_tokenizer().batch_decode
+        return list(decode(rows, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+    def _loaded_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            if not self._name_or_path:
-                raise ValueError(
-                    f"processor must be given to attach for automatic routing, got None; or {_EXPLICIT}"
-                )
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._name_or_path)
-        return list(
-            self._tokenizer.batch_decode(
-                rows, skip_special_tokens=not special, clean_up_tokenization_spaces=False
-            )
-        )
-
-    def _images_per_sample(self, ids: Tensor, tower: TowerFeatures) -> tuple[list[int], int]:
-        """Images of each sample and the rows k that generation made of each sample.
-
-        The tower runs before generation expands the rows, so N features may stand for k N images.
-        """
-        strategy = getattr(self._config, "vision_feature_select_strategy", "default")
-        size = tower.tokens - (strategy == "default")
-        tokens = torch.sum(ids == self._config.image_token_id, dim=1).tolist()
-        rows, total, found = len(tokens), sum(tokens), tower.pooled.shape[0]
-        copies = total // (size * found)
-        samples = tokens[:: max(copies, 1)]
-        expanded = [count for count in samples for _ in range(copies)]
-        if total != copies * size * found or expanded != tokens or any(count % size for count in samples):
-            raise ValueError(
-                f"input_ids must hold {size} image tokens for each of {found} images, "
-                f"got {tokens} in {rows} rows"
-            )
-        return [count // size for count in samples], copies
+            self._tokenizer = AutoTokenizer.from_pretrained(self._folder())
+        return self._tokenizer
 
 
 def real_tokens(mask: Any, rows: int, tokens: int) -> Tensor | None:

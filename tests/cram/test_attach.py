@@ -115,9 +115,9 @@ def test_disabled_is_bit_identical_to_the_base(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
-def test_images_without_a_reused_tower_must_be_routed_explicitly(name: str) -> None:
+def test_pixels_without_a_processor_must_be_routed_explicitly(name: str) -> None:
     model, _ = with_expert(name)
-    with pytest.raises(ValueError, match="reuses_vision_tower=False.*route explicitly"):
+    with pytest.raises(ValueError, match="processor must be given to attach.*route explicitly"):
         model(**factories.inputs(name))
 
 

@@ -15,7 +15,6 @@ from cram.learning.batches import (
     pad_id,
     training_batch,
 )
-from cram.routing.query import Query
 from cram.streams import Sample
 from tests.cram import factories
 
@@ -85,17 +84,3 @@ def test_split_encodes_once_while_the_budget_lasts() -> None:
     assert budget.left == 0
     split.release()
     assert budget.left == size
-
-
-def test_split_computes_each_query_once() -> None:
-    calls: list[int] = []
-
-    def encode(texts: list[str], images: list[object]) -> Query:
-        calls.append(len(texts))
-        values = torch.tensor([[float(len(text))] for text in texts])
-        return Query(values, values, torch.ones(len(texts), dtype=torch.bool))
-
-    split = EncodedSplit(PROCESSOR, [sample("a" * n) for n in (1, 2, 3)], Budget(0))
-    assert split.query([2, 0], encode).text.tolist() == [[3.0], [1.0]]
-    assert split.query([0, 1, 1], encode).text.tolist() == [[1.0], [2.0], [2.0]]
-    assert calls == [2, 1]

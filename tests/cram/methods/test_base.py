@@ -58,7 +58,7 @@ def train(made: ContinualLearner, index: int) -> None:
         made.model,
         made.method,
         split.example,
-        lambda indices: batch_route(made.model, made.method, task.name, split, indices),
+        lambda indices: batch_route(made.method, task.name),
         task=task.name,
         num_samples=len(task.train),
         padding=made._padding,

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cram.attach import attach
 from cram.config import CramConfig
-from cram.families import FAMILIES
 from cram.model.attached import AttachedModel
 from cram.routing.clip import ClipEncoder
-from cram.routing.prompts import Call, TowerFeatures
+from cram.routing.pictures import Pixels
+from cram.routing.prompts import Call, Images
 from cram.routing.query import Query
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
@@ -240,37 +240,29 @@ def test_precomputed_image_features_are_routed_by_their_own_images() -> None:
     model.get_image_features(pixel_values=pixels * 0.1, return_dict=True)
     assert torch.equal(model(**batch, mm_encoder_outputs={"image": encoded}).logits, expected)
     stranger = type(encoded)(pooler_output=encoded.pooler_output)
-    with pytest.raises(ValueError, match="got images without its features"):
+    with pytest.raises(ValueError, match="got image tokens without pixels"):
         model(**batch, mm_encoder_outputs={"image": stranger})
 
 
-def test_a_separate_encoder_must_be_routed_explicitly() -> None:
+def test_a_separate_encoder_reads_the_models_pixels() -> None:
     clip = factories.clip_model()
     model, processor = factories.llava(seed=3), factories.llava_processor()
     cram = attach(model, CramConfig(), factories.clip_encoder(model, clip), processor)
-    query = cram.encode([QUESTIONS[0]], [[image(0)]])
-    cram.method.router.groups.observe("task", query.text)
-    cram.method.add_expert("one", factories.expert_weights(cram, 0), 0, query.image[0], trained=False)
-    with pytest.raises(ValueError, match="reuses_vision_tower=False"):
-        model(**batch_of(processor, SAMPLES[:1]))
-    with cram.fixed(cram.route(query)):
-        routed = model(**batch_of(processor, SAMPLES[:1])).logits
-    with cram.disabled():
-        assert not torch.allclose(model(**batch_of(processor, SAMPLES[:1])).logits, routed)
-    model(**batch_of(processor, SAMPLES[2:3]))
-    assert cram.state.route.gates.tolist() == [[[1.0]], [[1.0]]]
+    assert not cram.encoder.reuses_vision_tower
+    one_expert(cram)
+    model(**batch_of(processor, SAMPLES))
+    explicit = cram.encode([question for question, _ in SAMPLES], [pictures for _, pictures in SAMPLES])
+    torch.testing.assert_close(cram.state.query.image, explicit.image, atol=1e-4, rtol=1e-4)
+    assert torch.equal(cram.state.query.has_image, explicit.has_image)
 
 
 def test_image_tokens_that_do_not_fit_the_images_are_refused() -> None:
     _, processor, cram = routed_llava()
-    model = factories.llava()
-    batch = batch_of(processor, [SAMPLES[0], SAMPLES[3]])
-    reader, ids = cram.hooks._reader, batch["input_ids"]
-    features = torch.ones(2, factories.CLIP_HIDDEN)
-    call = Call(ids, None, TowerFeatures(features, factories.TOKENS_PER_IMAGE + 1))
-    with pytest.raises(ValueError, match=r"4 image tokens for each of 2 images, got \[4, 8\] in 2 rows"):
+    reader, ids = cram.hooks._reader, batch_of(processor, [SAMPLES[0], SAMPLES[3]])["input_ids"]
+    call = Call(ids, None, Images(Pixels(torch.ones(2, 3, 16, 16)), factories.TOKENS_PER_IMAGE))
+    message = r"image tokens of 2 images or tiles, \[4, 4\], got \[4, 8\] in 2 rows"
+    with pytest.raises(ValueError, match=message):
         reader.query(call)
-    assert FAMILIES[model.config.model_type].clip_tower
 
 
 def test_automatic_routing_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Automatic routing on every family: forwards and `generate` with pictures, without an explicit route."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cram.attach import attach
+from cram.config import CramConfig
+from cram.learning.batches import build_prompt
+from cram.loading import load_model, load_processor
+from cram.model.attached import AttachedModel
+from cram.model.cache import made_cache
+from cram.routing.query import Query
+from tests.cram import factories, runs
+from tests.cram.factories import QUESTIONS, continuing
+
+Samples = list[tuple[str, list[Any]]]
+COLOURS = ((40, 60, 190), (60, 160, 60), (220, 190, 60))
+
+
+def picture(kind: int, seed: int, size: tuple[int, int] = (48, 32), spread: int = 20) -> Image.Image:
+    """A smooth picture; those of one kind share colour and pattern and differ by up to `spread` levels."""
+    coarse = np.array(COLOURS[kind]) + np.random.default_rng(kind).integers(-40, 41, (3, 4, 3))
+    noise = np.random.default_rng(1000 + seed).integers(-spread, spread + 1, (3, 4, 3))
+    pixels = Image.fromarray((coarse + noise).clip(0, 255).astype(np.uint8))
+    return pixels.resize(size, Image.Resampling.BICUBIC)
+
+
+SAMPLES: Samples = [
+    (QUESTIONS[0], [picture(0, 1)]),
+    (QUESTIONS[1], [picture(1, 2), picture(2, 3, (32, 32))]),
+    (QUESTIONS[0], []),
+    (QUESTIONS[0], [picture(2, 4, (24, 64))]),
+]
+
+
+@cache
+def _parts(name: str) -> tuple[Any, Any]:
+    with TemporaryDirectory() as folder:
+        runs.save_checkpoint(name, Path(folder))
+        return load_model(folder, device="cpu"), load_processor(folder)
+
+
+def routed(name: str) -> tuple[Any, Any, AttachedModel]:
+    """A family's model with its processor and an encoder of its own.
+
+    Experts "old" and "new" are of group 0, which question 0 leads to; "other" is of group 1.
+    """
+    _, processor = _parts(name)
+    model = factories.MODELS[name]()
+    if name.startswith("qwen"):
+        processor.image_processor.size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    settings = {"buffer_rank": 9, "sigma": 1.0, "dropout": 0.0, "group_merge_similarity": 1.0}
+    cram = attach(model, CramConfig(**settings), factories.clip_encoder(), processor)
+    text = cram.encoder.encode_text(QUESTIONS[:2])
+    for group in (0, 1):
+        assert cram.method.router.groups.observe(f"task{group}", text[group : group + 1]) == group
+    seen = [(QUESTIONS[0], [picture(kind, seed)]) for kind in range(3) for seed in range(4)]
+    centroids = read(model, processor, cram, seen).image.unflatten(0, (3, 4)).mean(1)
+    for index, (expert, group) in enumerate((("old", 0), ("other", 1), ("new", 0))):
+        weights = factories.expert_weights(cram, index)
+        cram.method.add_expert(expert, weights, group, centroids[index], trained=False)
+    return model, processor, cram
+
+
+def batch_of(processor: Any, samples: Samples) -> Any:
+    processor.tokenizer.padding_side = "left"
+    images = [each for _, pictures in samples for each in pictures]
+    texts = [build_prompt(processor, question, len(pictures)) for question, pictures in samples]
+    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+
+
+def read(model: Any, processor: Any, cram: AttachedModel, samples: Samples) -> Query:
+    """The query that a forward reads by itself."""
+    queries: list[Query] = []
+    cram.hooks.on_query.append(queries.append)
+    with torch.no_grad():
+        model(**batch_of(processor, samples))
+    cram.hooks.on_query.remove(queries.append)
+    return queries[0]
+
+
+def explicit(cram: AttachedModel, samples: Samples) -> Query:
+    """The query from the original pictures and questions."""
+    return cram.encode([question for question, _ in samples], [pictures for _, pictures in samples])
+
+
+def answers(model: Any, batch: Any, **settings: Any) -> list[list[int]]:
+    made = model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, **settings)
+    return made[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_generate_routes_every_sample_by_its_own_question_and_pictures(name: str) -> None:
+    model, processor, cram = routed(name)
+    for settings in ({"num_beams": 1}, {"num_beams": 2, "num_return_sequences": 2}):
+        together = answers(model, batch_of(processor, SAMPLES), **settings)
+        route = cram.state.route
+        assert route.groups.tolist() == [0, 1, 0, 0]
+        with cram.fixed(route):
+            assert answers(model, batch_of(processor, SAMPLES), **settings) == together
+        alone = []
+        for index, sample in enumerate(SAMPLES):
+            alone += answers(model, batch_of(processor, [sample]), **settings)
+            torch.testing.assert_close(route.gates[:, index], cram.state.route.gates[:, 0])
+        assert together == alone
+    assert route.gates[0, 0, 0] > route.gates[0, 0, 2] and route.gates[0, 3, 0] < route.gates[0, 3, 2]
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_at_least_99_percent_of_a_stream_take_the_route_of_the_original_pictures(name: str) -> None:
+    model, processor, cram = routed(name)
+    sizes = [(30 + n % 5 * 9, 31 + n % 4 * 10) for n in range(120)]
+    kinds = [n % 3 for n in range(120)]
+    samples = [(QUESTIONS[k == 1], [picture(k, 10 + n, sizes[n])]) for n, k in enumerate(kinds)]
+    same = right = 0
+    for first in range(0, len(samples), 20):
+        part = samples[first : first + 20]
+        ours, theirs = cram.route(read(model, processor, cram, part)), cram.route(explicit(cram, part))
+        experts = ours.gates[0].argmax(1) == theirs.gates[0].argmax(1)
+        same += int((experts & (ours.groups == theirs.groups)).sum())
+        right += int((theirs.gates[0].argmax(1) == torch.tensor(kinds[first : first + 20])).sum())
+    assert right == len(samples) and same >= 0.99 * len(samples)
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_features_computed_ahead_bring_their_pictures(name: str) -> None:
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES)
+    expected = model(**batch).logits
+    gates = cram.state.route.gates
+    given = {key: batch.pop(key) for key in ("pixel_values", "image_grid_thw") if key in batch}
+    encoded = model.get_image_features(**given, return_dict=True)
+    grid = {} if name == "llava" else {key: given[key] for key in given if key == "image_grid_thw"}
+    assert torch.equal(model(**batch, **grid, mm_encoder_outputs={"image": encoded}).logits, expected)
+    assert torch.equal(cram.state.route.gates, gates)
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_training_forwards_read_what_generation_reads(name: str) -> None:
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES)
+    answers(model, batch)
+    generated = cram.state.route.query
+    model.train()(**batch)
+    trained = cram.state.query
+    assert torch.equal(trained.text, generated.text) and torch.equal(trained.image, generated.image)
+    model.eval()
+    assert torch.equal(trained.text, cram.encoder.encode_text([question for question, _ in SAMPLES]))
+    assert trained.has_image.tolist() == [True, True, False, True]
+
+
+def test_a_prompt_in_parts_takes_the_route_of_the_whole_prompt_or_is_refused() -> None:
+    model, processor, cram = routed("qwen2_5_vl")
+    whole = 0
+    for question in QUESTIONS[:2]:
+        batch = batch_of(processor, [(question, []), (question, [])])
+        expected = answers(model, batch)
+        half = batch["input_ids"].shape[1] // 2 + 1
+        for parts in (7, half):  # the first part of 7 tokens is the same for both questions
+            try:
+                assert answers(model, batch, prefill_chunk_size=parts) == expected
+                whole += 1
+            except ValueError as error:
+                assert "prompt must be in one prefill" in str(error) and "model.cram.fixed" in str(error)
+        route = cram.route(explicit(cram, [(question, [])]))
+        with cram.fixed(route):
+            assert answers(model, batch, prefill_chunk_size=half) == expected
+    assert 0 < whole < 4
+
+
+def test_another_question_behind_a_cache_is_refused() -> None:
+    model, processor, cram = routed("qwen2_5_vl")
+    cache = made_cache(model(**batch_of(processor, SAMPLES[:1]), use_cache=True))
+    same, other = (batch_of(processor, [(question, [])])["input_ids"] for question in QUESTIONS[:2])
+    model(input_ids=same, **continuing(model, cache))
+    with pytest.raises(ValueError, match=r"prompt must be in one prefill.*model\.cram\.fixed"):
+        model(input_ids=other, **continuing(model, cache))
+
+
+def test_guesses_of_assisted_generation_keep_the_route() -> None:
+    model, processor, cram = routed("internvl")
+    batch = batch_of(processor, SAMPLES[2:3])
+    assert answers(model, batch, prompt_lookup_num_tokens=3) == answers(model, batch)
+
+
+def test_a_video_is_refused() -> None:
+    model, processor, _ = routed("qwen2_5_vl")
+    batch = batch_of(processor, SAMPLES[:1])
+    batch["input_ids"][0, -1] = factories.SPECIAL["<video>"]
+    with pytest.raises(ValueError, match=r"or a video; route explicitly.*model\.cram\.fixed"):
+        model.cram.hooks._reader.query(call_of(model, batch))
+
+
+def call_of(model: Any, batch: Any) -> Any:
+    """What the reader remembers of a forward's inputs."""
+    reader = model.cram.hooks._reader
+    reader.before_core(model.model, (), dict(batch))
+    return reader.take()
