@@ -16,6 +16,7 @@ PROGRAMS = {
     "experiments": "how a layer's products are best put together on a GPU",
     "gpu": "everything that a CUDA machine can settle, within ten minutes and a short second call",
     "libraries": "see to the native libraries of this checkout",
+    "loading": "time and memory of loading a bundle, by its experts",
     "methods": "the adapted layer of every method against CRAM's",
     "penalty": "the orthogonality penalty of a whole model against the loops it replaces",
     "predictions": "what was predicted for an H200, and which predictions held in the results of a folder",

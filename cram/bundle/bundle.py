@@ -8,7 +8,7 @@
 
 Only safetensors and JSON are read, nothing outside the folder, nothing that the manifest does not list. Every
 tensor's name and shape is checked against the base model before it is allocated, and NaN and infinity are
-refused. A model is changed only after everything has been checked.
+refused. A load that is refused leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from cram.bundle.format import (
     SHARED_A,
     Description,
     check_expert_name,
+    check_hashes,
+    describe,
     fingerprint,
-    read_description,
 )
-from cram.bundle.peft_folder import adapter_spec, read_adapter, write_adapter, write_factors
+from cram.bundle.packs import check_experts, read_packs
+from cram.bundle.peft_folder import write_adapter, write_factors
 from cram.bundle.runs import bundle_at
-from cram.bundle.tensors import read_tensors
+from cram.bundle.tensors import check_tensors
 from cram.families import family_of, match_linears
+from cram.methods import METHODS
 from cram.model.attached import AttachedModel
-from cram.model.factors import Factors
 from cram.routing.clip import ClipEncoder
+from cram_kernels import PackedExperts
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -103,42 +106,56 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
         ValueError: If the bundle is damaged, incomplete or of another base model; the model is unchanged.
     """
     folder = bundle_at(Path(folder))
-    description = read_description(folder)
-    _check_base(model, description, folder)
+    description = describe(folder)
+    linears = _check_base(model, description, folder)
     present = getattr(model, "cram", None)
     _check_target(present, description)
-    weights = _read_experts(folder, description)
-    state = read_tensors(folder / METHOD, description.tensors) if description.tensors else {}
-    legacy = read_tensors(folder / ROUTER, _router_spec(description)) if description.format < 3 else {}
-    cram = present or attach(
-        model, description.config, encoder or _named_encoder(description, model), processor
-    )
-    if cram.config.method == "cram":
-        state = {**state, **legacy}
-    before = cram.method.export_state()
-    try:
-        cram.set_experts([expert.name for expert in description.experts], weights, trained=0)
-        cram.method.import_state(state, description.values)
-    except ValueError:
-        if present is None:
-            detach(model)
-        else:
-            cram.set_experts((), (), 0)
-            cram.method.import_state(*before)
-        raise
+    method = (present or description).config.method
+    _check_method(method, description, folder)
+    if present is not None or encoder is not None:
+        _check_encoder(present.encoder if present is not None else encoder, description, folder)
+    files = check_experts(folder, description)
+    # Before format 3 every method's bundle had CRAM's centroids and prototypes, of no use to the others.
+    kept = (METHOD, ROUTER) if method == "cram" else (METHOD,)
+    specs = {name: spec for name, spec in description.specs().items() if name in kept}
+    state_files = [check_tensors(folder / name, spec) for name, spec in specs.items()]
+    check_hashes(folder, description)
+    packs = read_packs(description, files, linears)
+    state = {name: tensor for file in state_files for name, tensor in file.read()}
+    if encoder is None and present is None:
+        encoder = _named_encoder(description, model)
+        _check_encoder(encoder, description, folder)
+    cram = present or attach(model, description.config, encoder, processor)
+    _take_up(cram, description, packs, state, folder, model if present is None else None)
     return cram
 
 
-def _read_experts(folder: Path, description: Description) -> list[dict[str, Factors]]:
-    """The factors of every expert; one A is the same tensor in all experts that share it."""
-    modules, scale, shared = description.modules, description.config.scale, None
-    if description.shared_a:
-        spec = adapter_spec(description.experts[0].ranks, modules, "A") if description.experts else {}
-        shared = read_tensors(folder / SHARED_A, spec)
-    return [
-        read_adapter(folder / "experts" / expert.name, expert.ranks, modules, scale, shared)
-        for expert in description.experts
-    ]
+def _take_up(
+    cram: AttachedModel,
+    description: Description,
+    packs: Mapping[str, PackedExperts],
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    attached_for_it: nn.Module | None,
+) -> None:
+    """Put packs and the method's state into a model without experts; all of it or nothing.
+
+    A model that was attached for this bundle is detached again where the method refuses the state.
+    """
+    before, pool, taken = cram.method.export_state(), cram.pool, False
+    try:
+        cram.set_packs([expert.name for expert in description.experts], packs)
+        cram.method.import_state(state, description.values)
+        taken = True
+    except ValueError as error:
+        raise ValueError(f"{folder} must hold what its method can take up: {error}") from error
+    finally:
+        if not taken and attached_for_it is not None:
+            detach(attached_for_it)
+        elif not taken:
+            cram.set_packs([], {})
+            cram.method.import_state(*before)
+            cram.pool = pool
 
 
 def _describe(
@@ -170,26 +187,21 @@ def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _router_spec(description: Description) -> dict[str, tuple[int, ...]]:
-    experts, groups = len(description.experts), len(description.values["counts"])
-    image, text = description.encoder["image_dim"], description.encoder["text_dim"]
-    return {
-        "centroids": (description.num_layers, experts, image if experts else 0),
-        "prototypes": (groups, text if groups else 0),
-    }
-
-
-def _check_base(model: nn.Module, description: Description, folder: Path) -> None:
-    """The bundle's modules must be exactly the linears that the model is attached on, of equal sizes."""
+def _check_base(model: nn.Module, description: Description, folder: Path) -> dict[str, nn.Linear]:
+    """The linears of the model, which must be exactly the bundle's modules, of equal sizes."""
     family = family_of(model)
     if family.name != description.family:
         raise ValueError(f"model must be of family {description.family!r} for {folder}, got {family.name!r}")
     cram = getattr(model, "cram", None)
     if cram is not None:
-        found = {n: (m.base.in_features, m.base.out_features) for n, m in cram.modules.items()}
+        linears, layers = {name: module.base for name, module in cram.modules.items()}, cram.num_layers
     else:
-        matched = match_linears(model, family, description.config.target_projections).modules
-        found = {n: (linear.in_features, linear.out_features) for n, (_, linear) in matched.items()}
+        matched = match_linears(model, family, description.config.target_projections)
+        linears = {name: linear for name, (_, linear) in matched.modules.items()}
+        layers = matched.num_layers
+    found = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    if layers != description.num_layers:
+        raise ValueError(f"layers of {folder} must be the model's {layers}, got {description.num_layers}")
     if found.keys() != description.modules.keys():
         raise ValueError(
             f"modules of {folder} must be those of the model, got only in the bundle "
@@ -199,6 +211,23 @@ def _check_base(model: nn.Module, description: Description, folder: Path) -> Non
     for name, sizes in description.modules.items():
         if found[name] != sizes:
             raise ValueError(f"{name} must have (in, out) sizes {sizes} as in {folder}, got {found[name]}")
+    return linears
+
+
+def _check_method(name: str, description: Description, folder: Path) -> None:
+    if name not in METHODS:
+        raise ValueError(f"{folder}: method must be one of {sorted(METHODS)}, got {name!r:.100}")
+    pool, names = METHODS[name].pool, tuple(expert.name for expert in description.experts)
+    if pool is not None and names not in ((), pool):
+        raise ValueError(f"experts of {name} in {folder} must be {list(pool)} or none, got {names!r:.200}")
+
+
+def _check_encoder(encoder: Any, description: Description, folder: Path) -> None:
+    for name in ("text_dim", "image_dim"):
+        if getattr(encoder, name) != (wanted := description.encoder[name]):
+            raise ValueError(
+                f"{name} of the encoder must be {wanted} as in {folder}, got {getattr(encoder, name)}"
+            )
 
 
 def _check_target(cram: AttachedModel | None, description: Description) -> None:

@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from cram.atomic import read_json
-from cram.bundle.tensors import Spec, read_tensors
+from cram.bundle.tensors import Spec, TensorFile, check_tensors
 from cram.model.factors import Factors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_BASE_NAME_BYTES = 8192
 
 
 def adapter_config(ranks: Mapping[str, int], scale: float, base: str | None) -> dict[str, Any]:
@@ -96,39 +96,30 @@ def write_factors(file: Path, weights: Mapping[str, Factors], sides: str) -> Non
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def read_adapter(
-    folder: Path,
-    ranks: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, int]],
-    scale: float,
-    shared_a: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, Factors]:
-    """Read one expert, checking names, shapes, scale and finiteness against what is expected.
+def check_adapter(
+    folder: Path, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], scale: float, sides: str
+) -> TensorFile:
+    """Check one expert's configuration, and names and shapes of its tensors, against what is expected.
 
     Args:
         folder: The expert's folder.
         ranks: Module path -> rank.
         shapes: Module path -> (D_in, D_out).
         scale: The scale of every module.
-        shared_a: Tensors of A by PEFT's names where the folder has none.
-
-    Returns:
-        Per module path A [r, D_in] and B [D_out, r] in fp32; empty factors where the rank is 0.
+        sides: "AB"; "B" where A stands elsewhere.
 
     Raises:
         ValueError: If anything differs; the message lists both name sets where names differ.
     """
     expected = adapter_config(ranks, scale, None)
-    stored = read_json(folder / CONFIG_FILE)
-    if not isinstance(stored, dict) or {**stored, "base_model_name_or_path": None} != expected:
+    stored = read_json(folder / CONFIG_FILE, max_config_bytes(ranks, scale))
+    base = stored.get("base_model_name_or_path") if isinstance(stored, dict) else None
+    named = base is None or isinstance(base, str)
+    if not isinstance(stored, dict) or not named or {**stored, "base_model_name_or_path": None} != expected:
         raise ValueError(f"{folder / CONFIG_FILE} must agree with cram.json, got {stored!r:.200}")
-    sides = "AB" if shared_a is None else "B"
-    tensors = read_tensors(folder / WEIGHTS_FILE, adapter_spec(ranks, shapes, sides))
-    tensors = {**tensors, **(shared_a or {})}
-    weights = {}
-    for name, rank in ranks.items():
-        d_in, d_out = shapes[name]
-        empty = (torch.zeros(0, d_in), torch.zeros(d_out, 0))
-        key = f"{PREFIX}{name}.lora_"
-        weights[name] = (tensors[f"{key}A.weight"], tensors[f"{key}B.weight"]) if rank > 0 else empty
-    return weights
+    return check_tensors(folder / WEIGHTS_FILE, adapter_spec(ranks, shapes, sides))
+
+
+def max_config_bytes(ranks: Mapping[str, int], scale: float) -> int:
+    """Bytes that an expert's `adapter_config.json` has at most; indentation at most doubles them."""
+    return 2 * len(json.dumps(adapter_config(ranks, scale, None))) + _BASE_NAME_BYTES

@@ -46,14 +46,16 @@ class Method:
 
     Attributes:
         name: Name in the registry and in reports.
-        told_task: True if evaluation tells the method the true task (`gates`). Then it cannot route by
-        itself. uses_queries: True if `route` or `observe` needs the features of the samples. budget: How a
-        comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.
+        told_task: True if evaluation tells the method the true task (`gates`). Then it cannot route by itself.
+        uses_queries: True if `route` or `observe` needs the features of the samples.
+        pool: Names of the experts where all tasks train one pool; None where every task adds an expert.
+        budget: How a comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.
     """
 
     name: ClassVar[str]
     told_task: ClassVar[bool] = False
     uses_queries: bool = False
+    pool: ClassVar[tuple[str, ...] | None] = None
     budget: ClassVar[str] = "task"
 
     def __init__(self, cram: AttachedModel) -> None:

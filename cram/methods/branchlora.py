@@ -60,6 +60,7 @@ class BranchLoraMethod(Method):
     """A pool of branches in every module. The frozen branches come first."""
 
     name = "branchlora"
+    pool = BRANCHES
     uses_queries = True
     budget = "branches"
 

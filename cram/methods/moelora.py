@@ -46,6 +46,7 @@ class MoELoraMethod(Method):
     """One pool of experts and routers that every task trains further."""
 
     name = "moelora"
+    pool = EXPERTS
     budget = "pool"
 
     def __init__(self, cram: AttachedModel) -> None:

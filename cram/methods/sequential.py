@@ -12,6 +12,7 @@ class SequentialMethod(Method):
     """The first task starts the LoRA. Every later task trains the same LoRA further."""
 
     name = "sequential"
+    pool = (EXPERT,)
     budget = "one"
 
     def begin_task(self, task: str, total_steps: int) -> None:

@@ -112,6 +112,7 @@ class SMoLoraMethod(Method):
     """Two halves of four experts that every task trains further."""
 
     name = "smolora"
+    pool = EXPERTS
     uses_queries = True
     budget = "pool"
 

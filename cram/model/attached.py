@@ -20,6 +20,7 @@ from cram.model.state import Current, ForwardState
 from cram.routing.clip import ClipEncoder
 from cram.routing.prompts import PromptReader
 from cram.routing.query import Query, Route, Routes
+from cram_kernels import PackedExperts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -264,6 +265,34 @@ class AttachedModel:
         for path, module in self.modules.items():
             module.set_experts([each[path] for each in weights], self.config.scale, trained)
         self.expert_names, self.pool = names, object()
+        self.method.experts_replaced()
+
+    def set_packs(self, names: Sequence[str], packs: Mapping[str, PackedExperts]) -> None:
+        """Replaces all experts by packs that are finite and on their modules' devices; copies nothing.
+
+        Nothing changes if a check fails.
+
+        Args:
+            names: Distinct names; none for a model without experts.
+            packs: Module path -> frozen pack of as many experts; empty without experts.
+
+        Raises:
+            ValueError: If the names repeat, or a pack is missing or does not fit its module.
+        """
+        if len(set(names)) != len(names) or packs.keys() != (self.modules.keys() if names else set()):
+            raise ValueError(f"packs must be one per adapted module for distinct names, got {names!r:.200}")
+        for path, pack in packs.items():
+            module = self.modules[path]
+            sizes = (pack.num_experts, pack.in_features, pack.out_features, pack.trained)
+            wanted = (len(names), module.in_features, module.out_features, 0)
+            if sizes != wanted or pack.a.dtype != torch.float32 or pack.a.device != module.weight.device:
+                raise ValueError(
+                    f"pack of {path} must be float32 on {module.weight.device} with (experts, in, out, "
+                    f"trained) {wanted}, got {pack.a.dtype} on {pack.a.device} with {sizes}"
+                )
+        for path, module in self.modules.items():
+            module.experts = packs.get(path)
+        self.expert_names, self.pool = list(names), object()
         self.method.experts_replaced()
 
     def set_solo(self, weights: Mapping[str, Factors], trained: bool = False) -> None:

@@ -9,7 +9,6 @@ batch as in the released implementation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,9 @@ from cram.routing.groups import InstructionGroups, require_keys
 from cram.routing.means import Float32Module
 from cram.routing.query import Query, Route
 from cram_kernels import centroid_gates
+
+# Groups are int64; without prototypes nothing else bounds them.
+MAX_GROUP = 2**63
 
 
 class Router(Float32Module):
@@ -223,7 +225,7 @@ class Router(Float32Module):
 
 def _expert_table(experts: Any, groups: int) -> tuple[list[str], list[int]]:
     """Names and groups of imported experts; without prototypes (fixed routes only) every group is legal."""
-    limit = groups or math.inf
+    limit = groups or MAX_GROUP
 
     def legal(entry: Any) -> bool:
         pair = isinstance(entry, list | tuple) and [type(part) for part in entry] == [str, int]

@@ -15,6 +15,8 @@ from cram.model.factors import Factors
 from cram.routing.query import Query, Route
 from cram.routing.router import Router
 
+MAX_COUNT = 2**63
+
 
 class GroupedMethod(Method):
     """A method whose experts each have a group and a centroid.
@@ -136,10 +138,16 @@ class GroupedMethod(Method):
         if not tensors and not self.cram.num_experts:
             return
         counts, experts = values.get("counts"), values.get("experts")
-        if not isinstance(counts, list) or not all(type(count) is int for count in counts):
-            raise ValueError(f"counts must be a list of integers, got {counts!r:.100}")
+        if not isinstance(counts, list) or not all(type(n) is int and 0 < n < MAX_COUNT for n in counts):
+            raise ValueError(f"counts must be integers from 1 to below {MAX_COUNT}, got {counts!r:.100}")
         listed = experts if isinstance(experts, list) else []
         names = [entry[0] if isinstance(entry, list) and entry else None for entry in listed]
         if names != self.cram.expert_names:
             raise ValueError(f"experts must be {self.cram.expert_names}, got {experts!r:.200}")
+        encoder = self.cram.encoder
+        widths = {"centroids": encoder.image_dim, "prototypes": encoder.text_dim}
+        for name, width in widths.items():
+            found = tensors.get(name)
+            if found is not None and found.numel() and found.shape[-1] != width:
+                raise ValueError(f"{name} must have the encoder's {width} columns, got {list(found.shape)}")
         self.router.import_state({**tensors, "counts": torch.tensor(counts, dtype=torch.int64)}, values)
