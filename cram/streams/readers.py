@@ -7,16 +7,24 @@ that its file exists and lies under the image root. An image is opened when its 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from reprlib import Repr
+from typing import Any, TypeGuard
 
 from cram.streams.types import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
+
+
+# What a path can raise: a loop of links, a null byte, half a character, a name that is too long.
+PATH_ERRORS = (OSError, RuntimeError, ValueError)
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 100, 100, 100
 
 
 class StreamError(ValueError):
@@ -80,7 +88,10 @@ def add_references(samples: Sequence[Sample], file: Path) -> list[Sample]:
     """
     data = _load_json(file)
     if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
-        raise StreamError(file, None, "images, annotations", f"must both be present, got {_brief(data)}")
+        raise StreamError(file, None, "images, annotations", f"must both be present, got {brief(data)}")
+    for field in ("images", "annotations"):
+        if not isinstance(data[field], list):
+            raise StreamError(file, None, field, f"must be a list, got {brief(data[field])}")
     captions: dict[str, list[str]] = defaultdict(list)
     for index, annotation in enumerate(data["annotations"]):
         row = _Row(file, index, annotation)
@@ -116,7 +127,7 @@ class _Row:
     def __init__(self, file: Path, index: int, data: object) -> None:
         self.file, self.index = file, index
         if not isinstance(data, dict):
-            raise StreamError(file, index, "(row)", f"must be an object, got {_brief(data)}")
+            raise StreamError(file, index, "(row)", f"must be an object, got {brief(data)}")
         self.data: dict[str, Any] = data
 
     @property
@@ -128,14 +139,14 @@ class _Row:
 
     def text(self, field: str) -> str:
         value = self.data.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(field, f"must be a non-empty string, got {_brief(value)}")
+        if not _is_text(value) or not value.strip():
+            raise self.error(field, f"must be a non-empty string, got {brief(value)}")
         return value
 
     def identifier(self, field: str) -> str:
         value = self.data.get(field)
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise self.error(field, f"must be a non-empty string or an integer, got {_brief(value)}")
+        if (type(value) is not int and not _is_text(value)) or value == "":
+            raise self.error(field, f"must be a non-empty string or an integer, got {brief(value)}")
         return str(value)
 
     def answers(self, field: str) -> tuple[str, ...]:
@@ -143,14 +154,25 @@ class _Row:
         values = value if isinstance(value, list) else [value]
         texts = tuple(str(item).strip() for item in values if _is_answer(item))
         if not texts or len(texts) != len(values):
-            raise self.error(field, f"must be a non-empty answer or a list of them, got {_brief(value)}")
+            raise self.error(field, f"must be a non-empty answer or a list of them, got {brief(value)}")
         return texts
 
 
 def _is_answer(value: object) -> bool:
     if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return _is_text(value) and bool(value.strip())
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string that UTF-8 can hold; JSON's escapes can name half a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_text(row: _Row) -> tuple[str, str, tuple[str, ...]]:
@@ -163,16 +185,16 @@ def _read_text(row: _Row) -> tuple[str, str, tuple[str, ...]]:
 def _read_conversation(row: _Row) -> tuple[str, tuple[str, ...]]:
     turns = row.data["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise row.error("conversations", f"must be a list of objects, got {_brief(turns)}")
+        raise row.error("conversations", f"must be a list of objects, got {brief(turns)}")
     speakers = [turn.get("from") for turn in turns]
     if speakers != ["human", "gpt"]:
         raise row.error("conversations", f"must be one 'human' and one 'gpt' turn, got turns from {speakers}")
     texts = []
     for index, turn in enumerate(turns):
         value = turn.get("value")
-        if not isinstance(value, str) or not value.strip():
+        if not _is_text(value) or not value.strip():
             raise row.error(
-                f"conversations[{index}].value", f"must be a non-empty string, got {_brief(value)}"
+                f"conversations[{index}].value", f"must be a non-empty string, got {brief(value)}"
             )
         texts.append(value)
     return texts[0], (texts[1].strip(),)
@@ -202,19 +224,23 @@ def _find_images(row: _Row, image_root: Path) -> tuple[Path, ...]:
         return ()
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise row.error("image", f"must be a path, a list of paths or absent, got {_brief(value)}")
+        raise row.error("image", f"must be a path, a list of paths or absent, got {brief(value)}")
     return tuple(_find_image(row, image_root, name) for name in names)
 
 
 def _find_image(row: _Row, image_root: Path, name: str) -> Path:
-    if "\0" in name:
-        raise row.error("image", f"must be a path, got {name!r}")
+    if "\0" in name or not _is_text(name):  # `is_file` would call such a file absent.
+        raise row.error("image", f"must be a path, got {brief(name)}")
     path = image_root / name
-    real = path.resolve() if path.is_symlink() else _real_folder(path.parent) / path.name
-    if not real.is_relative_to(_real_folder(image_root)):
-        raise row.error("image", f"must stay under the image root {image_root}, got {name!r}")
-    if not real.is_file():
-        raise row.error("image", f"must be an existing file, got {name!r} (looked for {path})")
+    try:
+        real = path.resolve() if path.is_symlink() else _real_folder(path.parent) / path.name
+        inside, exists = real.is_relative_to(_real_folder(image_root)), real.is_file()
+    except PATH_ERRORS as error:
+        raise row.error("image", f"must be a path, got {brief(name)}: {one_line(error)}") from error
+    if not inside:
+        raise row.error("image", f"must stay under the image root {image_root}, got {brief(name)}")
+    if not exists:
+        raise row.error("image", f"must be an existing file, got {name!r:.300} (looked for {path!s:.300})")
     return path
 
 
@@ -226,20 +252,38 @@ def _real_folder(folder: Path) -> Path:
 def _load_rows(file: Path) -> list[Any]:
     rows = _load_json(file)
     if not isinstance(rows, list) or not rows:
-        raise StreamError(file, None, "(file)", f"must be a non-empty list of rows, got {_brief(rows)}")
+        raise StreamError(file, None, "(file)", f"must be a non-empty list of rows, got {brief(rows)}")
     return rows
 
 
 def _load_json(file: Path) -> Any:
     try:
+        # Opening a pipe would wait for its writer.
+        if file.exists() and not file.is_file():
+            raise StreamError(file, None, "(file)", "must be a readable file, got something that is no file")
         with file.open(encoding="utf-8") as opened:
-            return json.load(opened)
+            return json.load(opened, parse_constant=_refuse_constant)
     except OSError as error:
         raise StreamError(file, None, "(file)", f"must be a readable file, got {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise StreamError(file, None, "(file)", f"must be JSON, got {error}") from error
+    except StreamError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise StreamError(file, None, "(file)", f"must be JSON, got {one_line(error)}") from error
 
 
-def _brief(value: object, limit: int = 80) -> str:
-    text = repr(value)
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"the constant {name}")
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """A value in one short line, whatever its size; YAML aliases can stand for a list too long to print."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # An integer of more digits than Python prints.
+        text = f"a very large {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())[:300]

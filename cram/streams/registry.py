@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from cram.scoring.scorers import SCORERS
-from cram.streams.readers import StreamError, add_references, read_samples
+from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, one_line, read_samples
 from cram.streams.types import Sample, Stream, Task
 
 # Streams of pictures drawn on the spot, in `cram.streams.builtin`.
 BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+MAX_YAML_BYTES = 1 << 20
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 # Key of a stream file or of a task -> (type, True if the key is required).
@@ -94,12 +95,7 @@ def _stream_file(source: str | Path) -> Path:
 
 
 def _read_stream(file: Path, data_root: Path | None) -> Stream:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StreamError(file, None, "(file)", f"must be YAML, got {error}") from error
+    content = _load_yaml(file)
     described = _check_keys(file, "", content, STREAM_KEYS)
     if not described["tasks"]:
         raise StreamError(file, None, "tasks", "must list at least one task, got none")
@@ -114,27 +110,40 @@ def _read_stream(file: Path, data_root: Path | None) -> Stream:
     return Stream(described["name"], tuple(tasks))
 
 
+def _load_yaml(file: Path) -> Any:
+    import yaml
+
+    # PyYAML lets through whatever its constructors raise at a value that is not what its tag says.
+    faults = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+    if (size := file.stat().st_size) > MAX_YAML_BYTES:
+        raise StreamError(file, None, "(file)", f"must have at most {MAX_YAML_BYTES} bytes, got {size}")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except faults as error:
+        raise StreamError(file, None, "(file)", f"must be YAML, got {one_line(error)}") from error
+
+
 def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
     task = _check_keys(file, f"{where}.", entry, TASK_KEYS)
     if not NAME_PATTERN.fullmatch(task["name"]):
         raise StreamError(
-            file, None, f"{where}.name", f"must match {NAME_PATTERN.pattern}, got {task['name']!r}"
+            file, None, f"{where}.name", f"must match {NAME_PATTERN.pattern}, got {brief(task['name'])}"
         )
     if task["scorer"] not in SCORERS:
         raise StreamError(
-            file, None, f"{where}.scorer", f"must be one of {sorted(SCORERS)}, got {task['scorer']!r}"
+            file, None, f"{where}.scorer", f"must be one of {sorted(SCORERS)}, got {brief(task['scorer'])}"
         )
     if task["max_new_tokens"] < 1:
         raise StreamError(
-            file, None, f"{where}.max_new_tokens", f"must be at least 1, got {task['max_new_tokens']}"
+            file, None, f"{where}.max_new_tokens", f"must be at least 1, got {brief(task['max_new_tokens'])}"
         )
     return task
 
 
 def _read_task(file: Path, where: str, entry: dict[str, Any], root: Path, images: str) -> Task:
     image_root = _inside(file, f"{where}.images", root, entry.get("images", images))
-    if not image_root.is_dir():
-        raise StreamError(file, None, f"{where}.images", f"must be a folder, got {image_root}")
+    if not _is_folder(image_root):
+        raise StreamError(file, None, f"{where}.images", f"must be a folder, got {brief(str(image_root))}")
     train = read_samples(
         _inside(file, f"{where}.train", root, entry["train"]), image_root, entry.get("repeated_ids", False)
     )
@@ -153,16 +162,34 @@ def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
             raise StreamError(
                 file, None, "root", f"must be set (the environment variable or data_root), got {described!r}"
             )
-        root = file.parent / Path(expanded).expanduser()
-    if not root.is_dir():
-        raise StreamError(file, None, "root", f"must be an existing folder, got {root}")
+        try:
+            root = file.parent / Path(expanded).expanduser()
+        except RuntimeError as error:
+            raise StreamError(
+                file, None, "root", f"must be a folder, got {brief(described)}: {error}"
+            ) from error
+    if not _is_folder(root):
+        raise StreamError(file, None, "root", f"must be an existing folder, got {brief(str(root))}")
     return root
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PATH_ERRORS:
+        return False
 
 
 def _inside(file: Path, field: str, root: Path, name: str) -> Path:
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise StreamError(file, None, field, f"must stay under the root {root}, got {name!r}")
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except PATH_ERRORS as error:
+        raise StreamError(
+            file, None, field, f"must be a path, got {brief(name)}: {one_line(error)}"
+        ) from error
+    if not inside:
+        raise StreamError(file, None, field, f"must stay under the root {root}, got {brief(name)}")
     return path
 
 
@@ -172,11 +199,11 @@ def _check_keys(
     """Return `content` if it has all required keys, no unknown key, and values of the right types."""
     place = prefix.rstrip(".") or "(file)"
     if not isinstance(content, dict):
-        raise StreamError(file, None, place, f"must be a mapping, got {content!r}")
+        raise StreamError(file, None, place, f"must be a mapping, got {brief(content)}")
     unknown = [key for key in content if key not in keys]
     if unknown:
         raise StreamError(
-            file, None, f"{prefix}{unknown[0]}", f"is not a known key; known are {sorted(keys)}"
+            file, None, f"{prefix}{_key(unknown[0])}", f"is not a known key; known are {sorted(keys)}"
         )
     for key, (kind, required) in keys.items():
         if key not in content:
@@ -186,9 +213,16 @@ def _check_keys(
         value = content[key]
         if type(value) is not kind or value == "":
             raise StreamError(
-                file, None, f"{prefix}{key}", f"must be a {kind.__name__} that is not empty, got {value!r}"
+                file,
+                None,
+                f"{prefix}{key}",
+                f"must be a {kind.__name__} that is not empty, got {brief(value)}",
             )
     return content
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) and key.isidentifier() else brief(key)
 
 
 def _thin_out(stream: Stream, limit: int, seed: int) -> Stream:
