@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cram.atomic import read_json, recover_folder
+from cram.atomic import recover_folder
 from cram.bundle.format import MANIFEST
+from cram.bundle.records import run_record
 
 RUN_FORMAT = 1
 RUN = "run.json"
@@ -16,16 +17,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        ValueError: If there is none, or it is of another format.
+        ValueError: If there is none, it is damaged or of another format.
     """
     if not (folder / RUN).is_file():
         raise ValueError(f"{folder} must be a run folder with a {RUN}, got none")
-    run = read_json(folder / RUN)
-    if not isinstance(run, dict) or run.keys() != {"format", "identity", "settings"}:
-        raise ValueError(f"{folder / RUN} must have the keys format, identity and settings, got {run!r:.200}")
-    if run["format"] != RUN_FORMAT:
-        raise ValueError(f"format of {folder / RUN} must be {RUN_FORMAT}, got {run['format']!r}")
-    return run
+    return run_record(folder / RUN, RUN_FORMAT)
 
 
 def newest_bundle(folder: Path) -> tuple[Path, list[str]]:

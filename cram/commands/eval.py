@@ -5,11 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cram.bundle.runs import newest_bundle, read_run
+from cram.bundle.runs import RUN, newest_bundle, read_run
 from cram.commands.options import add_data, add_device
+from cram.config import read_config
 from cram.learning.evaluate import evaluate_run
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
+
+# Setting -> types.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "stream": (str,),
+    "limit": (int, type(None)),
+    "data_root": (str, type(None)),
+    "model": (str,),
+    "clip": (str, type(None)),
+    "dtype": (str, type(None)),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     _, learnt = newest_bundle(folder)
     given = {name: getattr(arguments, name) for name in ("stream", "limit", "data_root")}
     settings = {**record["settings"], **{name: value for name, value in given.items() if value is not None}}
-    seed = record["identity"]["config"]["seed"]
+    if missing := [name for name in SETTINGS if not isinstance(settings.get(name, 0), SETTINGS[name])]:
+        raise ValueError(f"{folder / RUN} must have the settings that `cram train` writes, got no {missing}")
+    seed = read_config(record["identity"]["config"]).seed
     stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
     if arguments.stream is None:
         stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))

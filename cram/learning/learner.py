@@ -23,7 +23,7 @@ from cram.console import ProgressBar, clock
 from cram.learning.answers import run_test
 from cram.learning.batch_route import batch_route
 from cram.learning.batches import Budget, EncodedSplit, pad_id
-from cram.learning.run_folder import RunFolder, model_identity, stream_identity
+from cram.learning.run_folder import RESULT, RunFolder, model_identity, stream_identity
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Report, Routing
@@ -112,6 +112,10 @@ class ContinualLearner:
             raise ValueError(
                 "run must start from a new learner after an interrupted training, got the interrupted learner"
             )
+        with self.folder.writing():
+            return self._run()
+
+    def _run(self) -> Report:
         finished, trained = self._resume()
         report = self._report() if finished and finished == trained else None
         for index in range(finished, len(self.stream.tasks)):
@@ -171,13 +175,18 @@ class ContinualLearner:
     def _resume(self) -> tuple[int, int]:
         """Load the newest complete state, unless the model has it. Return finished and trained tasks."""
         finished, trained = self.folder.count()
+        self.folder.check_earlier(trained)
         while trained and (fault := self.folder.fault(trained - 1)):
             trained -= 1
-            aside = self.folder.set_aside(trained)
+            aside = self.folder.set_aside(self.folder.task(trained))
             self._say(
                 f"task {trained + 1} is damaged and learnt again ({fault}); its files are now in {aside}"
             )
         finished = min(finished, trained)
+        if finished and finished == trained and (fault := self.folder.result_fault(finished - 1)):
+            finished -= 1
+            aside = self.folder.set_aside(self.folder.task(finished) / RESULT)
+            self._say(f"task {trained} is tested again ({fault}); the damaged result is now {aside}")
         if trained and not self.cram.num_experts:
             load(self.model, self.folder.bundle(trained - 1))
             what = "trained" if trained > finished else "finished"

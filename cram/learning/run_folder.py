@@ -8,7 +8,8 @@
         result.json             accuracies and routing, written last; present as soon as the task is finished
     report.json                 the report over the finished tasks
 
-The files of a finished task are never written again.
+The files of a finished task are never written again. Every record is checked when it is read. A result names
+its training and its bundle by sha256. One process at a time writes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cram.atomic import read_json, recover_folder, write_json, write_text
+from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json, write_text
 from cram.bundle.format import MANIFEST, read_description
+from cram.bundle.records import OWNERS, result_record, training_record
 from cram.bundle.runs import RUN, RUN_FORMAT, read_run
 from cram.config import read_config
 from cram.methods import Method
@@ -29,6 +32,10 @@ from cram.model.attached import AttachedModel
 from cram.report.schema import MethodReport, Report, validate_report
 from cram.scoring.metrics import continual_metrics
 from cram.streams.types import Sample, Stream
+
+TRAINING, RESULT = "training.json", "result.json"
+# What a process leaves behind that dies before `run.json` is there.
+_LEFTOVERS = {LOCK, f".{RUN}{PARTIAL}"}
 
 
 class RunFolder:
@@ -58,7 +65,7 @@ class RunFolder:
 
     def is_finished(self, index: int) -> bool:
         """True if a task has been trained and evaluated."""
-        return self.is_trained(index) and (self.task(index) / "result.json").is_file()
+        return self.is_trained(index) and (self.task(index) / RESULT).is_file()
 
     def count(self) -> tuple[int, int]:
         """Return the number of finished tasks and of trained tasks, counted from the first without a gap."""
@@ -68,19 +75,58 @@ class RunFolder:
         return finished, trained
 
     def fault(self, index: int) -> str | None:
-        """Return the fault of the bundle after a task, or None. Every file is compared with its sha256."""
+        """What is wrong with a trained task, or None; every file of the bundle is hashed."""
         try:
             read_description(self.bundle(index))
-        except ValueError as error:
+            self.training(index)
+        except (ValueError, OSError) as error:
             return str(error)
         return None
 
-    def set_aside(self, index: int) -> Path:
-        """Rename the folder of a damaged task, so that the task can be learnt again. Return the new path."""
-        aside = self.task(index).with_name(f"damaged-{self.task(index).name}")
-        if aside.exists():
+    def result_fault(self, index: int) -> str | None:
+        """What is wrong with a finished task's result, or None."""
+        try:
+            self.result(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    def check_earlier(self, count: int) -> None:
+        """Refuse a run whose tasks before the newest of `count` trained ones are not whole.
+
+        Raises:
+            ValueError: Naming the file at fault and what to do.
+        """
+        for index in range(count - 1):
+            if fault := self.result_fault(index):
+                raise ValueError(f"{fault}; {self._way_out(index)}")
+        for index in range(count, len(self.stream.tasks)):
+            if self.is_trained(index):
+                raise ValueError(
+                    f"{self.task(count)} must be whole, got a task without its bundle or its result before "
+                    f"{self.task(index).name}; {self._way_out(count)}"
+                )
+
+    def _way_out(self, index: int) -> str:
+        name = self.task(index).name
+        return f"put it back, or move {name} and the later tasks away to learn from there again"
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename a damaged task's folder or result, so that it can be made again; returns the new path."""
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.is_dir():
             shutil.rmtree(aside)
-        return self.task(index).rename(aside)
+        return path.rename(aside)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder as its one writer.
+
+        Raises:
+            ValueError: If another process writes there.
+        """
+        with locked(self.path):
+            yield
 
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Refuse a folder that belongs to another configuration.
@@ -92,7 +138,7 @@ class RunFolder:
             raise ValueError(f"out must be a folder, got the file {self.path}")
         file = self.path / RUN
         if not file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(path.name not in _LEFTOVERS for path in self.path.iterdir()):
                 raise ValueError(f"out must be new, empty or a run, got {self.path} with other files")
             return
         record = read_run(self.path)["identity"]
@@ -114,22 +160,44 @@ class RunFolder:
     def write_training(self, index: int, seconds: float, loss: float) -> None:
         """Record a training. The bundle, written next, commits the training."""
         self.task(index).mkdir(parents=True, exist_ok=True)
-        write_json(self.task(index) / "training.json", {"seconds": seconds, "loss": loss})
+        write_json(self.task(index) / TRAINING, {"seconds": seconds, "loss": loss})
+
+    def training(self, index: int) -> dict[str, Any]:
+        """A task's seconds and loss; ValueError or OSError where the record is damaged."""
+        return training_record(self.task(index) / TRAINING)
 
     def predictions(self, index: int, tested: int) -> Path:
         """Return the file with the answers to the test samples of task `tested` after task `index`."""
         return self.task(index) / "predictions" / f"{tested + 1:02d}-{self.stream.tasks[tested].name}.jsonl"
 
     def write_result(self, index: int, result: dict[str, Any]) -> None:
-        """Write the result of a task. Then the task is finished."""
-        write_json(self.task(index) / "result.json", result)
+        """Write a task's result, which finishes the task."""
+        write_json(self.task(index) / RESULT, {**result, "of": self._owners(index)})
+
+    def result(self, index: int) -> dict[str, Any]:
+        """A finished task's accuracies, seconds and routing.
+
+        Raises:
+            ValueError: If the record is damaged or belongs to another training or bundle.
+            OSError: If a file is missing.
+        """
+        names = [task.name for task in self.stream.tasks[: index + 1]]
+        self.training(index)
+        return result_record(self.task(index) / RESULT, names, self._owners(index))
+
+    def _owners(self, index: int) -> dict[str, str]:
+        files = (self.task(index) / TRAINING, self.bundle(index) / MANIFEST)
+        return {
+            name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for name, file in zip(OWNERS, files, strict=True)
+        }
 
     def report(self, method: Method, settings: dict[str, Any]) -> Report:
         """Return the report over the finished tasks. The model must be in the state after the last one."""
         cram = method.cram
         finished, _ = self.count()
-        results = [read_json(self.task(index) / "result.json") for index in range(finished)]
-        trainings = [read_json(self.task(index) / "training.json") for index in range(finished)]
+        results = [self.result(index) for index in range(finished)]
+        trainings = [self.training(index) for index in range(finished)]
         names = [task.name for task in self.stream.tasks[:finished]]
         per_task_s = {name: training["seconds"] for name, training in zip(names, trainings, strict=True)}
         matrix = [result["accuracies"] for result in results]

@@ -23,7 +23,7 @@ from cram.report.schema import validate_report
 from cram.scoring.scorers import read_predictions
 from cram.streams import Sample, Stream, Task
 from tests.cram import factories, runs
-from tests.cram.kills import Killed, kill_at
+from tests.cram.kills import every_end
 from tests.cram.runs import files, results, timeless
 
 
@@ -80,30 +80,25 @@ def test_resuming_after_every_task_equals_an_uninterrupted_run(method: str, tmp_
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-def test_a_kill_at_any_write_point_of_a_task_repeats_nothing_committed(
-    finished: Path, tmp_path: Path
+@pytest.mark.parametrize("step", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_write_of_a_task_repeats_nothing_committed(
+    finished: Path, tmp_path: Path, step: int
 ) -> None:
-    """Kills around the commits of the second task; every rerun ends as the uninterrupted run."""
+    """Kills before and after the writes of the second task; every rerun ends as the uninterrupted run."""
     two = runs.two_tasks()
-    base = tmp_path / "base"
+    base, run = tmp_path / "base", tmp_path / "run"
     runs.learner(base, tasks=two).learn(0)
-    points = (1, 2, 5, 9, 14, 20, 26, 30, 34, 36)
-    killed = 0
-    for point in points:
-        run = tmp_path / str(point)
+    expected = {n: c for n, c in results(finished).items() if n.startswith(("tasks/01", "tasks/02"))}
+
+    def restore() -> None:
+        shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(base, run)
-        with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, point)
-            try:
-                runs.learner(run, tasks=two).run()
-            except Killed:
-                killed += 1
-        committed = {name: content for name, content in results(run).items() if name.startswith("tasks/01")}
+
+    for end in every_end(lambda: runs.learner(run, tasks=two).run(), restore, step):
+        committed = {n: content for n, content in results(run).items() if n.startswith("tasks/01")}
         runs.learner(run, tasks=two).run()
-        assert committed.items() <= results(run).items()
-        expected = {n: c for n, c in results(finished).items() if n.startswith(("tasks/01", "tasks/02"))}
-        assert results(run) == expected
-    assert killed >= 5
+        assert committed.items() <= results(run).items(), end
+        assert results(run) == expected, end
 
 
 def test_a_damaged_newest_bundle_is_set_aside_and_learnt_again(

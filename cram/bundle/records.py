@@ -1,0 +1,118 @@
+"""The records of a run folder, read with suspicion: every key and type is checked before use.
+
+A fault is a ValueError of one line that names the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cram.atomic import read_json
+from cram.bundle.format import check_expert_name
+from cram.config import read_config
+
+MAX_RECORD_BYTES = 16 << 20
+
+Fields = Mapping[str, type | tuple[type, ...]]
+NUMBER = (int, float)
+RUN_FIELDS: Fields = {"format": int, "identity": dict, "settings": dict}
+IDENTITY_FIELDS: Fields = {"method": str, "config": dict, "stream": dict, "model": dict}
+STREAM_FIELDS: Fields = {"name": str, "tasks": list, "sha256": str}
+MODEL_FIELDS: Fields = {"family": str, "dtype": str, "modules": int, "encoder": list, "sha256": str}
+TRAINING_FIELDS: Fields = {"seconds": NUMBER, "loss": NUMBER}
+RESULT_FIELDS: Fields = {"accuracies": list, "seconds": NUMBER, "routing": dict}
+ROUTING_FIELDS: Fields = {"group_accuracy": NUMBER, "expert_accuracy": NUMBER, "mean_gates": dict}
+# Of which training and bundle a result tells: sha256 of their files.
+OWNERS = ("training", "bundle")
+
+
+def run_record(file: Path, version: int) -> dict[str, Any]:
+    """`run.json`: identity and settings.
+
+    Raises:
+        ValueError: If a key is missing, unknown or of another type, or a name could leave the folder.
+    """
+    run = _fields(read_json(file, MAX_RECORD_BYTES), RUN_FIELDS, str(file))
+    if run["format"] != version:
+        raise ValueError(f"format of {file} must be {version}, got {run['format']!r:.100}")
+    identity = _fields(run["identity"], IDENTITY_FIELDS, f"{file}: identity")
+    stream = _fields(identity["stream"], STREAM_FIELDS, f"{file}: identity.stream")
+    _fields(identity["model"], MODEL_FIELDS, f"{file}: identity.model")
+    tasks = stream["tasks"]
+    if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
+        raise ValueError(f"{file}: tasks must be distinct names, got {tasks!r:.200}")
+    try:
+        for task in tasks:
+            check_expert_name(task)
+        read_config({**identity["config"], "method": identity["method"]})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return run
+
+
+def training_record(file: Path) -> dict[str, Any]:
+    """`training.json`: seconds and loss.
+
+    Raises:
+        ValueError: If a number is missing, negative seconds, or not finite.
+    """
+    record = _fields(read_json(file, MAX_RECORD_BYTES), TRAINING_FIELDS, str(file))
+    _number(record["seconds"], f"{file}: seconds", 0, math.inf)
+    _number(record["loss"], f"{file}: loss", -math.inf, math.inf)
+    return record
+
+
+def result_record(file: Path, tasks: list[str], owners: Mapping[str, str]) -> dict[str, Any]:
+    """`result.json` of the last of some tasks.
+
+    Args:
+        file: The file.
+        tasks: The tasks up to the one that it belongs to.
+        owners: sha256 of the training and the bundle that it must tell of.
+
+    Raises:
+        ValueError: If a part is missing or of another type, an accuracy is no percentage, or the result
+            belongs to another training or bundle.
+    """
+    record = read_json(file, MAX_RECORD_BYTES)
+    # Results without owners are those of earlier versions.
+    own = {"of": dict} if isinstance(record, dict) and "of" in record else {}
+    record = _fields(record, {**RESULT_FIELDS, **own}, str(file))
+    if own and record["of"] != dict(owners):
+        other = [name for name in OWNERS if record["of"].get(name) != owners[name]]
+        raise ValueError(f"{file} must belong to the files beside it, got the result of another {other}")
+    if len(record["accuracies"]) != len(tasks):
+        raise ValueError(f"{file}: accuracies must be {len(tasks)}, got {record['accuracies']!r:.200}")
+    for task, accuracy in zip(tasks, record["accuracies"], strict=True):
+        _number(accuracy, f"{file}: accuracy on {task}", 0, 100)
+    _number(record["seconds"], f"{file}: seconds", 0, math.inf)
+    for task, routing in record["routing"].items():
+        if task not in tasks:
+            raise ValueError(f"{file}: routing must be of {tasks}, got {task!r:.100}")
+        where = f"{file}: routing of {task}"
+        _fields(routing, ROUTING_FIELDS, where)
+        for name in ("group_accuracy", "expert_accuracy"):
+            _number(routing[name], f"{where}: {name}", 0, 100)
+        for expert, gate in routing["mean_gates"].items():
+            _number(gate, f"{where}: gate of {expert!r:.100}", -math.inf, math.inf)
+    return record
+
+
+def _fields(value: Any, fields: Fields, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != fields.keys():
+        found = repr(sorted(value) if isinstance(value, dict) else value)
+        raise ValueError(f"{where} must have the keys {sorted(fields)}, got {found:.200}")
+    for name, kind in fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value[name]) not in kinds:
+            wanted = " or ".join(each.__name__ for each in kinds)
+            raise ValueError(f"{where}: {name} must be a {wanted}, got {value[name]!r:.100}")
+    return value
+
+
+def _number(value: Any, where: str, least: float, most: float) -> None:
+    if type(value) not in NUMBER or not least <= value <= most or abs(value) == math.inf:
+        raise ValueError(f"{where} must be a finite number from {least} to {most}, got {value!r:.100}")

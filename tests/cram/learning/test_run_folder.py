@@ -1,0 +1,248 @@
+"""A run folder under kills, a full disk, damaged records and a second writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cram import cli
+from cram.atomic import LOCK, locked, read_json
+from cram.learning.run_folder import RunFolder, newest_bundle, read_run
+from tests.cram import runs
+from tests.cram.kills import Killed, every_end, writes
+from tests.cram.runs import timeless
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two tasks, not to be written to."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    runs.learner(folder).run()
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def first_writes(folder: RunFolder, identity: dict[str, Any]) -> None:
+    """What a run writes before its first bundle."""
+    folder.check_identity(identity)
+    with folder.writing():
+        folder.write_identity(identity, {})
+        folder.write_training(0, 1.0, 0.5)
+
+
+def test_a_kill_or_a_full_disk_at_the_very_first_writes_leaves_a_run_that_goes_on(
+    finished: Path, tmp_path: Path
+) -> None:
+    identity = read_run(finished)["identity"]
+    folder = RunFolder(tmp_path / "run", runs.two_tasks())
+
+    def restore() -> None:
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+    def work() -> None:
+        first_writes(folder, identity)
+
+    ends = 0
+    for _ in every_end(work, restore):
+        work()
+        assert read_run(folder.path)["identity"] == identity
+        assert folder.training(0) == {"seconds": 1.0, "loss": 0.5}
+        assert not (folder.path / LOCK).exists()
+        ends += 1
+    assert ends >= 16
+    with writes() as counted:
+        restore()
+        work()
+    for point in range(len(counted)):
+        restore()
+        with writes(point, full=True), pytest.raises(OSError, match="No space left"):
+            work()
+        work()
+        assert folder.training(0) == {"seconds": 1.0, "loss": 0.5}
+
+
+def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Rewrites a record by a function that changes it or gives another one."""
+
+    def apply(run: Path) -> None:
+        data = read_json(run / name)
+        changed = change(data)
+        (run / name).write_text(json.dumps(data if changed is None else changed))
+
+    return apply
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).write_text(content)
+
+
+FIRST, SECOND = "tasks/01-colour", "tasks/02-letter"
+IDENTITY: dict[str, tuple[Callable[[Path], None], str]] = {
+    "empty": (text("run.json", ""), r"run\.json must be a JSON file"),
+    "not an object": (edit("run.json", lambda d: [1]), r"run\.json must have the keys"),
+    "no identity": (edit("run.json", lambda d: d.update(identity={})), "identity must have the keys"),
+    "a method that is a number": (
+        edit("run.json", lambda d: d["identity"].update(method=1)),
+        "method must be a str",
+    ),
+    "an unknown setting": (
+        edit("run.json", lambda d: d["identity"]["config"].update(x=1)),
+        "config keys must be",
+    ),
+    "a rank of text": (
+        edit("run.json", lambda d: d["identity"]["config"].update(rank="9")),
+        "rank must be a int",
+    ),
+    "tasks of numbers": (
+        edit("run.json", lambda d: d["identity"]["stream"].update(tasks=[1, 2])),
+        "tasks must be distinct names",
+    ),
+    "a task outside": (
+        edit("run.json", lambda d: d["identity"]["stream"].update(tasks=["../../x"])),
+        "name must match",
+    ),
+    "a newer format": (edit("run.json", lambda d: d.update(format=9)), "format of .* must be 1, got 9"),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_a_damaged_identity_is_one_line_for_every_command(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, message = IDENTITY[name]
+    damage(run)
+    for read in (read_run, newest_bundle, lambda run: RunFolder(run, runs.two_tasks()).check_identity({})):
+        with pytest.raises(ValueError, match=rf"run\.json.*{message}|{message}") as refused:
+            read(run)
+        assert "\n" not in str(refused.value) and "run.json" in str(refused.value)
+    assert cli.main(["info", str(run)]) == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_without_settings_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "--run", str(run)]) == 2
+    assert "must have the settings that `cram train` writes, got no ['stream'" in capsys.readouterr().err
+
+
+def swap(run: Path) -> None:
+    one, two, spare = run / FIRST / "bundle", run / SECOND / "bundle", run / "spare"
+    one.rename(spare)
+    two.rename(one)
+    spare.rename(two)
+
+
+EARLIER: dict[str, tuple[Callable[[Path], None], str]] = {
+    "accuracy of 200": (
+        edit(f"{FIRST}/result.json", lambda d: d.update(accuracies=[200.0])),
+        r"accuracy on colour must be a finite number from 0 to 100, got 200\.0",
+    ),
+    "accuracy of text": (
+        edit(f"{FIRST}/result.json", lambda d: d.update(accuracies=["1"])),
+        "accuracy on colour",
+    ),
+    "too many accuracies": (
+        edit(f"{FIRST}/result.json", lambda d: d.update(accuracies=[1, 2])),
+        "must be 1, got",
+    ),
+    "no routing": (edit(f"{FIRST}/result.json", lambda d: d.pop("routing") and None), "must have the keys"),
+    "a result that is a list": (edit(f"{FIRST}/result.json", lambda d: [1]), "must have the keys"),
+    "a result cut short": (text(f"{FIRST}/result.json", '{"acc'), "must be a JSON file"),
+    "training of text": (
+        edit(f"{FIRST}/training.json", lambda d: d.update(seconds="1")),
+        "seconds must be a int or",
+    ),
+    "no training": (lambda run: (run / FIRST / "training.json").unlink(), "training.json"),
+    "another training": (
+        edit(f"{FIRST}/training.json", lambda d: d.update(seconds=d["seconds"] + 1)),
+        r"must belong to the files beside it, got the result of another \['training'\]",
+    ),
+    "bundles swapped": (swap, r"must belong to the files beside it, got the result of another \['bundle'\]"),
+    "no bundle": (lambda run: shutil.rmtree(run / FIRST / "bundle"), "01-colour must be whole"),
+    "no result": (lambda run: (run / FIRST / "result.json").unlink(), "01-colour must be whole"),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_damage_of_an_earlier_task_is_one_line_with_the_way_out(run: Path, name: str) -> None:
+    damage, message = EARLIER[name]
+    damage(run)
+    folder = RunFolder(run, runs.two_tasks())
+    with pytest.raises(ValueError, match=rf"{message}.*; put it back, or move 01-colour and") as refused:
+        folder.check_earlier(folder.count()[1])
+    assert "\n" not in str(refused.value) and "01-colour" in str(refused.value)
+
+
+def test_a_run_refuses_damage_of_an_earlier_task(run: Path) -> None:
+    EARLIER["bundles swapped"][0](run)
+    with pytest.raises(ValueError, match="must belong to the files beside it"):
+        runs.learner(run).run()
+
+
+def test_the_newest_task_is_tested_or_learnt_again(
+    run: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text(f"{SECOND}/result.json", "{")(run)
+    made = runs.learner(run)
+    made._shown = True
+    report = made.run()
+    assert "task 2 is tested again" in capsys.readouterr().out
+    assert timeless(report) == timeless(read_json(finished / "report.json"))
+    edit(f"{SECOND}/training.json", lambda d: {})(run)
+    made = runs.learner(run)
+    made._shown = True
+    report = made.run()
+    assert "task 2 is damaged and learnt again" in capsys.readouterr().out
+    assert timeless(report) == timeless(read_json(finished / "report.json"))
+
+
+def test_a_second_writer_is_told_who_holds_the_folder(run: Path) -> None:
+    with (
+        locked(run),
+        pytest.raises(ValueError, match=rf"must have one writer, got process {os.getpid()} at work"),
+    ):
+        runs.learner(run).run()
+    assert runs.learner(run).run()["stream"] == "toy"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cram.atomic import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_hold_dies_with_its_process(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"got process {process.pid} at work"), locked(folder):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with locked(folder):
+        (folder / "x").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["x"]
+
+
+def test_a_hold_takes_an_empty_folder_away(tmp_path: Path) -> None:
+    with pytest.raises(Killed), locked(tmp_path / "run"):
+        raise Killed
+    assert not (tmp_path / "run").exists()
