@@ -174,8 +174,8 @@ class ContinualLearner:
 
     def _resume(self) -> tuple[int, int]:
         """Load the newest complete state, unless the model has it. Return finished and trained tasks."""
+        self.folder.check_earlier()
         finished, trained = self.folder.count()
-        self.folder.check_earlier(trained)
         while trained and (fault := self.folder.fault(trained - 1)):
             trained -= 1
             aside = self.folder.set_aside(self.folder.task(trained))

@@ -91,20 +91,21 @@ class RunFolder:
             return str(error)
         return None
 
-    def check_earlier(self, count: int) -> None:
-        """Refuse a run whose tasks before the newest of `count` trained ones are not whole.
+    def check_earlier(self) -> None:
+        """Refuse a run in which a task before the newest trained one is not whole.
 
         Raises:
             ValueError: Naming the file at fault and what to do.
         """
-        for index in range(count - 1):
+        finished, trained = self.count()
+        for index in range(trained - 1):
             if fault := self.result_fault(index):
                 raise ValueError(f"{fault}; {self._way_out(index)}")
-        for index in range(count, len(self.stream.tasks)):
+        for index in range(trained, len(self.stream.tasks)):
             if self.is_trained(index):
                 raise ValueError(
-                    f"{self.task(count)} must be whole, got a task without its bundle or its result before "
-                    f"{self.task(index).name}; {self._way_out(count)}"
+                    f"{self.task(finished)} must be whole, got no bundle or no result before "
+                    f"{self.task(index).name}; {self._way_out(finished)}"
                 )
 
     def _way_out(self, index: int) -> str:
