@@ -157,7 +157,7 @@ def generate_answers(
         seen: Called after every batch. The batch's route is in the model's newest state.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     answers = [""] * len(lengths)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -183,7 +183,7 @@ def _decode(tokenizer: Any, ids: Tensor) -> Sequence[str]:
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: those of the model's generation config, and the end token of training."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]

@@ -121,6 +121,10 @@ class ForwardHooks:
         with self._overrides.entered(Override(route)):
             yield
 
+    def adopt(self, cache: Any, state: ForwardState) -> None:
+        """Forwards that continue `cache`, which was put together from rows of other caches, use `state`."""
+        self._prefills[cache] = state
+
     def check_route(self, route: Route, rows: int) -> None:
         """Refuse a route that does not fit the model or a forward of `rows` rows.
 

@@ -1,0 +1,1 @@
+"""Serving: requests of different experts in one batch, over one attached model."""

@@ -1,0 +1,87 @@
+"""Which experts answer a prompt: the method's choice, a mixture that the client names, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cram.model.attached import AttachedModel
+from cram.routing.query import Route, Routes
+from cram.serve.request import Decision, Prompt, RequestError
+
+
+class Decider:
+    """Decides for the experts that the model has at the moment of the call.
+
+    Args:
+        cram: The model's handle.
+        routes: Who is asked for automatic routes.
+    """
+
+    def __init__(self, cram: AttachedModel, routes: Routes) -> None:
+        self._cram, self._routes = cram, routes
+
+    def routed(self, prompt: Prompt, mixture: Mapping[str, float] | None) -> AbstractContextManager[Any]:
+        """The context in which a prompt is read.
+
+        Raises:
+            RequestError: If the mixture names an unknown expert, or the method cannot choose by itself.
+        """
+        if mixture is not None:
+            gates = self._mixture(mixture)
+            return self._cram.fixed(gates) if self._cram.num_experts else nullcontext()
+        self._check_automatic()
+        encoder_sees_prompt = self._cram.encoder.reuses_vision_tower
+        if not self._cram.num_experts or encoder_sees_prompt or not self._cram.method.uses_queries:
+            return nullcontext()
+        return self._cram.fixed(self._automatic(prompt))
+
+    def dry_run(self, prompt: Prompt, mixture: Mapping[str, float] | None, version: int) -> Decision:
+        """The decision for a prompt that is not answered.
+
+        Raises:
+            RequestError: As `routed`.
+        """
+        if mixture is not None:
+            route: Route | None = Route(self._mixture(mixture).expand(self._cram.num_layers, 1, -1))
+        else:
+            self._check_automatic()
+            route = self._automatic(prompt) if self._cram.num_experts else None
+        return self.decision(route, mixture, version)
+
+    def decision(self, route: Route | None, mixture: Mapping[str, float] | None, version: int) -> Decision:
+        """What a route of one sample tells the client."""
+        cram = self._cram
+        mode = "automatic" if mixture is None else "mixture"
+        if not cram.num_experts or (mixture is not None and not any(mixture.values())):
+            mode = "base"
+        group = None if route is None or route.groups is None else int(route.groups[0])
+        own = any(module.gating is not None or module.solo is not None for module in cram.modules.values())
+        if own and mixture is None:
+            return Decision(mode, version, group, None)
+        columns = [] if route is None else route.gates[:, 0].cpu().t().tolist()
+        names = cram.expert_names if columns else []
+        return Decision(mode, version, group, dict(zip(names, columns, strict=True)))
+
+    def _check_automatic(self) -> None:
+        if self._cram.method.told_task:
+            raise RequestError(
+                f"lora must name the experts, got none: {self._cram.config.method!r} cannot choose"
+            )
+
+    def _automatic(self, prompt: Prompt) -> Route:
+        query = None
+        if self._cram.method.uses_queries:
+            query = self._cram.encode([prompt.instruction], [list(prompt.images)])
+        return self._routes.route(query, False)
+
+    def _mixture(self, mixture: Mapping[str, float]) -> Tensor:
+        """Gates [E]."""
+        names = self._cram.expert_names
+        if unknown := sorted(mixture.keys() - set(names)):
+            raise RequestError(f"lora must name experts among {names}, got {unknown}")
+        return torch.tensor([float(mixture.get(name, 0.0)) for name in names])
