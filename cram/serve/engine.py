@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cram.learning.answers import end_ids
 from cram.learning.batches import to_model
@@ -46,7 +47,7 @@ from cram.serve.versions import Version, Versions
 
 LOG = logging.getLogger("cram.serve")
 # What a prompt, an image or a bundle can raise; anything else ends the engine.
-FAULTS = (ValueError, RuntimeError, OSError, LookupError, TypeError, NotImplementedError)
+FAULTS = (ValueError, RuntimeError, OSError, LookupError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class Call:
             self.future.set_result(self.function())
         except FAULTS as error:
             self.future.set_exception(error)
+        finally:
+            if not self.future.done():
+                self.future.set_exception(RuntimeError("the call has failed"))
 
     def refuse(self) -> None:
         """The function will never run."""
@@ -273,7 +277,7 @@ class Engine:
         with self.metrics.step(rows):
             try:
                 batch.step()
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 LOG.error("a step of %d answers failed: %s", rows, error)
                 self._lose(batch)
 

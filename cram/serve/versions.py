@@ -74,18 +74,18 @@ class Versions:
             load: Puts the new experts on the model, which has none when it is called.
 
         Raises:
-            ValueError: As `load`; the current version then stays as it is.
-            OSError: Likewise.
+            ValueError: As `load`. Whatever `load` raises, the current version stays as it is.
         """
         before = self.current
         self.act(before)
+        made = None
         try:
             self._cram.set_experts((), (), 0)
             load()
             made = self._taken()
-        except (ValueError, OSError):
-            self._restore(before)
-            raise
+        finally:
+            if made is None:
+                self._restore(before)
         self._before, self.current = before, made
         self._acting = made
         return made
