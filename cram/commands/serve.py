@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,17 @@ def run(arguments: argparse.Namespace) -> None:
     app = create_app(engine, model, processor, settings)
     experts = ", ".join(model.cram.expert_names) or "none"
     print(f"experts: {experts}\nserving on http://{arguments.host}:{arguments.port}/v1", flush=True)
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(arguments.drain)),
-    )
+    # After an interrupt uvicorn has shut down in order and raises it again.
+    with suppress(KeyboardInterrupt):
+        uvicorn.run(
+            app,
+            host=arguments.host,
+            port=arguments.port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(arguments.drain)),
+        )
 
 
 def load_served(arguments: argparse.Namespace) -> tuple[Any, Any]:

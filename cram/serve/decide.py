@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
 from cram.routing.query import Route, Routes
 from cram.serve.request import Decision, Prompt, RequestError
 
@@ -33,12 +34,24 @@ class Decider:
         """
         if mixture is not None:
             gates = self._mixture(mixture)
-            return self._cram.fixed(gates) if self._cram.num_experts else nullcontext()
+            # Some methods also adapt the projector, which zero gates would not switch off.
+            return self._cram.fixed(gates) if any(mixture.values()) else self._cram.disabled()
         self._check_automatic()
         encoder_sees_prompt = self._cram.encoder.reuses_vision_tower
         if not self._cram.num_experts or encoder_sees_prompt or not self._cram.method.uses_queries:
             return nullcontext()
         return self._cram.fixed(self._automatic(prompt))
+
+    def continued(self) -> ForwardState:
+        """The state with which the answer to the prompt that has just been read is decoded.
+
+        Rows of the base model share batches with others: there, zero gates stand for no experts.
+        """
+        cram, state = self._cram, self._cram.state
+        if state.route is not None or not cram.num_experts:
+            return state.continued()
+        gates = torch.zeros(cram.num_layers, 1, cram.num_experts)
+        return ForwardState(Route(gates, overrides_gating=True), cram.device, decoding=True)
 
     def dry_run(self, prompt: Prompt, mixture: Mapping[str, float] | None, version: int) -> Decision:
         """The decision for a prompt that is not answered.

@@ -315,7 +315,7 @@ class Engine:
             core.rope_deltas = None
         with self._decider.routed(request.prompt, request.mixture):
             output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-        state = self.cram.state.continued()
+        state = self._decider.continued()
         delta = getattr(core, "rope_deltas", None)
         position = 0 if delta is None else int(delta.reshape(-1)[0])
         number = self.versions.current.number

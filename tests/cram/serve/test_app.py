@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -184,7 +185,7 @@ PICTURES = [
 
 
 def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
-    settings = Settings(max_body=200_000, max_pixels=1000, body_s=1.0)
+    settings = Settings(max_body=200_000, max_pixels=1000)
     question = messages(QUESTIONS[0], 0)
     with serving(settings=settings) as (client, *_):
         before = client.chat(messages=question)[1]["choices"]
@@ -209,6 +210,15 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
             assert got == status and reply["error"]["type"] == "invalid_request_error"
         assert client.send("/v1/cram/bundle", {"name": "x"})[0] == 404
         assert client.chat(messages=question)[1]["choices"] == before
+
+
+def test_a_client_that_sends_too_slowly_is_turned_away() -> None:
+    with serving(settings=Settings(body_s=0.5)) as (client, *_):
+        host, port = client.base.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as line:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert line.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

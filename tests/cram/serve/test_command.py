@@ -1,0 +1,127 @@
+"""`cram serve` as a process: a run is served, and SIGTERM lets the answers in flight end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cram.cli import main, parser_for
+from cram.commands.serve import learn_first
+from cram.learning.run_folder import newest_bundle
+from tests.cram import factories, runs
+
+pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clip/, llava/ and the run of a short stream."""
+    place = tmp_path_factory.mktemp("place")
+    clip = factories.clip_model()
+    factories.save_clip(place / "clip", clip)
+    runs.save_checkpoint("llava", place / "llava")
+    factories.llava(clip=clip).save_pretrained(place / "llava")
+    stream = runs.write_stream(place / "data")
+    config = [f"{key}={value}" for key, value in runs.SETTINGS.items()]
+    source = ["--model", str(place / "llava"), "--clip", str(place / "clip"), "--out", str(place / "run")]
+    assert main(["train", *source, "--stream", str(stream), "--config", *config]) == 0
+    return place
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_a_run_is_served_until_sigterm_and_answers_in_flight_end(trained: Path) -> None:
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "cram", "serve", "--run", str(trained / "run"), "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    merged = subprocess.STDOUT
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=merged, env=environment) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline
+                try:
+                    with urllib.request.urlopen(f"{base}/health", timeout=5) as reply:
+                        assert json.load(reply)["status"] == "ok"
+                        break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.1)
+            body = {
+                "model": "cram",
+                "messages": [{"role": "user", "content": "Which colour"}],
+                "max_tokens": 300,
+                "stream": True,
+            }
+            request = urllib.request.Request(
+                f"{base}/v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                assert reply.readline().startswith(b"data: ")
+                process.send_signal(signal.SIGTERM)
+                lines = [line for line in reply.read().decode().split("\n\n") if line]
+            assert lines[-1] == "data: [DONE]"
+            last = json.loads(lines[-2].removeprefix("data: "))
+            assert last["choices"][0]["finish_reason"] in ("length", "stop")
+            assert process.wait(60) in (0, -signal.SIGTERM)
+            assert process.stdout is not None
+            said = process.stdout.read().decode()
+            assert "experts: colour, letter" in said and "Traceback" not in said
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--model", "elsewhere"], "--bundle or --run must be given"),
+        (["--run", "."], "must be a run folder"),
+        (["--rows", "0"], "rows must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str],
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1
+
+
+def test_bundle_and_run_exclude_each_other() -> None:
+    words = ["serve", "--run", "a", "--bundle", "b"]
+    with pytest.raises(SystemExit):
+        parser_for(words).parse_args(words)
+
+
+@pytest.mark.slow
+def test_the_built_in_tasks_are_learnt_once(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "batch_size": 8, "eval_batch_size": 8}
+    learn_first(tmp_path / "run", "cpu", limit=8, **settings)
+    bundle, tasks = newest_bundle(tmp_path / "run")
+    assert len(tasks) == 6
+    before = (bundle / "manifest.json").stat().st_mtime_ns
+    learn_first(tmp_path / "run", "cpu", limit=8, **settings)
+    assert (bundle / "manifest.json").stat().st_mtime_ns == before
