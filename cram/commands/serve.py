@@ -94,7 +94,7 @@ def load_served(arguments: argparse.Namespace) -> tuple[Any, Any]:
             raise ValueError(f"--bundle or --run must be given for {arguments.model!r}, got neither")
         learn_first(FIRST_RUN, arguments.device)
     run = None if arguments.bundle is not None else Path(arguments.run or FIRST_RUN)
-    settings = {"model": BUILTIN, "clip": None} if run is None else read_run(run)["settings"]
+    settings: dict[str, Any] = {"model": BUILTIN, "clip": None} if run is None else read_run(run)["settings"]
     bundle = Path(arguments.bundle) if run is None else newest_bundle(run)[0]
     sources = Sources(
         arguments.model or settings["model"], arguments.clip or settings["clip"], arguments.dtype
@@ -114,7 +114,7 @@ def learn_first(out: Path, device: str | None, limit: int | None = None, **confi
         config: Fields of the configuration that differ from those of `cram demo`.
     """
     sources = Sources(BUILTIN)
-    settings = {"model": BUILTIN, "clip": None, "dtype": sources.dtype, "stream": BUILTIN}
+    settings: dict[str, Any] = {"model": BUILTIN, "clip": None, "dtype": sources.dtype, "stream": BUILTIN}
     settings |= {"limit": limit, "data_root": None}
     chosen = CramConfig.from_dict({**SMALL_BASE, **config})
     stream = load_stream(BUILTIN, chosen.seed, limit, None)

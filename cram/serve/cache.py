@@ -143,12 +143,14 @@ class RowCache(Cache):
                 keys = layer.keys.new_zeros(*shape, layer.keys.shape[3])
                 values = layer.values.new_zeros(*shape, layer.values.shape[3])
                 self.layers.append(RowLayer(self, keys, values))
-        if not self.starts:
+        if self.starts:
+            self.reserve_column()
+        else:
             self.end = length
         columns = self._columns()
-        if rows > self._rows() or max(self.end, length) >= columns:
-            more = 2 * columns if max(self.end, length) >= columns else columns
-            self._allocate(max(rows, min(2 * self._rows(), rows + 8)), max(more, length + 1))
+        if rows > self._rows() or length >= columns:
+            more = max(2 * columns, length + 1) if length >= columns else columns
+            self._allocate(max(rows, min(2 * self._rows(), rows + 8)), more)
         if length > self.end:
             self._move(length - self.end)
 
