@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cram.bundle.bundle import load
+from cram.bundle.runs import newest_bundle, read_run
 from cram.commands.options import add_device, add_dtype
 from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
-from cram.learning.run_folder import newest_bundle, read_run
 from cram.loading import BUILTIN, Sources
 from cram.streams import load_stream
 

@@ -46,7 +46,7 @@ class Method:
 
     Attributes:
         name: Name in the registry and in reports.
-        told_task: True if evaluation tells the method the true task (`gates`); it cannot route by itself then.
+        told_task: True if evaluation tells the method the true task (`gates`). Such a method cannot route.
         uses_queries: True if `route` or `observe` needs the features of the samples.
         pool: Names of the experts where all tasks train one pool; None where every task adds an expert.
         budget: How a comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.

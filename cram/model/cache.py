@@ -71,6 +71,10 @@ class CacheStates:
         if state in self.prompts:
             self.prompts[kept] = self.prompts[state]
 
+    def adopt(self, cache: Any, state: ForwardState) -> None:
+        """Let `state` continue a cache that was put together from rows of other caches."""
+        self._filled[cache] = _Filled(state, _version(cache.get_seq_length()))
+
     def is_filled(self, cache: Any, tokens: int) -> bool:
         """Whether a forward of `tokens` tokens continues what a cache holds.
 

@@ -123,7 +123,7 @@ class ForwardHooks:
 
     def adopt(self, cache: Any, state: ForwardState) -> None:
         """Forwards that continue `cache`, which was put together from rows of other caches, use `state`."""
-        self._prefills[cache] = state
+        self._caches.adopt(cache, state)
 
     def check_route(self, route: Route, rows: int) -> None:
         """Refuse a route that does not fit the model or a forward of `rows` rows.
