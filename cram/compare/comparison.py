@@ -45,7 +45,7 @@ class Comparison:
     Attributes:
         out: Folder of the comparison.
         entries: See `cram.compare.entries.entries`.
-        seeds: Number of seeds: 0 .. seeds - 1. A seed decides the built-in stream's pictures and all training.
+        seeds: Number of seeds: 0 .. seeds - 1. A seed decides the stream's pictures and all training.
         config: The configuration that the entries change. Its own seed is not used.
         sources: Sources of base and CLIP.
         stream: See `load_stream`, also for `limit` and `data_root`.

@@ -38,7 +38,7 @@ def run_side_by_side(jobs: Sequence[Job], at_once: int, watch: Callable[[Set[str
 
     Args:
         jobs: Jobs with different names. `after` names an earlier job.
-        at_once: Maximum number of processes. Each gets an equal share of this process's threads, at least one.
+        at_once: Maximum number of processes. Each gets an equal share of the threads, at least one.
         watch: Called about every half second with the names of the finished jobs.
 
     Raises:
