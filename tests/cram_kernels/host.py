@@ -10,6 +10,7 @@ CPU: the base linear is timed alone and taken off.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -135,10 +136,15 @@ def training(implementation: Any) -> dict[str, Any]:
     return {"launches": dict(LAUNCHED), "asked": len(asked)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what each call costs beyond its base linears, or what it does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cram_kernels.host", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print launches and questions to the compiler")
+    arguments = parser.parse_args(argv)
     with null_device() as implementation:
-        if "--json" in sys.argv:
+        if arguments.json:
             with torch.no_grad():
                 found = {str(layers): decoding(implementation, layers) for layers in (1, 3)}
             print(json.dumps(found | {"training": training(implementation)}))
