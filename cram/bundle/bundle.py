@@ -109,7 +109,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     description = describe(folder)
     linears = _check_base(model, description, folder)
     present = getattr(model, "cram", None)
-    _check_target(present, description)
+    _check_target(present, description, folder)
     method = (present or description).config.method
     _check_method(method, description, folder)
     if present is not None or encoder is not None:
@@ -196,7 +196,10 @@ def _check_base(model: nn.Module, description: Description, folder: Path) -> dic
     if cram is not None:
         linears, layers = {name: module.base for name, module in cram.modules.items()}, cram.num_layers
     else:
-        matched = match_linears(model, family, description.config.target_projections)
+        try:
+            matched = match_linears(model, family, description.config.target_projections)
+        except ValueError as error:
+            raise ValueError(f"{folder} must be of the model: {error}") from error
         linears = {name: linear for name, (_, linear) in matched.modules.items()}
         layers = matched.num_layers
     found = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
@@ -230,7 +233,7 @@ def _check_encoder(encoder: Any, description: Description, folder: Path) -> None
             )
 
 
-def _check_target(cram: AttachedModel | None, description: Description) -> None:
+def _check_target(cram: AttachedModel | None, description: Description, folder: Path) -> None:
     if cram is None:
         return
     if cram.expert_names:
@@ -239,7 +242,7 @@ def _check_target(cram: AttachedModel | None, description: Description) -> None:
     if description.format == 1:
         config = replace(config, method=cram.config.method)  # the format does not say which method made it
     if cram.config != config:
-        raise ValueError("model must be attached with the bundle's configuration, got another one")
+        raise ValueError(f"model must be attached with the bundle's configuration, got another than {folder}")
 
 
 def _named_encoder(description: Description, model: nn.Module) -> ClipEncoder:

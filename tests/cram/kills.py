@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def writes(at: int | None = None, after: bool = False, full: bool = False) -> It
                 return real(*args, **kwargs)
             dead = True
             if after:
-                real(*args, **kwargs)
+                with suppress(OSError):  # It may have failed anyway, as making a folder that is there.
+                    real(*args, **kwargs)
             raise _fault(full)
 
         return call
