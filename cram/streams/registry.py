@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from cram.streams.types import Sample, Stream, Task
 BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_LEVELS = 100
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 # Key of a stream file or of a task -> (type, True if the key is required).
@@ -118,9 +119,22 @@ def _load_yaml(file: Path) -> Any:
     if (size := file.stat().st_size) > MAX_YAML_BYTES:
         raise StreamError(file, None, "(file)", f"must have at most {MAX_YAML_BYTES} bytes, got {size}")
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        _check_depth(yaml.scan(text))
+        return yaml.safe_load(text)
     except faults as error:
         raise StreamError(file, None, "(file)", f"must be YAML, got {one_line(error)}") from error
+
+
+def _check_depth(tokens: Iterable[Any]) -> None:
+    """Refuse YAML of more levels than a stream can need; PyYAML's time grows with their square."""
+    depth = 0
+    for token in tokens:
+        kind = type(token).__name__
+        depth += kind.endswith("StartToken") and kind.startswith(("Flow", "Block"))
+        depth -= kind in ("FlowSequenceEndToken", "FlowMappingEndToken", "BlockEndToken")
+        if depth > MAX_YAML_LEVELS:
+            raise ValueError(f"more than {MAX_YAML_LEVELS} levels")
 
 
 def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:

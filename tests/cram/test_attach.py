@@ -195,6 +195,8 @@ def injected(model: Any) -> Any:
     return model
 
 
+# torch says this of itself when `torch.compile` is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", list(WRONG))
 def test_what_is_no_plain_model_is_refused(kind: str) -> None:
     make, message = WRONG[kind]

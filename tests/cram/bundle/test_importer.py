@@ -341,7 +341,7 @@ def train(model: Any, config: CramConfig) -> None:
         model,
         method,
         split.example,
-        lambda indices: batch_route(model, method, task.name, split, indices),
+        lambda indices: batch_route(method, task.name),
         task=task.name,
         num_samples=len(task.train),
         padding=pad_id(processor.tokenizer),

@@ -69,7 +69,13 @@ def test_import_joins_the_newest_state_of_a_run(
 ) -> None:
     shutil.copytree(place / "b2", tmp_path / "run/tasks/01-two/bundle")
     settings = {"model": str(place / "llava"), "clip": str(place / "clip"), "dtype": "float32"}
-    run = {"format": 1, "identity": {"stream": {"tasks": ["two", "later"]}}, "settings": settings}
+    identity = {
+        "method": "cram",
+        "config": {},
+        "stream": {"name": "toy", "tasks": ["two", "later"], "sha256": ""},
+        "model": {"family": "llava", "dtype": "float32", "modules": 8, "encoder": [16, 16], "sha256": ""},
+    }
+    run = {"format": 1, "identity": identity, "settings": settings}
     (tmp_path / "run/run.json").write_text(json.dumps(run))
     sample = ["--task", "three", "--images", str(place / "0.png"), "--instructions", ASK]
     arguments = ["import", str(place / "lora"), "--run", str(tmp_path / "run"), *sample]

@@ -16,7 +16,8 @@ import pytest
 
 from cram import cli
 from cram.atomic import LOCK, locked, read_json
-from cram.learning.run_folder import RunFolder, newest_bundle, read_run
+from cram.bundle.runs import newest_bundle, read_run
+from cram.learning.run_folder import RunFolder
 from tests.cram import runs
 from tests.cram.kills import GROWING, Killed, every_end, writes
 from tests.cram.runs import timeless

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from cram.bundle.runs import newest_bundle
 from cram.cli import main, parser_for
 from cram.commands.serve import learn_first
-from cram.learning.run_folder import newest_bundle
 from tests.cram import factories, runs
 
 pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")

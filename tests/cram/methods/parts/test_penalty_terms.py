@@ -61,8 +61,7 @@ def test_golden_penalty(name: str, released: bool, impl: str) -> None:
     router = golden_router(case, data, config)
     image = data["in.image_features"]
     query = Query(torch.zeros(len(image), 4), image, torch.ones(len(image), dtype=torch.bool))
-    router.route(query, group=case["config"]["group"])
-    gamma = router.gamma()
+    gamma = router.gamma(router.route(query, group=case["config"]["group"]))
     shapes = {
         str(m["index"]): ModuleShape(m["layer"], m["in_features"], m["out_features"])
         for m in case["config"]["modules"]
