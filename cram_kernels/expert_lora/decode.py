@@ -126,9 +126,8 @@ def decode(
             plan.shrink.run(tensors)
             plan.expand.run(tensors)
             return ys
-    # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
-    downs, ups, gate = operands(a, x), operands(bt, x), gating(gates, owners, segments, scale)
-    planes, first, second = _described(x, downs, ups, ys, gate, arch, bits)
+    gate = gating(gates, owners, segments, scale)
+    planes, first, second = _described(x, a, bt, ys, gate, arch, bits)
     if key is not None:
         _keep(key, (*inputs, planes, *ys), planes, first, second)
     first.run()
@@ -138,14 +137,16 @@ def decode(
 
 def _described(
     x: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
+    a: Sequence[Tensor],
+    bt: Sequence[Tensor],
     ys: Sequence[Tensor],
     gate: Gating,
     arch: int,
     bits: Tensor | None,
 ) -> tuple[Tensor, Launch, Launch]:
     """Return the planes of U and the two launches."""
+    # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
+    downs, ups = operands(a, x), operands(bt, x)
     pitch, early = pitch_of([down.shape[0] for down in downs]), starts_early(arch)
     tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
     planes = new_planes(x, tile.split_k, len(downs), pitch)

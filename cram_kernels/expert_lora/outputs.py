@@ -58,6 +58,7 @@ def forward_outputs(
 
 
 def base_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return the sum over p of dY_p W_p [T, D_in], added in the order of the projections."""
     dx = dys[0] @ weights[0]
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)

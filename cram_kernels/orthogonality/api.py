@@ -65,13 +65,7 @@ def orthogonality_penalty(
     Source: CRAM (arXiv 2606.02502), orthogonality regularisation of the new expert.
     """
     lists = (hidden, trained_a, trained_b, bases, gamma)
-    if len({len(each) for each in lists}) != 1:
-        raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
-    _check_mask(hidden, mask)
-    for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
-        _check_module(shapes, masked=mask is not None)
-    device = hidden[0].device if hidden else torch.device("cpu")
-    _check_places(device, lists, mask)
+    device = _checked(hidden, lists, mask)
     dtype = torch.float32
     for found in {tensor.dtype for tensor in (*hidden, *trained_a, *trained_b)}:
         dtype = torch.promote_types(dtype, found)
@@ -88,6 +82,20 @@ def orthogonality_penalty(
         hidden, trained_a, trained_b, bases, gamma = ([each[m] for m in chosen] for each in lists)
     with torch.autocast(device.type, enabled=False):
         return compute(hidden, trained_a, trained_b, bases, gamma, mask, scale, dtype)
+
+
+def _checked(
+    hidden: Sequence[Tensor], lists: Sequence[Sequence[Tensor] | Tensor], mask: Tensor | None
+) -> torch.device:
+    """Return the device; raise ValueError where the five lists do not fit together."""
+    if len({len(each) for each in lists}) != 1:
+        raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
+    _check_mask(hidden, mask)
+    for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
+        _check_module(shapes, masked=mask is not None)
+    device = hidden[0].device if hidden else torch.device("cpu")
+    _check_places(device, lists, mask)
+    return device
 
 
 def _shapes(tensors: Sequence[Tensor] | Tensor) -> list[torch.Size]:

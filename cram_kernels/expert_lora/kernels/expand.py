@@ -10,10 +10,11 @@ U may lie in several float32 planes (a split SHRINK), which are added in order.
 ADDS: Y holds the base product, which this pass adds to. Otherwise Y is written, with the bias, and the base
 product is added behind (`tiles.ORDER`).
 
-DEPENDENT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended;
-everything but U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7
-move loads of a pipelined loop in front of it. PREFETCH: one step covers every rank, so F is loaded before the
-wait. GATED: the planes are Z, and the gates are applied here, because the kernel in front writes those too.
+WAIT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended; everything but
+U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7 move loads of
+a pipelined loop in front of it. Where one step covers every rank, F is loaded before the wait.
+
+GATED: the planes are Z, and the gates are applied here, because the kernel in front writes those too.
 
 Bytes: 2 T D_out + R D_out + T R elements, T D_out less where Y is not read.  FLOPs: 2 T R D_out.
 """
@@ -21,6 +22,7 @@ Bytes: 2 T D_out + R D_out + T R elements, T D_out less where Y is not read.  FL
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -42,6 +44,18 @@ from cram_kernels.expert_lora.kernels.gating import (
 from cram_kernels.expert_lora.tiles import ExpandTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
+# WAIT: not at all; before every load; behind the load of F.
+NEVER, FIRST, BEHIND_F = (tl.constexpr(way) for way in range(3))
+
+
+class Strides(NamedTuple):
+    """Kernel argument: elements between rows, planes and projections of U, bytes between rows of the mask."""
+
+    row: Any
+    plane: Any
+    stack: Any
+    bits: Any
+
 
 @triton.jit
 def _added(
@@ -61,8 +75,7 @@ def _added(
     known,
     rank,
     width,
-    pitch,
-    plane_stride,
+    strides,
     dtype,
     PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -70,18 +83,18 @@ def _added(
     GATED: tl.constexpr,
 ):
     """Return acc + U F of one projection; with PREFETCH it waits for U, and BLOCK_R covers every rank."""
-    for first in range(0, BLOCK_R if PREFETCH else pitch, BLOCK_R):
+    for first in range(0, BLOCK_R if PREFETCH else strides.row, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        inside, stored = columns < rank, columns < pitch
+        inside, stored = columns < rank, columns < strides.row
         places = factor + columns.to(tl.int64)[:, None] * width + d[None, :]
         if PREFETCH:
             # What SHRINK does not write is loaded while it runs.
             tile = tl.load(places, mask=inside[:, None] & known[None, :], other=0.0)
             gdc_wait()
-        u_places = u + rows.to(tl.int64)[:, None] * pitch + columns[None, :]
+        u_places = u + rows.to(tl.int64)[:, None] * strides.row + columns[None, :]
         total = tl.load(u_places, mask=valid[:, None] & stored[None, :], other=0.0)
         for plane in tl.static_range(1, PLANES):
-            more = u_places + plane * tl.cast(plane_stride, tl.int64)
+            more = u_places + plane * tl.cast(strides.plane, tl.int64)
             total += tl.load(more, mask=valid[:, None] & stored[None, :], other=0.0)
         if GATED:
             w = row_gates(
@@ -100,11 +113,11 @@ def _added(
 
 @triton.jit(do_not_specialize=FREE)
 def _expand(
-    u,  # [PLANES, STACK, T, pitch], planes and projections of any stride; gated, or Z where GATED
+    u,  # [PLANES, STACK, T, strides.row], planes and projections of any stride; gated, or Z where GATED
     factors,  # one [r_p, width] a projection
     ys,  # one [T, width_p] a projection, or one [T, width] for all
     biases,  # one [width_p] a Y or None; with ADDS none
-    bits,  # the dropout mask on what is added, uint8 [T, bits_pitch], or None
+    bits,  # the dropout mask on what is added, uint8 [T, strides.bits], or None
     gates,  # float32 [S, E]
     segments,  # integers [T], the row of gates of each token, or None
     owners,  # one [r_p] a projection: the expert of each packed row
@@ -115,23 +128,18 @@ def _expand(
     tokens,
     widths,
     ranks,  # encoded
-    pitch,
-    plane_stride,
-    stack_stride,
-    bits_pitch,
-    STACK: tl.constexpr,
-    OUTS: tl.constexpr,
+    strides,
     PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     ADDS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    WAIT: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    if DEPENDENT and not PREFETCH:
+    OUTS: tl.constexpr = len(ys)
+    if WAIT == FIRST:
         gdc_wait()
     block, out = tl.program_id(0), 0
     if OUTS > 1:
@@ -143,7 +151,7 @@ def _expand(
         beyond = (block >= tiles).to(tl.int32)
         block -= beyond * tiles
         out += beyond
-    y, width = stacked(ys, out, OUTS), stacked(widths, out, OUTS)
+    y, width = stacked(ys, out), stacked(widths, out)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     valid, known = rows < tokens, (d < width) | EVEN_D
@@ -151,14 +159,15 @@ def _expand(
     y_tile = y + rows.to(tl.int64)[:, None] * width + d[None, :]
     dtype: tl.constexpr = ys[0].dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    if OUTS > 1:
+    for place in tl.static_range(1 if OUTS > 1 else len(factors)):
+        p = out if OUTS > 1 else place
         acc = _added(
             acc,
-            u + out * tl.cast(stack_stride, tl.int64),
-            stacked(factors, out, OUTS),
+            u + p * tl.cast(strides.stack, tl.int64),
+            stacked(factors, p),
             gates,
             segments,
-            stacked(owners, out, OUTS),
+            stacked(owners, p),
             samples,
             experts,
             per_gate,
@@ -167,49 +176,21 @@ def _expand(
             valid,
             d,
             known,
-            decoded(stacked(ranks, out, OUTS)),
+            decoded(stacked(ranks, p)),
             width,
-            pitch,
-            plane_stride,
+            strides,
             dtype,
             PLANES,
             BLOCK_R,
-            PREFETCH,
+            WAIT == BEHIND_F,
             GATED,
         )
-    else:
-        for p in tl.static_range(STACK):
-            acc = _added(
-                acc,
-                u + p * tl.cast(stack_stride, tl.int64),
-                factors[p],
-                gates,
-                segments,
-                owners[p],
-                samples,
-                experts,
-                per_gate,
-                scale,
-                rows,
-                valid,
-                d,
-                known,
-                decoded(ranks[p]),
-                width,
-                pitch,
-                plane_stride,
-                dtype,
-                PLANES,
-                BLOCK_R,
-                PREFETCH,
-                GATED,
-            )
     if bits is not None:
-        acc = tl.where(kept(bits, rows, valid, block * BLOCK_D, bits_pitch, BLOCK_D), acc, 0.0)
+        acc = tl.where(kept(bits, rows, valid, block * BLOCK_D, strides.bits, BLOCK_D), acc, 0.0)
     if ADDS:
         acc += tl.load(y_tile, mask=wanted, other=0.0).to(tl.float32)
     if biases is not None:
-        bias = tl.load(stacked(biases, out, OUTS) + d, mask=known, other=0.0)
+        bias = tl.load(stacked(biases, out) + d, mask=known, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     tl.store(y_tile, acc.to(dtype), mask=wanted)
 
@@ -242,38 +223,22 @@ def expand(
         gated: `u` is not gated yet, and that SHRINK writes the gates too.
     """
     tokens, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
-    planes, stack, _, pitch = u.shape
+    planes, _, _, pitch = u.shape
     block_r = block_of(pitch, most=tile.block_r)
+    wait = NEVER if not dependent else BEHIND_F if pitch <= block_r else FIRST
     late = ("u", "gates") if gated else ("u",)
     return Launch(
         kernel=_expand,
         grid=(sum(cdiv(width, tile.block_d) for width in widths), cdiv(tokens, tile.block_t)),
-        arguments={
-            "u": u,
-            "factors": tuple(factors),
-            "ys": tuple(ys),
-            "biases": None if biases is None else tuple(biases),
-            "bits": bits,
-            **gating.arguments(tokens),
-            "tokens": tokens,
-            "widths": widths,
-            "ranks": encoded([factor.shape[0] for factor in factors]),
-            "pitch": pitch,
-            "plane_stride": u.stride(0),
-            "stack_stride": u.stride(1),
-            "bits_pitch": 0 if bits is None else bits.shape[1],
-        },
+        arguments=_arguments(u, factors, ys, biases, bits, gating),
         constants={
-            "STACK": stack,
-            "OUTS": len(widths),
             "PLANES": planes,
             "BLOCK_T": tile.block_t,
             "BLOCK_R": block_r,
             "BLOCK_D": tile.block_d,
             "EVEN_D": all(width % tile.block_d == 0 for width in widths),
             "ADDS": adds,
-            "DEPENDENT": dependent,
-            "PREFETCH": dependent and pitch <= block_r,
+            "WAIT": wait.value,
             "GATED": gated,
         },
         warps=tile.warps,
@@ -285,3 +250,27 @@ def expand(
         ),
         steps=cdiv(pitch, block_r),
     )
+
+
+def _arguments(
+    u: Tensor,
+    factors: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    bits: Tensor | None,
+    gating: Gating,
+) -> dict[str, Any]:
+    """Return the runtime arguments of `_expand`."""
+    plane, stack, _, _ = u.stride()
+    return {
+        "u": u,
+        "factors": tuple(factors),
+        "ys": tuple(ys),
+        "biases": None if biases is None else tuple(biases),
+        "bits": bits,
+        **gating.arguments(ys[0].shape[0]),
+        "tokens": ys[0].shape[0],
+        "widths": tuple(y.shape[1] for y in ys),
+        "ranks": encoded([factor.shape[0] for factor in factors]),
+        "strides": Strides(u.shape[3], plane, stack, 0 if bits is None else bits.shape[1]),
+    }

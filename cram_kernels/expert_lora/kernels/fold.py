@@ -56,7 +56,7 @@ def _fold(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     projection = tl.program_id(2)
-    valid, inside = rows < tokens, columns < decoded(stacked(ranks, projection, STACK))
+    valid, inside = rows < tokens, columns < decoded(stacked(ranks, projection))
     places = (projection.to(tl.int64) * tokens + rows)[:, None] * pitch + columns[None, :]
     stored = valid[:, None] & (columns < pitch)[None, :]
     total = tl.load(planes + places, mask=stored, other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def _fold(
         total += tl.load(
             planes + plane * STACK * tl.cast(tokens, tl.int64) * pitch + places, mask=stored, other=0.0
         )
-    owner = stacked(owners, projection, STACK)
+    owner = stacked(owners, projection)
     w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
     if z is not None:
         tl.store(z + places, total.to(z.dtype.element_ty), mask=stored)

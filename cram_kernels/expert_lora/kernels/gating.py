@@ -87,8 +87,9 @@ def decoded(size):
 
 
 @triton.jit
-def stacked(items, index, STACK: tl.constexpr):
+def stacked(items, index):
     """Return items[index] of a tuple of up to three."""
+    STACK: tl.constexpr = len(items)
     item = items[0]
     if STACK > 1:  # noqa: SIM102 - a compile-time condition around a run-time one
         if index == 1:

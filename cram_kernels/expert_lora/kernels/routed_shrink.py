@@ -18,8 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from cram_kernels.centroid_gates.kernels import sample_gates, tile_of
-from cram_kernels.expert_lora.kernels.gating import block_of
-from cram_kernels.expert_lora.kernels.shrink import shrink_block, store_block
+from cram_kernels.expert_lora.kernels.shrink import block_constants, shrink_block, store_block
 from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
@@ -136,13 +135,13 @@ def routed_shrink(
     """
     tokens, width = x.shape
     split_k, _, _, pitch = z.shape
-    block_r = block_of(pitch, most=tile.block_r)
+    block = block_constants(z, tile, width)
     block_s, block_e, block_q, _ = tile_of(gates.shape[1])
     blocks = cdiv(tokens, tile.block_t)
     routers = cdiv(cdiv(gates.shape[0], block_s), blocks * split_k)
     return Launch(
         kernel=_routed_shrink,
-        grid=(cdiv(pitch, block_r) + routers, blocks, split_k),
+        grid=(cdiv(pitch, block["BLOCK_R"]) + routers, blocks, split_k),
         arguments={
             "x": x,
             "factor": factor,
@@ -160,11 +159,7 @@ def routed_shrink(
             "bits_pitch": 0 if bits is None else bits.shape[1],
         },
         constants={
-            "SPLIT_K": split_k,
-            "BLOCK_T": tile.block_t,
-            "BLOCK_R": block_r,
-            "BLOCK_K": tile.block_k,
-            "EVEN_K": width % tile.block_k == 0,
+            **block,
             "DEPENDENTS": dependents,
             "BLOCK_S": block_s,
             "BLOCK_E": block_e,

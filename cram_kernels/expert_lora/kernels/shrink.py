@@ -16,6 +16,7 @@ Bytes: T D_in + R D_in + T R elements.  FLOPs: 2 T R D_in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -35,6 +36,14 @@ from cram_kernels.expert_lora.kernels.gating import (
 )
 from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, cdiv, nbytes
+
+
+class Strides(NamedTuple):
+    """Kernel argument: elements between rows of X and of Z, bytes between rows of the dropout mask."""
+
+    x: Any
+    z: Any
+    bits: Any
 
 
 @triton.jit
@@ -90,10 +99,10 @@ def store_block(z, values, plane, tokens, pitch, rows, columns):
 
 @triton.jit(do_not_specialize=FREE)
 def _shrink(
-    x,  # [T, width], rows x_stride elements apart
+    x,  # [T, width], rows strides.x elements apart
     factors,  # one [r_p, width] a projection
-    z,  # [SPLIT_K, STACK, T, pitch], written: Z, or U where GATED
-    bits,  # the dropout mask on x, uint8 [T, bits_pitch], or None
+    z,  # [SPLIT_K, STACK, T, strides.z], written: Z, or U where GATED
+    bits,  # the dropout mask on x, uint8 [T, strides.bits], or None
     gates,  # float32 [S, E]
     segments,  # integers [T], the row of gates of each token, or None
     owners,  # one [r_p] a projection: the expert of each packed row
@@ -103,11 +112,8 @@ def _shrink(
     scale,
     tokens,
     width,
-    x_stride,
+    strides,
     ranks,  # encoded
-    pitch,
-    bits_pitch,
-    STACK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -119,29 +125,30 @@ def _shrink(
 ):
     if DEPENDENTS:
         gdc_launch_dependents()
-    tiles = tl.cdiv(pitch, BLOCK_R)
+    tiles = tl.cdiv(strides.z, BLOCK_R)
     projection = tl.program_id(0) // tiles
     columns = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rank = decoded(stacked(ranks, projection, STACK))
-    plane = tl.program_id(2) * STACK + projection
+    rank = decoded(stacked(ranks, projection))
+    plane = tl.program_id(2) * len(factors) + projection
     if SKIP or GATED:
         valid, inside = rows < tokens, columns < rank
-        owner = stacked(owners, projection, STACK)
+        owner = stacked(owners, projection)
         w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
     if SKIP:  # noqa: SIM102 - a compile-time condition around a run-time one
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
             if GATED:
-                store_block(z, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), plane, tokens, pitch, rows, columns)
+                nothing = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+                store_block(z, nothing, plane, tokens, strides.z, rows, columns)
             return
     acc = shrink_block(
         x,
-        stacked(factors, projection, STACK),
+        stacked(factors, projection),
         bits,
         tokens,
         width,
-        x_stride,
-        bits_pitch,
+        strides.x,
+        strides.bits,
         rank,
         rows,
         columns,
@@ -153,7 +160,18 @@ def _shrink(
     )
     if GATED:
         acc = gated(acc, w)
-    store_block(z, acc, plane, tokens, pitch, rows, columns)
+    store_block(z, acc, plane, tokens, strides.z, rows, columns)
+
+
+def block_constants(z: Tensor, tile: ShrinkTile, width: int) -> dict[str, Any]:
+    """Return the compile-time arguments of `shrink_block` for z [SPLIT_K, STACK, T, pitch] and rows of X."""
+    return {
+        "SPLIT_K": z.shape[0],
+        "BLOCK_T": tile.block_t,
+        "BLOCK_R": block_of(z.shape[3], most=tile.block_r),
+        "BLOCK_K": tile.block_k,
+        "EVEN_K": width % tile.block_k == 0,
+    }
 
 
 def shrink(
@@ -183,10 +201,10 @@ def shrink(
     """
     tokens, width = x.shape
     split_k, stack, _, pitch = z.shape
-    block_r = block_of(pitch, most=tile.block_r)
+    block = block_constants(z, tile, width)
     return Launch(
         kernel=_shrink,
-        grid=(stack * cdiv(pitch, block_r), cdiv(tokens, tile.block_t), split_k),
+        grid=(stack * cdiv(pitch, block["BLOCK_R"]), cdiv(tokens, tile.block_t), split_k),
         arguments={
             "x": x,
             "factors": tuple(factors),
@@ -195,18 +213,11 @@ def shrink(
             **gating.arguments(tokens),
             "tokens": tokens,
             "width": width,
-            "x_stride": x.stride(0),
+            "strides": Strides(x.stride(0), pitch, 0 if bits is None else bits.shape[1]),
             "ranks": encoded([factor.shape[0] for factor in factors]),
-            "pitch": pitch,
-            "bits_pitch": 0 if bits is None else bits.shape[1],
         },
         constants={
-            "STACK": stack,
-            "SPLIT_K": split_k,
-            "BLOCK_T": tile.block_t,
-            "BLOCK_R": block_r,
-            "BLOCK_K": tile.block_k,
-            "EVEN_K": width % tile.block_k == 0,
+            **block,
             "SKIP": skip,
             "GATED": gated,
             "DEPENDENTS": dependents,
