@@ -66,8 +66,8 @@ def test_a_kill_or_a_full_disk_at_the_very_first_writes_leaves_a_run_that_goes_o
         assert not (folder.path / LOCK).exists()
         ends += 1
     assert ends >= 16
+    restore()
     with writes() as counted:
-        restore()
         work()
     growing = [point for point, write in enumerate(counted) if write.split()[0] in GROWING]
     for point in growing:
