@@ -30,7 +30,7 @@ from cram.config import read_config
 from cram.methods import Method
 from cram.model.attached import AttachedModel
 from cram.report.schema import MethodReport, Report, validate_report
-from cram.scoring.metrics import continual_metrics
+from cram.scoring.continual import continual_metrics
 from cram.streams.types import Sample, Stream
 
 TRAINING, RESULT = "training.json", "result.json"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cram.report.summary import MethodSummary, Spread
-from cram.scoring.metrics import DEFINITIONS
+from cram.scoring.continual import DEFINITIONS
 
 
 @dataclass(frozen=True)

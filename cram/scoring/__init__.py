@@ -1,6 +1,6 @@
 """Scoring: continual metrics and answer scorers."""
 
-from cram.scoring.metrics import DEFINITIONS, ContinualMetrics, continual_metrics
+from cram.scoring.continual import DEFINITIONS, ContinualMetrics, continual_metrics
 from cram.scoring.scorers import SCORERS, check_coverage, published_scores, read_predictions, score
 
 __all__ = [

@@ -24,7 +24,7 @@ def test_tiles_to_try_are_the_shipped_one_and_the_grid() -> None:
     assert found[0] == shipped and len(set(found)) == len(found) > 20
 
 
-def test_the_summary_puts_the_fastest_beside_the_shipped() -> None:
+def test_the_summary_puts_the_fastest_base_forward_the_shipped() -> None:
     rows = [
         {"tile": {"warps": 4}, "median_us": 3.0},
         {"tile": {"warps": 8}, "failed": "out of shared memory"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from cram.scoring.metrics import continual_metrics
+from cram.scoring.continual import continual_metrics
 
 TASKS = ["colour-ring", "count", "spell"]
 MATRICES = {

@@ -12,7 +12,7 @@ from cram.report.columns import COLUMNS, best_value, in_order, ranks, shown_colu
 from cram.report.schema import validate_report
 from cram.report.summary import MethodSummary, summarise
 from cram.report.table import write_table
-from cram.scoring.metrics import continual_metrics
+from cram.scoring.continual import continual_metrics
 from tests.cram.report.pages import Page, write
 from tests.cram.report.reports import ENTRIES, comparison, single_seed
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cram.scoring.metrics import DEFINITIONS, continual_metrics
+from cram.scoring.continual import DEFINITIONS, continual_metrics
 from tests.conftest import golden_case, golden_cases
 
 OWN_NAMES = {
