@@ -1,7 +1,8 @@
 """The three products one by one: by the library's matmul, and by the package's kernels with a given tile.
 
-"expand" adds U Bt to dy, which stands for y. "gram" makes dA from dZ, and then dBt from U. The package gates
-in a launch of its own (FOLD), which is not timed here.
+shrink    U = (x A^T) o w, with w the gates times the scale
+expand    y += U Bt, where dy stands for y
+gram      dA from dZ = (dy B) o w, and dBt from U, one after another
 """
 
 from __future__ import annotations
@@ -21,19 +22,14 @@ def matmul(p: Problem) -> Layer:
     """cuBLAS, or the CPU's library. Gating is a separate pass over [T, R]."""
     x, a, bt, dy = p.x, p.packed_a, p.packed_bt, p.dy
     if p.case.op == "shrink":
-        return Layer(lambda: F.linear(x, a), {})
-    w = (p.over_tokens(p.gates) * SCALE)[:, p.owner]
-    z, v = F.linear(x, a), F.linear(dy, bt)
+        w = _row_gates(p).to(x.dtype)
+        return Layer(lambda: F.linear(x, a) * w, {})
     if p.case.op == "expand":
-        y = dy.clone()
-        return Layer(lambda: y.addmm_((z * w).to(y.dtype), bt), {})
+        u, y = _gated(p, x, a), dy.clone()
+        return Layer(lambda: y.addmm_(u, bt), {})
     tail = len(a) - p.trained_rank
-
-    def gram() -> Tensor:
-        dz, u = ((m[:, tail:] * w[:, tail:]).to(x.dtype) for m in (v, z))
-        return torch.cat([(dz.t() @ x).flatten(), (u.t() @ dy).flatten()])
-
-    return Layer(gram, {})
+    dz, u = (_gated(p, *pair)[:, tail:].contiguous() for pair in ((dy, bt), (x, a)))
+    return Layer(lambda: torch.cat([(dz.t() @ x).flatten(), (u.t() @ dy).flatten()]), {})
 
 
 def triton_part(p: Problem, tile: Any = None) -> Layer:
@@ -54,21 +50,25 @@ def shipped_tile(p: Problem) -> Any:
     }[p.case.op]()
 
 
+def _row_gates(p: Problem) -> Tensor:
+    """w [T, R]: the gate of each token for each packed row, times the scale."""
+    return (p.over_tokens(p.gates) * SCALE)[:, p.owner]
+
+
+def _gated(p: Problem, x: Tensor, factor: Tensor) -> Tensor:
+    """(x F^T) o w in x's dtype."""
+    return (F.linear(x, factor) * _row_gates(p)).to(x.dtype)
+
+
 def _gating(p: Problem) -> Any:
     from cram_kernels.expert_lora.kernels.gating import gating
 
     return gating(p.gates, (p.owner,), None, SCALE)
 
 
-def _padded(z: Tensor) -> Tensor:
-    """Z or U in the kernels' layout [1, 1, T, pitch]."""
-    return F.pad(z, (0, -z.shape[1] % 16)).view(1, 1, z.shape[0], -1)
-
-
-def _gated(p: Problem, z: Tensor) -> Tensor:
-    """Z o w, as FOLD leaves it for EXPAND and GRAM."""
-    w = (p.over_tokens(p.gates) * SCALE)[:, p.owner]
-    return _padded((z * w).to(z.dtype))
+def _padded(values: Tensor) -> Tensor:
+    """[T, R] in the kernels' layout [T, pitch], 0 beyond R."""
+    return F.pad(values, (0, -values.shape[1] % 16))
 
 
 def _sequence(launches: list[Launch], out: Tensor) -> Layer:
@@ -81,33 +81,32 @@ def _sequence(launches: list[Launch], out: Tensor) -> Layer:
 
 
 def _shrink(p: Problem, tile: Any) -> Layer:
-    from cram_kernels.expert_lora.kernels.gram import reduce_planes
+    from cram_kernels.expert_lora.kernels.fold import fold
     from cram_kernels.expert_lora.kernels.shrink import shrink
 
-    rank = len(p.packed_a)
-    z = _padded(p.x.new_empty(p.case.tokens, rank))
-    planes = z if tile.split_k == 1 else z.new_empty(tile.split_k, *z.shape[1:], dtype=torch.float32)
-    launches = [shrink(p.x, (p.packed_a,), planes, _gating(p), tile)]
-    if tile.split_k > 1:
-        launches.append(reduce_planes(planes, z))
-    return _sequence(launches, z[0, 0, :, :rank])
+    gate, rank, whole = _gating(p), len(p.packed_a), tile.split_k == 1
+    u = torch.empty_like(_padded(p.x.new_empty(p.case.tokens, rank)))[None, None]
+    planes = u if whole else u.new_empty(tile.split_k, *u.shape[1:], dtype=torch.float32)
+    launches = [shrink(p.x, (p.packed_a,), planes, gate, tile, gated=whole)]
+    if not whole:
+        launches.append(fold(planes, None, u[0], gate, (rank,)))
+    return _sequence(launches, u[0, 0, :, :rank])
 
 
 def _expand(p: Problem, tile: Any) -> Layer:
     from cram_kernels.expert_lora.kernels.expand import expand
 
-    y, u = p.dy.clone(), _gated(p, F.linear(p.x, p.packed_a))
+    y, u = p.dy.clone(), _padded(_gated(p, p.x, p.packed_a))[None, None]
     return _sequence([expand(u, (p.packed_bt,), (y,), _gating(p), tile)], y)
 
 
 def _gram(p: Problem, tile: Any) -> Layer:
     from cram_kernels.expert_lora.kernels.gram import gram, reduce_planes
 
-    u, dz = (_gated(p, F.linear(*pair))[0, 0] for pair in ((p.x, p.packed_a), (p.dy, p.packed_bt)))
+    u, dz = _padded(_gated(p, p.x, p.packed_a)), _padded(_gated(p, p.dy, p.packed_bt))
     elements = p.trained_rank * (p.x.shape[1] + p.dy.shape[1])
     planes = p.x.new_empty(tile.split_t, elements, dtype=torch.float32)
-    flat = p.x.new_empty(elements)
-    first = len(p.packed_a) - p.trained_rank
+    flat, first = p.x.new_empty(elements), len(p.packed_a) - p.trained_rank
     return _sequence([gram((dz, u), (p.x, p.dy), planes, first, tile), reduce_planes(planes, flat)], flat)
 
 

@@ -195,6 +195,7 @@ def _asked(
     return Prediction(question, _ways(tokens, combine, *names), *bounds, show, f"experiments, T {tokens}")
 
 
+_FIRST, _CHUNKS = "layer, base first", "layer, base first in chunks of 4096"
 _STACK, _PLAIN = _case("stacked", 8192, "q+k+v"), _case("forward", 8192)
 PREDICTIONS = [
     Prediction("captured decode on new inputs: wrong replays", _wrong_replays, None, 0, _count, "replays"),
@@ -262,6 +263,8 @@ PREDICTIONS = [
     _asked(
         "the same in chunks of 4096 tokens adds", 8192, _added, ("in chunks of 4096", "base"), (None, 0.09)
     ),
+    _asked("layer, base first in chunks, over base first", 8192, _ratio, (_CHUNKS, _FIRST), (None, 1.0)),
+    _asked("layer, base last, over base first", 8192, _ratio, ("layer, base last", _FIRST), (None, 1.0)),
     _asked("one product, 80 deeper, adds", 8192, _added, ("one product, 80*", "base"), (None, 0.05)),
     _asked("x A^T on a second stream adds", 16, _more, ("base beside*", "base"), (None, 2.0)),
     _asked(

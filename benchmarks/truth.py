@@ -80,16 +80,17 @@ def gates(p: Problem) -> dict[str, Tensor]:
 
 
 def parts(p: Problem) -> dict[str, Tensor]:
-    """One product: Z, or y + U Bt (with dy as y), or both weight gradients one after another."""
+    """One product: U, y + U Bt (on dy as y), or both weight gradients one after another."""
     x, a, bt, dy = p.x.double(), p.packed_a.double(), p.packed_bt.double(), p.dy.double()
-    z, w = x @ a.t(), (p.over_tokens(p.gates).double() * SCALE)[:, p.owner]
+    w = (p.over_tokens(p.gates).double() * SCALE)[:, p.owner]
+    u = (x @ a.t()) * w
     if p.case.op == "shrink":
-        return {"y": z}
+        return {"y": u}
     if p.case.op == "expand":
-        return {"y": dy + (z * w) @ bt}
+        return {"y": dy + u @ bt}
     tail = len(a) - p.trained_rank
-    dz, u = ((dy @ bt.t()) * w)[:, tail:], (z * w)[:, tail:]
-    return {"y": torch.cat([(dz.t() @ x).flatten(), (u.t() @ dy).flatten()])}
+    dz = (dy @ bt.t()) * w
+    return {"y": torch.cat([(dz[:, tail:].t() @ x).flatten(), (u[:, tail:].t() @ dy).flatten()])}
 
 
 def results(p: Problem, layer: Layer) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import machine, truth
 from benchmarks.cases import Case
+from benchmarks.ours import two_ops
 from benchmarks.parts import triton_part
 from benchmarks.problem import Problem, make, rotation
 from benchmarks.report import duration
@@ -33,6 +35,14 @@ SIZES = {"full": ("LLaVA-1.5-7B", "trigap", "bfloat16"), "toy": ("toy", "toy", "
 PITCH = 16  # packed rows are padded to a multiple of it
 # (split, rows) of the tiles with which a whole weight goes through SHRINK.
 WHOLE_WEIGHT = ((1, 16), (2, 32), (4, 64), (2, 64))
+# Name -> whether the base product comes last, with beta = 1, and tokens at a time.
+ORDERS = {
+    "base first": (False, None),
+    "base first in chunks of 4096": (False, 4096),
+    "base first in chunks of 2048": (False, 2048),
+    "base last": (True, None),
+    "base last in chunks of 4096": (True, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,14 @@ class Way:
         expected: What it must give, in float64; None where its result is not one of a layer.
         tokens: The sizes at which it is asked about.
         needs_cuda: What it cannot do on a CPU, or "".
+        ours: Whether it launches kernels of this package.
     """
 
     build: Callable[[Problem], Step]
     expected: Callable[[Problem], Tensor] | None = None
     tokens: tuple[int, ...] = (*PROMPT, *DECODE)
     needs_cuda: str = ""
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,19 @@ def through_shrink(p: Problem, split: int, rows: int) -> Step:
     return triton_part(whole_weight(p), tile).forward
 
 
+def in_order(p: Problem, base_last: bool, chunk: int | None = None) -> Step:
+    """The package's layer with the base product and EXPAND in an order of choice."""
+    from cram_kernels.expert_lora import tiles
+
+    order, layer = tiles.Order(chunk, base_last), two_ops(p, "triton")
+
+    def step() -> Any:
+        with mock.patch.object(tiles, "order", lambda *_: order):
+            return layer.forward()
+
+    return step
+
+
 WAYS: dict[str, Way] = {
     "base": Way(lambda p: lambda: F.linear(p.x, p.weight), base_alone),
     "x A^T by the library": Way(lambda p: (k := Packed.of(p)) and (lambda: F.linear(p.x, k.a))),
@@ -165,8 +190,15 @@ WAYS: dict[str, Way] = {
             lambda p, split=split, rows=rows: through_shrink(p, split, rows),
             lambda p: truth.parts(whole_weight(p))["y"],
             DECODE,
+            ours=True,
         )
         for split, rows in WHOLE_WEIGHT
+    },
+    **{
+        f"layer, {name}": Way(
+            lambda p, order=order: in_order(p, *order), lambda p: truth.experts(p)["y"], PROMPT, ours=True
+        )
+        for name, order in ORDERS.items()
     },
 }
 
@@ -180,10 +212,10 @@ def case_of(size: str, tokens: int) -> Case:
 
 def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the ways that launch kernels of this package, each with a call."""
-    for tokens in DECODE:
+    for tokens in (*PROMPT, *DECODE):
         p = make(case_of("full", tokens), device)
         for name, way in WAYS.items():
-            if "SHRINK" in name:
+            if way.ours and tokens in way.tokens:
                 yield f"experiments {name} T{tokens}", torch.no_grad()(way.build(p))
 
 
@@ -203,7 +235,9 @@ def measure(size: str, tokens: int, asked: int, device: torch.device) -> list[di
             try:
                 steps = [way.build(p) for p in problems]
                 if way.expected is not None:
-                    wanted, limit = {"y": way.expected(problems[0])}, truth.LIMITS[problems[0].case.dtype]
+                    with torch.enable_grad():
+                        wanted = {"y": way.expected(problems[0])}
+                    limit = truth.LIMITS[problems[0].case.dtype]
                     rows[name]["error"] = truth.error({"y": steps[0]()}, wanted, limit)
                 samplers[name] = sampler(steps, device, captured=True)
             except failures() as error:

@@ -61,10 +61,10 @@ SHRINK_LARGE = {
 }
 EXPAND_SMALL = {
     "block_t": (16, 32),
-    "block_r": (32, 128),
+    "block_r": (64, 128),
     "block_d": (32, 64, 128),
-    "warps": (2, 4),
-    "stages": (1, 2),
+    "warps": (4, 8),
+    "stages": (1,),
 }
 EXPAND_LARGE = {
     "block_t": (64, 128),
@@ -75,11 +75,11 @@ EXPAND_LARGE = {
 }
 GRAM = {
     "block_t": (64, 128),
-    "block_r": (16,),
+    "block_r": (16, 64),
     "block_d": (64, 128),
     "split_t": (4, 8, 16),
     "warps": (4, 8),
-    "stages": (2, 3),
+    "stages": (1, 2),
 }
 SPACES = {
     "shrink": (SHRINK_SMALL, SHRINK_LARGE),
