@@ -34,8 +34,8 @@ class Prediction:
         least, most: The bounds; None for none.
         show: Formats a figure.
         settled_by: Where the figure comes from, for a reader.
-        bytes_us: Least time by bytes, or None.
-        issue_us: Least time by issued instructions, or None where nobody counted.
+        case: What the experts' own launches are of, where two bounds are shown.
+        issue_us: Least time in which their instructions are issued, by `python -m tests.benchmarks.issue`.
     """
 
     question: str
@@ -44,8 +44,13 @@ class Prediction:
     most: float | None
     show: Callable[[float], str]
     settled_by: str
-    bytes_us: float | None = None
+    case: Case | None = None
     issue_us: float | None = None
+
+    @property
+    def bytes_us(self) -> float | None:
+        """Least time in which the experts' bytes are moved."""
+        return None if self.case is None else H200.floor_us(floors.expert_phases(self.case), DTYPE)
 
     @property
     def wanted(self) -> str:
@@ -158,11 +163,6 @@ def _alone(a: float) -> float:
     return a
 
 
-def _floor(case: Case) -> float:
-    """Bound by bytes of what the experts add."""
-    return H200.floor_us(floors.expert_phases(case), DTYPE)
-
-
 def _layer(
     question: str,
     case: Case,
@@ -172,16 +172,14 @@ def _layer(
     issue: float | None,
 ) -> Prediction:
     measure = _rows(case, combine, "ours", "base")
-    return Prediction(question, measure, None, most, show, case.name, _floor(case), issue)
+    return Prediction(question, measure, None, most, show, case.name, case, issue)
 
 
 def _part(
     question: str, case: Case, combine: Combine, names: tuple[str, ...], most: float, **more: Any
 ) -> Prediction:
     show = _us if combine is _alone else _times
-    return Prediction(
-        question, _rows(case, combine, *names), None, most, show, case.name, _floor(case), **more
-    )
+    return Prediction(question, _rows(case, combine, *names), None, most, show, case.name, case, **more)
 
 
 def _asked(
@@ -199,8 +197,8 @@ _FIRST, _CHUNKS = "layer, base first", "layer, base first in chunks of 4096"
 _STACK, _PLAIN = _case("stacked", 8192, "q+k+v"), _case("forward", 8192)
 PREDICTIONS = [
     Prediction("captured decode on new inputs: wrong replays", _wrong_replays, None, 0, _count, "replays"),
-    _layer("forward of one linear, T 8192, adds", _case("forward", 8192), _added, 0.14, _percent, None),
-    _layer("the same with routing in the call", _case("routed", 8192), _added, 0.14, _percent, None),
+    _layer("forward of one linear, T 8192, adds", _case("forward", 8192), _added, 0.14, _percent, 23.2),
+    _layer("the same with routing in the call", _case("routed", 8192), _added, 0.14, _percent, 23.2),
     Prediction(
         "[x \\| U] [W \\| B] as one product, T 8192, adds",
         _rows(_PLAIN, _added, "concatenated", "base"),
@@ -208,17 +206,17 @@ PREDICTIONS = [
         0.10,
         _percent,
         f"{_PLAIN.name}, concatenated",
-        _floor(_case("shrink", 8192)),
+        _case("shrink", 8192),
     ),
-    _layer("training step, T 8192", _case("train", 8192), _ratio, 1.25, _times, None),
-    _layer("decode, T 1, adds", _case("decode", 1), _more, 6.0, _us, None),
-    _layer("decode, T 16, adds", _case("decode", 16), _more, 6.0, _us, None),
-    _layer("decode, T 64, adds", _case("decode", 64), _more, 6.0, _us, None),
-    _layer("prompt of 1024 tokens adds", _case("forward", 1024), _added, 0.35, _percent, None),
+    _layer("training step, T 8192", _case("train", 8192), _ratio, 1.25, _times, 56.2),
+    _layer("decode, T 1, adds", _case("decode", 1), _more, 6.0, _us, 0.75),
+    _layer("decode, T 16, adds", _case("decode", 16), _more, 6.0, _us, 0.75),
+    _layer("decode, T 64, adds", _case("decode", 64), _more, 6.0, _us, 3.0),
+    _layer("prompt of 1024 tokens adds", _case("forward", 1024), _added, 0.35, _percent, 3.2),
     _layer(
-        "512 packed rows, T 8192, add", _case("forward", 8192, stream="64x8"), _added, 0.35, _percent, None
+        "512 packed rows, T 8192, add", _case("forward", 8192, stream="64x8"), _added, 0.35, _percent, 60.5
     ),
-    _part("SHRINK, T 8192", _case("shrink", 8192), _alone, ("triton",), 21.0, issue_us=4.7),
+    _part("SHRINK, T 8192", _case("shrink", 8192), _alone, ("triton",), 21.0, issue_us=5.5),
     _part(
         "SHRINK over the library's, which starves on 78 rows",
         _case("shrink", 8192),
@@ -226,9 +224,9 @@ PREDICTIONS = [
         ("triton", "matmul"),
         1.0,
     ),
-    _part("EXPAND, T 8192", _case("expand", 8192), _alone, ("triton",), 40.0, issue_us=15.0),
+    _part("EXPAND, T 8192", _case("expand", 8192), _alone, ("triton",), 40.0, issue_us=17.7),
     _part("EXPAND over addmm_", _case("expand", 8192), _ratio, ("triton", "matmul"), 1.1),
-    _part("GRAM, T 8192", _case("gram", 8192), _alone, ("triton",), 42.0),
+    _part("GRAM, T 8192", _case("gram", 8192), _alone, ("triton",), 42.0, issue_us=8.5),
     _part(
         "GRAM over the library's, which starves on 4 rows",
         _case("gram", 8192),
@@ -243,7 +241,8 @@ PREDICTIONS = [
         0.98,
         _times,
         _STACK.name,
-        _floor(_STACK),
+        _STACK,
+        72.8,
     ),
     Prediction(
         "grouped_mm over padded experts, over the loop",
