@@ -5,31 +5,30 @@ variant trains; the bare model's goes back to its input embeddings. PEFT's adapt
 which favours them; CRAM's are float32, as it keeps them. CRAM routes by itself: with the CLIP of the shipped
 base, and on a random LLaVA with a random CLIP. Before every prompt it forgets the texts that this CLIP has
 seen, so that every request counts as new.
+
+A token is timed twice: as `generate` makes it, which on a GPU waits for the host, and as one decode step
+behind a cache of fixed size, which a CUDA graph replays, as servers do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import machine, markdown, models
-from benchmarks.baselines.loops import Released
-from benchmarks.cases import DTYPES, ranks_named
-from benchmarks.models import Work, shared_copy
+from benchmarks.cases import DTYPES
+from benchmarks.models import Work
 from benchmarks.report import duration
-from benchmarks.timing import Limits, Sampler, interleaved
+from benchmarks.suite import failures
+from benchmarks.timing import Limits, Sampler, interleaved, sampler
+from benchmarks.variants import BUILDERS, Variant, built
 
-PROJECTIONS = r".*language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"
-DROPOUT, UP_SCALE = 0.05, 0.01
 HEADER = (
     "variant",
     "training step",
@@ -40,152 +39,12 @@ HEADER = (
     "prefill over bare",
     "token",
     "decode over bare",
+    "captured token",
+    "captured over bare",
 )
-Factors = dict[str, list[tuple[Tensor, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model with its adapters.
-
-    Attributes:
-        model: Shares the base's weights with the other variants.
-        parameters: The optimiser's parameters.
-        around: Context of every forward.
-        extra_loss: Added to the loss, or None.
-        forget: Called before every prompt.
-    """
-
-    model: Any
-    parameters: list[nn.Parameter]
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    extra_loss: Callable[[], Tensor] | None = None
-    forget: Callable[[], Any] = lambda: None
-
-
-class _GatedLinear(nn.Module):
-    """The released layer with its gates [E] at hand."""
-
-    def __init__(self, base: nn.Linear, factors: Sequence[tuple[Tensor, Tensor]], gates: Tensor) -> None:
-        super().__init__()
-        dtype = base.weight.dtype
-        a, b = ([pair[i].to(dtype) for pair in factors] for i in range(2))
-        self.released = Released(base.weight, base.bias, a, b, DROPOUT)
-        self.register_buffer("gates", gates.to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.released(x, self.gates)
-
-
-def draw_factors(work: Work, ranks: Sequence[int]) -> Factors:
-    """Return random experts of every adapted linear by module path."""
-    from cram.families import family_of, match_linears
-
-    generator = torch.Generator().manual_seed(0)
-    matched = match_linears(work.model, family_of(work.model), tuple(f"{letter}_proj" for letter in "qkvo"))
-    found: Factors = {}
-    for path, (_, linear) in matched.modules.items():
-        (d_out, d_in), device = linear.weight.shape, linear.weight.device
-        found[path] = [
-            (
-                (torch.randn(r, d_in, generator=generator) / d_in**0.5).to(device),
-                (torch.randn(d_out, r, generator=generator) * UP_SCALE).to(device),
-            )
-            for r in ranks
-        ]
-    return found
-
-
-def bare(work: Work, factors: Factors) -> Variant:
-    """No adapters. Gradients go back to the input embeddings."""
-    model = shared_copy(work.model)
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else None
-    )
-    return Variant(model, [])
-
-
-def peft(work: Work, factors: Factors, rank: int | None = None) -> Variant:
-    """One PEFT LoRA of the experts' total rank, or of `rank`."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    r = rank or sum(len(a) for a, _ in next(iter(factors.values())))
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=DROPOUT, target_modules=PROJECTIONS)
-    model = inject_adapter_in_model(config, shared_copy(work.model))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(work.model.dtype)
-    return Variant(model, [p for p in model.parameters() if p.requires_grad])
-
-
-def released(work: Work, factors: Factors) -> Variant:
-    """The authors' loop in every adapted linear, with even gates."""
-    model, parameters = shared_copy(work.model), []
-    for path, pairs in factors.items():
-        gates = torch.full((len(pairs),), 1 / len(pairs), device=work.model.device)
-        layer = _GatedLinear(model.get_submodule(path), pairs, gates).train(model.training)
-        model.set_submodule(path, layer)
-        parameters += [layer.released.slots_a, layer.released.slots_b]
-    return Variant(model, parameters)
-
-
-def cram(work: Work, factors: Factors, penalty: bool = False) -> Variant:
-    """This package. It routes if the encoder can; otherwise gates are even."""
-    from cram import CramConfig, attach
-
-    model = shared_copy(work.model)
-    handle = attach(model, CramConfig(dropout=DROPOUT), work.encoder, work.processor)
-    count = len(next(iter(factors.values())))
-    centroids = torch.randn(count, handle.encoder.image_dim)
-    if work.routed:
-        query = _query(handle, model, work)
-        handle.method.router.groups.observe("task", query.text)
-        centroids = query.image.mean(0) + 0.1 * centroids.to(query.image.device)
-    for e in range(count):
-        weights = {path: pairs[e] for path, pairs in factors.items()}
-        handle.method.add_expert(f"expert{e}", weights, 0, centroids[e], trained=e == count - 1)
-    extra = None
-    if penalty:
-        handle.method.prepare_penalty()
-        extra = partial(_penalty_of_last_forward, handle)
-
-    even = torch.full((count,), 1 / count)
-    around = partial(handle.method.training_group, 0) if work.routed else partial(handle.fixed, even)
-    # Moving an encoder to where it is empties its cache of texts.
-    forget = partial(handle.encoder.to, work.model.device) if work.routed else Variant.forget
-    return Variant(model, handle.trainable_parameters(), around, extra, forget)
-
-
-def _penalty_of_last_forward(handle: Any) -> Tensor:
-    return handle.method.penalty(handle.state)
-
-
-def _query(handle: Any, model: Any, work: Work) -> Any:
-    """Return the automatic query of the prompts."""
-    found: list[Any] = []
-    handle.hooks.on_query.append(found.append)
-    with torch.no_grad():
-        model(**work.prompt, use_cache=False, logits_to_keep=1)
-    handle.hooks.on_query.remove(found.append)
-    return found[0]
-
-
-BUILDERS: dict[str, Callable[[Work, Factors], Variant]] = {
-    "bare": bare,
-    "released": released,
-    "peft": peft,
-    "peft-9": partial(peft, rank=9),
-    "cram": cram,
-    "cram with penalty": partial(cram, penalty=True),
-}
-
-
-def built(work: Work, stream: str, chosen: Collection[str] = BUILDERS) -> dict[str, Variant]:
-    """Return the chosen variants, as far as this work allows."""
-    factors = draw_factors(work, ranks_named(stream))
-    # The penalty needs the query's shares.
-    names = [n for n in BUILDERS if n in chosen and (work.routed or n != "cram with penalty")]
-    return {name: BUILDERS[name](work, factors) for name in names}
+ANSWERS = ("prompt_us", "token_us", "captured_us")
+# Tokens that a cache of fixed size holds beyond the prompt; every timed decode step takes one.
+SPARE_TOKENS = 1024
 
 
 def train_step(variant: Variant, work: Work) -> Callable[[], Tensor]:
@@ -218,6 +77,46 @@ def generate(variant: Variant, work: Work, tokens: int) -> Callable[[], Tensor]:
             return variant.model.generate(**work.prompt, **limits)
 
     return run
+
+
+def decode_step(variant: Variant, work: Work) -> Callable[[], Tensor]:
+    """Return a decode step of every prompt behind a cache of fixed size, which fills by a token each time."""
+    from transformers import StaticCache
+
+    model, rows, length = variant.model, *work.prompt["input_ids"].shape
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + SPARE_TOKENS)
+    token = work.prompt["input_ids"][:, -1:].clone()
+    position = torch.full((rows, 1), length, device=token.device)
+    variant.forget()
+    with variant.around(), torch.no_grad():
+        model(**work.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def step() -> Tensor:
+        with variant.around(), torch.no_grad():
+            output = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        return output.logits
+
+    return step
+
+
+def captured(
+    variants: Mapping[str, Variant], work: Work, device: torch.device, limits: Limits
+) -> dict[str, dict[str, Any]]:
+    """Return the median time of each variant's decode step, on CUDA replayed; or why there is none."""
+    rows: dict[str, dict[str, Any]] = {}
+    samplers = {}
+    for name, variant in variants.items():
+        try:
+            # The released loop reads its gates on the host.
+            samplers[name] = sampler([decode_step(variant, work)], device, captured=name != "released")
+        except failures() as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rows[name] = {"captured_us": None, "captured_failed": f"{type(error).__name__}: {first[:200]}"}
+    times = interleaved(samplers, device, limits)
+    return rows | {
+        name: {"captured_us": found.median_us, "captured_mode": samplers[name].mode}
+        for name, found in times.items()
+    }
 
 
 def timed(steps: dict[Any, Callable[[], Any]], device: torch.device, limits: Limits) -> dict[Any, float]:
@@ -254,12 +153,14 @@ def measure(
     plain = {name: variant for name, variant in variants.items() if variant.extra_loss is None}
     both = {(n, count): generate(v, work, count) for n, v in plain.items() for count in (1, tokens + 1)}
     answered = timed(both, device, limits)
+    replayed = captured(plain, work, device, limits)
     return {
         name: {
             "step_us": trained[name],
             "peak_bytes": peaks[name],
             "prompt_us": answered.get((name, 1)),
             "token_us": (answered[name, tokens + 1] - answered[name, 1]) / tokens if name in plain else None,
+            **replayed.get(name, {"captured_us": None}),
         }
         for name in variants
     }
@@ -282,12 +183,11 @@ def lines(found: dict[str, Any]) -> list[str]:
             for other in ("bare", "peft")
         ]
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] is not None else "–"
-        answers = ["–"] * 4
-        if row["token_us"] is not None:
-            answers = []
-            for figure in ("prompt_us", "token_us"):
-                over = f"{rows['bare'][figure] / row[figure]:.2f}" if "bare" in rows else "–"
-                answers += [duration(row[figure]), over]
+        answers = []
+        for figure in ANSWERS:
+            time, bare = row.get(figure), rows.get("bare", {}).get(figure)
+            over = "–" if time is None or bare is None else f"{bare / time:.2f}"
+            answers += ["–" if time is None else duration(time), over]
         cells.append([name, duration(row["step_us"]), *ratios, peak, *answers])
     return shown + markdown.table(HEADER, cells)
 
@@ -322,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = measure(work, variants, device, arguments.tokens, limits)
     found = {"environment": machine.environment(device), "settings": settings, "rows": rows}
     name = f"e2e-{arguments.model}"
+    for variant, row in rows.items():
+        if "captured_failed" in row:
+            print(f"{variant}: no captured token: {row['captured_failed']}")
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / f"{name}.md").write_text("\n".join(lines(found)) + "\n")
     print("\n".join(lines(found)))
