@@ -4,7 +4,7 @@ No division, so it is exact where a gate is 0. Two launches over data that is st
 the tokens of each segment for every packed row, in slabs of tokens, and sums over the slabs and each expert's
 rows, both in order. The first is linear in R and knows no experts; the second finds an expert's rows, which
 are neighbours, by bisection. Sums are selected, not multiplied by a mask, so NaN in one expert or segment
-stays there.
+stays there. Sums run in float64: a softmax behind the gates subtracts sums that are nearly equal.
 
 Bytes: 2 T R elements, 2 SLABS S R floats and S E floats, small beside a pass over x (R << D).
 """
@@ -55,7 +55,7 @@ def _segment_sums(
         low, high = 0, tokens
     low += tl.program_id(2) * slab
     high = tl.minimum(high, low + slab)
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float64)
     for start in range(low, high, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         mine = rows < high
@@ -64,8 +64,8 @@ def _segment_sums(
         if tl.max(mine.to(tl.int32), 0) > 0:
             places = rows.to(tl.int64)[:, None] * pitch + columns[None, :]
             wanted = mine[:, None] & stored[None, :]
-            product = tl.load(z + places, mask=wanted, other=0.0).to(tl.float32)
-            acc += product * tl.load(v + places, mask=wanted, other=0.0).to(tl.float32)
+            product = tl.load(z + places, mask=wanted, other=0.0).to(tl.float64)
+            acc += product * tl.load(v + places, mask=wanted, other=0.0).to(tl.float64)
     place = (tl.program_id(2).to(tl.int64) * samples + segment) * pitch + columns
     tl.store(sums + place, tl.sum(acc, 0), mask=stored)
 
@@ -112,7 +112,7 @@ def _expert_sums(
     there = here[:, None] & (slab < slabs)[None, :]
     base = (slab.to(tl.int64)[None, :] * rows + samples[:, None]) * pitch
     base = base[:, :, None] + start[None, None, :]
-    acc = tl.zeros((BLOCK_S, BLOCK_K, BLOCK_E), tl.float32)
+    acc = tl.zeros((BLOCK_S, BLOCK_K, BLOCK_E), tl.float64)
     for first in range(0, tl.max(ranks, 0), UNROLL):
         for row in tl.static_range(UNROLL):
             wanted = there[:, :, None] & (first + row < ranks)[None, None, :]
