@@ -40,7 +40,14 @@ def check(arch: int, *, full: bool) -> None:
     assert not wrong, "\n" + table(wrong)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# One architecture takes about a minute; the H200's is always compiled.
+DEFAULT = 90
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [arch if arch == DEFAULT else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES],
+)
 def test_shipped_kernels_compile(arch: int) -> None:
     check(arch, full=False)
 
