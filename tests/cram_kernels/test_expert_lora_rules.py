@@ -187,7 +187,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"x": torch.zeros(24, 20).double()},
         "x must have weight's dtype torch.float32, got torch.float64",
     ),
-    "bias_shape": ({"bias": torch.zeros(20)}, r"bias must be \[28\], got \[20\]"),
+    "bias_shape": ({"bias": torch.zeros(20)}, r"bias must be torch.float32 \[28\], got torch.float32 \[20\]"),
     "weight_grad": ({"weight": torch.zeros(28, 20, requires_grad=True)}, "weight and bias must be frozen"),
     "bias_grad": ({"bias": torch.zeros(28, requires_grad=True)}, "weight and bias must be frozen"),
     "dropout": ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
