@@ -41,8 +41,8 @@ def check(arch: int, *, full: bool) -> None:
     assert not wrong, "\n" + table(wrong)
 
 
-# Kernel -> the rules that compilers newer than 3.6, the H200 machine's, break: decode's EXPAND with seven planes
-# spills 16 bytes there, and three tiles of EXPAND issue up to 4 % longer than their bytes take.
+# Kernel -> the rules that compilers newer than 3.6, the H200 machine's, break. Decode's EXPAND with seven
+# planes spills 16 bytes there. Three tiles of EXPAND issue up to 4 % longer than their bytes take.
 NEWER = {
     "_expand": ("registers must not spill, got 255 and a stack of 16 bytes", "issuing must hide behind bytes")
 }
