@@ -26,7 +26,7 @@ class Variant:
 
     Attributes:
         model: Shares the base's weights with the other variants.
-        parameters: What an optimiser gets.
+        parameters: The optimiser's parameters.
         around: Context of every forward.
         extra_loss: Added to the loss, or None.
         forget: Called before every prompt.
@@ -73,7 +73,7 @@ def draw_factors(work: Work, ranks: Sequence[int]) -> Factors:
 
 
 def bare(work: Work, factors: Factors) -> Variant:
-    """No adapters; gradients go back to the input embeddings."""
+    """No adapters. Gradients go back to the input embeddings."""
     model = shared_copy(work.model)
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else None
@@ -95,7 +95,7 @@ def peft(work: Work, factors: Factors, rank: int | None = None) -> Variant:
 
 
 def released(work: Work, factors: Factors) -> Variant:
-    """The authors' loop in every adapted linear; even gates."""
+    """The authors' loop in every adapted linear, with even gates."""
     model, parameters = shared_copy(work.model), []
     for path, pairs in factors.items():
         gates = torch.full((len(pairs),), 1 / len(pairs), device=work.model.device)
@@ -106,7 +106,7 @@ def released(work: Work, factors: Factors) -> Variant:
 
 
 def cram(work: Work, factors: Factors, penalty: bool = False) -> Variant:
-    """This package; routed where the encoder can, else with even gates."""
+    """This package. It routes if the encoder can; otherwise gates are even."""
     from cram import CramConfig, attach
 
     model = shared_copy(work.model)
