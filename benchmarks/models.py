@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import QUERY_WIDTH
 from cram.base import base_folder
-from cram.loading import Sources, load_processor
+from cram.loading import Sources
 
 IMAGE_TOKEN, TEXT_TOKENS, ANSWER_TOKENS = 5, 128, 16
 
@@ -24,7 +24,7 @@ class Work:
 
     Attributes:
         model: In evaluation mode, on its device.
-        encoder, processor: Arguments for `cram.attach`.
+        encoder, processor: Arguments for `cram.attach`. A tokenizer may stand for the processor.
         batch, labels: Model inputs of a training step, labels [B, T].
         prompt: Model inputs of generation.
         routed: True if the encoder can route. Otherwise gates are fixed.
@@ -87,7 +87,7 @@ def random_llava(
 
     With `routed`, a random CLIP encodes the prompts, on the model's own vision tower, as with LLaVA-1.5.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
     width, depth, pixels = size.vision
     config = LlavaConfig(
@@ -126,8 +126,8 @@ def random_llava(
     encoder, processor = SimpleNamespace(image_dim=QUERY_WIDTH, reuses_vision_tower=False), None
     vocabulary = size.vocabulary
     if routed:
-        encoder, processor = _random_clip(model, size), load_processor(base_folder() / "llava")
-        vocabulary = min(vocabulary, len(processor.tokenizer))
+        encoder, processor = _random_clip(model, size), AutoTokenizer.from_pretrained(base_folder() / "llava")
+        vocabulary = min(vocabulary, len(processor))
     text = torch.randint(10, vocabulary, (samples, TEXT_TOKENS))
     ids = torch.cat([torch.full((samples, image_tokens), IMAGE_TOKEN), text], 1)
     inputs = {
@@ -143,7 +143,7 @@ def random_llava(
 
 def _random_clip(model: Any, size: Size) -> Any:
     """A CLIP whose vision model has the weights of the model's tower, with the shipped base's tokenizer."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     from cram.families import family_of
     from cram.routing.clip import ClipEncoder
@@ -165,7 +165,7 @@ def _random_clip(model: Any, size: Size) -> Any:
     with torch.device(model.device):
         clip = CLIPModel(config)
     clip.vision_model.load_state_dict(tower.state_dict())
-    encoder = ClipEncoder(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model)
+    encoder = ClipEncoder(clip, tokenizer, None, model)  # pixels reach the tower as they are
     assert encoder.reuses_vision_tower
     return encoder
 
