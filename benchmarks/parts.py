@@ -19,7 +19,7 @@ from cram_kernels.launch import Launch, architecture
 
 
 def matmul(p: Problem) -> Layer:
-    """cuBLAS, or the CPU's library. Gating is a separate pass over [T, R]."""
+    """cuBLAS, or the CPU's library. Gating is a separate pass over [T, R], in "shrink"."""
     x, a, bt, dy = p.x, p.packed_a, p.packed_bt, p.dy
     if p.case.op == "shrink":
         w = _row_gates(p).to(x.dtype)

@@ -80,7 +80,7 @@ def gates(p: Problem) -> dict[str, Tensor]:
 
 
 def parts(p: Problem) -> dict[str, Tensor]:
-    """One product: U, y + U Bt (on dy as y), or both weight gradients one after another."""
+    """One product: U, or y + U Bt (with dy as y), or both weight gradients one after another."""
     x, a, bt, dy = p.x.double(), p.packed_a.double(), p.packed_bt.double(), p.dy.double()
     w = (p.over_tokens(p.gates).double() * SCALE)[:, p.owner]
     u = (x @ a.t()) * w
