@@ -83,7 +83,12 @@ def _asks(
     name: str, seconds: float, options: tuple[str, ...], environment: dict[str, str], stub: str
 ) -> Part:
     options = (*options, "--replays", "3") if name == "replays" and environment else options
-    return Part(name, (*HERE, name, *options), seconds, environment, stub=stub, shown=True)
+    command = (*HERE, name, *options)
+    return Part(name, command, seconds, environment, missing=_no("triton"), stub=stub, shown=True)
+
+
+def _no(package: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed"
 
 
 def _libraries(cuda: bool) -> Part:
@@ -98,9 +103,8 @@ def _tests(cuda: bool) -> Part:
     # Most of the time goes into compiling kernels, which processes do side by side.
     command += () if not cuda else ("-n", "8") if find_spec("xdist") else ()
     command += () if cuda else ("--collect-only",)
-    missing = None if find_spec("pytest") else "pytest is not installed"
     stub = "tests that need a CUDA device are collected, not run"
-    return Part("tests", command, 150, missing=missing, stub=stub, shown=True)
+    return Part("tests", command, 150, missing=_no("pytest"), stub=stub, shown=True)
 
 
 def _tool(name: str) -> str | None:
@@ -122,7 +126,8 @@ def _sanitized(tool: str, cuda: bool) -> Part:
 def _profiled(cuda: bool, toy: tuple[str, ...], environment: dict[str, str]) -> Part:
     program = (*HERE, "profile", *toy)
     if not cuda:
-        return Part("ncu", program, 45, environment, stub="the kernels run without ncu, in the interpreter")
+        stub = "the kernels run without ncu, in the interpreter"
+        return Part("ncu", program, 45, environment, missing=_no("triton"), stub=stub)
     found = _tool("ncu")
     # The card's clocks are left as they are. The package's kernels begin with an underscore.
     options = ("--clock-control", "none", "--set", "basic", "-k", "regex:^_")
@@ -200,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepared(file: Path, out: Path) -> Part:
     command = (*HERE, "prepare", "--toy", "--out", str(file), "--cache", str(out / "kernels"))
-    return Part(
-        "prepare", command, 60, {"TRITON_INTERPRET": "0"}, stub="two kernels; libraries that are there"
-    )
+    stub = "two kernels are compiled, and the libraries are those that are there"
+    return Part("prepare", command, 60, {"TRITON_INTERPRET": "0"}, missing=_no("triton"), stub=stub)
 
 
 if __name__ == "__main__":
