@@ -142,6 +142,13 @@ def test_toys_where_there_is_no_device_and_real_shapes_where_there_is(tmp_path: 
     assert "7b" in real["e2e"] and "toy" in toys["e2e"]
 
 
+def test_toys_run_two_stages_at_a_time(tmp_path: Path) -> None:
+    chosen = gpu.stages(1, CPU, tmp_path)
+    joined = gpu.in_twos(chosen)
+    assert [part for stage in joined for part in stage] == [part for stage in chosen for part in stage]
+    assert len(joined) == (len(chosen) + 1) // 2
+
+
 def test_compiling_ahead_is_left_out_with_a_kit(tmp_path: Path) -> None:
     tuned = {has: gpu.stages(1, CUDA, tmp_path, has)[-1][0].command for has in (False, True)}
     assert "--jobs" not in tuned[False] and tuned[True][-2:] == ("--jobs", "0")
