@@ -23,7 +23,7 @@ METHODS_SHOWN = ("cram", "sequential", "isolated")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration changes: fields of `CramConfig`, and samples a split."""
+    """What the demonstration changes: fields of `CramConfig`, and samples per split."""
 
     config: dict[str, Any]
     limit: int | None = None

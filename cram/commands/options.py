@@ -23,7 +23,7 @@ PRESETS: dict[str, Callable[..., CramConfig]] = {"ucit": CramConfig.ucit, "triga
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add `--data-root` and `--limit`."""
     parser.add_argument("--data-root", metavar="D", help="folder of the data")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples a split at most")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples per split at most")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,12 @@ names.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cram.model.state import ForwardState
 from cram.routing.prompts import Call
@@ -26,6 +27,12 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 def made_cache(output: Any) -> Any:
     """The KV cache that a forward has returned, or None."""
     return next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument by which the forward of a model takes a KV cache."""
+    taken = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in taken)
 
 
 class _Filled(NamedTuple):

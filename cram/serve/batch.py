@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cram.model.attached import AttachedModel
+from cram.model.cache import cache_argument
 from cram.model.state import ForwardState
 from cram.routing.query import Route
 from cram.serve.cache import RowCache
@@ -34,6 +35,7 @@ class Batch:
         self._state: ForwardState | None = None
         self._seen: list[Tensor] = []
         self._penalty = float(model.generation_config.repetition_penalty or 1.0)
+        self._cache_argument = cache_argument(model)
         self._three_axes = hasattr(model.get_submodule(self._cram.family.core), "rope_deltas")
         self.answers: list[Answer] = []
 
@@ -91,8 +93,8 @@ class Batch:
             input_ids=ids,
             attention_mask=cache.mask(device),
             position_ids=positions.expand(3, -1, -1) if self._three_axes else positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         cache.advance()
         logits = output.logits[:, -1]

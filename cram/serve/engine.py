@@ -27,6 +27,7 @@ from cram.learning.answers import end_ids
 from cram.learning.batches import to_model
 from cram.methods.parts.grouped import GroupedMethod
 from cram.model.attached import AttachedModel
+from cram.model.cache import made_cache
 from cram.serve.batch import Batch
 from cram.serve.decide import Decider
 from cram.serve.metrics import Metrics
@@ -329,7 +330,7 @@ class Engine:
             Answer(request, index, self._tokenizer, self._ends, limit, position)
             for index in range(request.sampling.n)
         ]
-        batch.join(answers, output.past_key_values, state, ids, output.logits[0, -1])
+        batch.join(answers, made_cache(output), state, ids, output.logits[0, -1])
 
     def _token_limit(self, request: Request, prompt: int) -> int:
         asked = request.sampling.max_tokens

@@ -2,7 +2,7 @@
 
 A bucket is chosen by the largest T it takes, never by T itself, and split counts follow from the bucket and
 the layer's widths: a row of a batch is computed alike whatever the other rows are, and nothing is tuned at
-run time. `python -m benchmarks.tune` measures the candidates on a GPU. What no GPU has measured says "by
+run time. `python -m benchmarks tune` measures the candidates on a GPU. What no GPU has measured says "by
 arithmetic".
 
 Arithmetic of the rows (H200: 132 multiprocessors, 4.3 TB/s from memory, about 5.5 TB/s from the L2 cache):
