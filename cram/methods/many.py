@@ -5,7 +5,8 @@ There is no public code. The equations are the paper's; the rest of this text is
 LPM: each task trains its own LoRA alone. After the task, the recursion of `parts.merge` merges the LoRAs of
 every module, in float64 on the CPU. At inference the merged weight acts alone, on every sample and without a
 router. Two things are not public: rho, and whether the regression is on the rows of A, on activations or on
-B. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
+B. This file takes the rows of A. In a small experiment the activations were much better, see
+docs/results.md. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
 
 CPM: each task also trains a small LoRA on the projector's linears. (A full copy of a 7B model's projector
 would be 21 million values per task.) Visual prototypes mix the outputs of the tasks' projectors per image,
