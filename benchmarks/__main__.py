@@ -25,6 +25,7 @@ PROGRAMS = {
     "replays": "whether captured calls give the right values on new inputs",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",
     "scaling": "how the cost grows with experts, ranks, tokens and width",
+    "serve": "the server under load, against the bare model and PEFT",
     "speed": "the table of docs/speed.md from the results in a folder",
     "tune": "try the tiles of each kernel on this GPU",
 }

@@ -25,6 +25,7 @@ TEXT_SUFFIXES = {
     ".json",
     ".html",
     ".css",
+    ".js",
     ".jinja",
     ".h",
     ".cpp",

@@ -18,6 +18,7 @@ from cram.attach import attached
 from cram.console import ProgressBar
 from cram.learning.answers import generate_answers
 from cram.learning.batches import Example, build_prompt, pad_id
+from cram.learning.prompts import chat_text, message
 from cram.loading import load_processor
 from cram.model.attached import AttachedModel
 from cram.routing.query import Route
@@ -168,8 +169,7 @@ def answer_all(
 def conversation_prompt(processor: Any, turns: Sequence[Turn]) -> str:
     """The text of a conversation up to where the next answer begins.
 
-    One turn gives exactly the prompt of training. Without a chat template further turns follow LLaVA-1.5:
-    "USER: ... ASSISTANT: answer</s>USER: ... ASSISTANT:".
+    One turn gives exactly the prompt of training.
 
     Raises:
         ValueError: If there is no turn, or the last question contains the image placeholder.
@@ -180,17 +180,10 @@ def conversation_prompt(processor: Any, turns: Sequence[Turn]) -> str:
     prompt = build_prompt(processor, last.question, len(last.images))
     if not earlier:
         return prompt
-    if not getattr(processor, "chat_template", None):
-        end = processor.tokenizer.eos_token or ""
-        before = [f"{build_prompt(processor, t.question, len(t.images))} {t.answer}{end}" for t in earlier]
-        return "".join([*before, prompt])
-    messages: list[dict[str, Any]] = []
+    messages = []
     for turn in turns:
-        pictures: list[dict[str, str]] = [{"type": "image"}] * len(turn.images)
-        content = [*pictures, {"type": "text", "text": turn.question}]
-        messages += [{"role": "user", "content": content}]
-        messages += [{"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}]
-    return str(processor.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        messages += [message("user", turn.question, len(turn.images)), message("assistant", turn.answer)]
+    return chat_text(processor, messages[:-1])
 
 
 class Conversation:

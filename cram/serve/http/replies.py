@@ -97,11 +97,6 @@ def usage(heard: Collector) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
-def failure(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error object."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
 def event(value: Any) -> str:
     """One server-sent event."""
     return f"data: {value if isinstance(value, str) else json.dumps(value, allow_nan=False)}\n\n"

@@ -12,6 +12,7 @@ from torch import Tensor
 from cram.model.attached import AttachedModel
 from cram.model.state import ForwardState
 from cram.routing.query import Route, Routes
+from cram.serve.engine.versions import Version
 from cram.serve.request import Decision, Prompt, RequestError
 
 
@@ -53,7 +54,11 @@ class Decider:
         gates = torch.zeros(cram.num_layers, 1, cram.num_experts)
         return ForwardState(Route(gates, overrides_gating=True), cram.device, decoding=True)
 
-    def dry_run(self, prompt: Prompt, mixture: Mapping[str, float] | None, version: int) -> Decision:
+    def splits(self, mixture: Mapping[str, float] | None) -> bool:
+        """Whether a prompt may be read in pieces: no linear makes gates from the whole prompt."""
+        return mixture is not None or not self._own_gates()
+
+    def dry_run(self, prompt: Prompt, mixture: Mapping[str, float] | None, version: Version) -> Decision:
         """The decision for a prompt that is not answered.
 
         Raises:
@@ -66,19 +71,25 @@ class Decider:
             route = self._automatic(prompt) if self._cram.num_experts else None
         return self.decision(route, mixture, version)
 
-    def decision(self, route: Route | None, mixture: Mapping[str, float] | None, version: int) -> Decision:
-        """What a route of one sample tells the client."""
-        cram = self._cram
+    def decision(
+        self, route: Route | None, mixture: Mapping[str, float] | None, version: Version
+    ) -> Decision:
+        """What a route of one sample tells the client; experts with gate 0 in every layer are left out."""
+        names = version.names
         mode = "automatic" if mixture is None else "mixture"
-        if not cram.num_experts or (mixture is not None and not any(mixture.values())):
+        if not names or (mixture is not None and not any(mixture.values())):
             mode = "base"
         group = None if route is None or route.groups is None else int(route.groups[0])
-        own = any(module.gating is not None or module.solo is not None for module in cram.modules.values())
-        if own and mixture is None:
-            return Decision(mode, version, group, None)
+        if mixture is None and self._own_gates():
+            return Decision(mode, version.number, group, None)
         columns = [] if route is None else route.gates[:, 0].cpu().t().tolist()
-        names = cram.expert_names if columns else []
-        return Decision(mode, version, group, dict(zip(names, columns, strict=True)))
+        named = zip(names if columns else (), columns, strict=True)
+        return Decision(mode, version.number, group, {name: gates for name, gates in named if any(gates)})
+
+    def _own_gates(self) -> bool:
+        """Whether a linear makes gates of its own, or has experts that act alone."""
+        modules = self._cram.modules.values()
+        return any(module.gating is not None or module.solo is not None for module in modules)
 
     def _check_automatic(self) -> None:
         if self._cram.method.told_task:

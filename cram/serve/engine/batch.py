@@ -12,9 +12,9 @@ from cram.model.attached import AttachedModel
 from cram.model.cache import cache_argument
 from cram.model.state import ForwardState
 from cram.routing.query import Route
-from cram.serve.cache import RowCache
+from cram.serve.engine.cache import RowCache
+from cram.serve.engine.sequence import Answer
 from cram.serve.request import Delta, Failed, Request
-from cram.serve.sequence import Answer
 
 Heard = Callable[[Request, Delta | Failed], None]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from cram.serve.cache import FIRST_COLUMNS, RowCache
+from cram.serve.engine.cache import FIRST_COLUMNS, RowCache
 
 HEADS, WIDTH, LAYERS = 2, 3, 2
 

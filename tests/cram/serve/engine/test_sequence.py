@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from cram.serve.engine.sequence import Answer, StopFilter, TextStream
 from cram.serve.request import Prompt, Request, Sampling
-from cram.serve.sequence import Answer, StopFilter, TextStream
 from tests.cram.factories import SPECIAL, tokenizer
 
 TEXTS = ["plain words", "größer – 大きい 🙂🙃", " leading", "", "a  b\n\n c "]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cram.bundle.bundle import load, save
-from cram.serve.engine import Engine
+from cram.serve.engine.engine import Engine
 from tests.cram.factories import QUESTIONS, expert_weights, image, routed_llava
 from tests.cram.serve.serving import ask, llava_prompt, offline, run
 
@@ -106,7 +106,7 @@ def test_a_step_copies_one_column() -> None:
         engine.submit(ask(llava_prompt(processor, QUESTIONS[0], seed), max_tokens=12)[0])
     for _ in range(4):
         engine.turn()
-    batch = next(iter(engine._batches.values()))
+    batch = next(iter(engine._worker._batches.values()))
     tensors = [layer.keys for layer in batch._cache.layers]
     before = [tensor.clone() for tensor in tensors]
     column = batch._cache.end

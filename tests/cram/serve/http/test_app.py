@@ -8,10 +8,7 @@ import json
 import socket
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,81 +16,15 @@ from typing import Any
 import pytest
 
 from cram.bundle.bundle import save
-from cram.serve.engine import Engine, Limits
+from cram.serve.engine.limits import Limits
 from tests.cram.factories import QUESTIONS, image, routed_llava
+from tests.cram.serve.http.running import data_url, messages, serving
 from tests.cram.serve.serving import llava_prompt, offline
 
-pytest.importorskip("starlette", reason="the server needs the extra `serve`")
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
-app = pytest.importorskip("cram.serve.app")
-Settings = app.Settings
+body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
+Settings = body.Settings
 
 TOKEN = "open-sesame"
-
-
-def data_url(seed: int, kind: str = "PNG") -> str:
-    """A test picture as a data URL."""
-    buffer = io.BytesIO()
-    image(seed).save(buffer, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def messages(question: str, *seeds: int) -> list[dict[str, Any]]:
-    """One user message about some pictures."""
-    pictures = [{"type": "image_url", "image_url": {"url": data_url(seed)}} for seed in seeds]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
-
-
-class Client:
-    """Sends requests to a running server."""
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-
-    def send(
-        self, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON (or text) and headers of a reply; a body makes it a POST."""
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.base + path, data, {"Content-Type": "application/json", **(headers or {})}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                status, content, got = reply.status, reply.read(), dict(reply.headers)
-        except urllib.error.HTTPError as error:
-            with error:
-                status, content, got = error.code, error.read(), dict(error.headers)
-        text = content.decode()
-        return status, json.loads(text) if "json" in got.get("content-type", "") else text, got
-
-    def chat(self, **body: Any) -> tuple[int, Any]:
-        """Status and JSON of a chat completion."""
-        status, reply, _ = self.send("/v1/chat/completions", {"model": "cram", "max_tokens": 8, **body})
-        return status, reply
-
-
-@contextmanager
-def serving(limits: Limits | None = None, settings: Any = None) -> Iterator[tuple[Client, Any, Any, Engine]]:
-    """A server on a free port of the loopback: client, model, processor, engine."""
-    model, processor, _ = routed_llava()
-    engine = Engine(model, processor, limits)
-    made = app.create_app(engine, model, processor, settings)
-    config = uvicorn.Config(made, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=20)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline and thread.is_alive(), "the server must start within 30 s"
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield Client(f"http://127.0.0.1:{port}"), model, processor, engine
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def test_answers_models_and_dry_runs() -> None:
@@ -268,9 +199,9 @@ def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> 
     save(model, tmp_path / "broken")
     file = next((tmp_path / "broken" / "experts" / "old").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
-    settings = replace(Settings(), admin_token=TOKEN, bundles=tmp_path)
+    settings = replace(Settings(), admin_token=TOKEN)
     key = {"Authorization": f"Bearer {TOKEN}"}
-    with serving(settings=settings) as (client, _, _, engine):
+    with serving(settings=settings, bundles=tmp_path) as (client, _, _, engine):
         question = {"messages": messages(QUESTIONS[0], 0)}
         before = client.chat(**question)[1]
         assert client.send("/v1/cram/bundle", {"name": "three"})[0] == 401
