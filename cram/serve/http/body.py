@@ -46,7 +46,7 @@ async def read_json(http: Request, settings: Settings) -> Any:
     """
     # A page of another site can send no JSON without asking first, and is never allowed to.
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "the content type must be application/json, got another")
+        raise HTTPException(415, "the content type must be application/json, got another", CLOSE)
     content, too_large = bytearray(), f"the body must have at most {settings.max_body} bytes, got more"
     announced = http.headers.get("content-length", "")
     # A longer row of digits is no size of anything.
@@ -57,9 +57,7 @@ async def read_json(http: Request, settings: Settings) -> Any:
             async for chunk in http.stream():
                 content += chunk
                 if len(content) > settings.max_body:
-                    raise HTTPException(
-                        413, f"the body must have at most {settings.max_body} bytes, got more"
-                    )
+                    raise HTTPException(413, too_large, CLOSE)
     except TimeoutError:
         wanted = f"the body must arrive within {settings.body_s:g} s, got a part"
         raise HTTPException(408, wanted, CLOSE) from None

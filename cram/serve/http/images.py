@@ -13,14 +13,9 @@ from cram.serve.request import RequestError
 from cram.streams.types import open_image
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-NOT_IMAGES = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+NOT_IMAGES = (OSError, ValueError, SyntaxError, EOFError)
+# Pillow has a limit of its own.
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def read_image(given: Any, where: str, max_pixels: int) -> Image.Image:
@@ -43,6 +38,8 @@ def read_image(given: Any, where: str, max_pixels: int) -> Image.Image:
             return open_image(image)
     except RequestError:
         raise
+    except TOO_LARGE:
+        raise RequestError(f"{where}: an image must have at most {max_pixels} pixels, got more") from None
     except NOT_IMAGES:
         raise RequestError(
             f"{where}: image data must be a whole image of {IMAGE_FORMATS}, got other bytes"

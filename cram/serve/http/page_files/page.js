@@ -19,7 +19,7 @@ async function start() {
 async function showModels() {
   const listed = (await (await fetch("v1/models")).json()).data.map((model) => model.id);
   const experts = listed.filter((id) => id.startsWith("cram:"));
-  const options = [option("cram", "experts, chosen by question and picture")];
+  const options = [option("cram", "experts chosen by the question")];
   options.push(...experts.map((id) => option(id, `${id.slice(5)} alone`)));
   at("model").replaceChildren(...options);
   at("status").textContent = experts.length === 1 ? "1 expert" : `${experts.length} experts`;
