@@ -12,6 +12,7 @@ import torch
 
 # Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
+    "crossovers": "which products the native layer computes itself, by measurement",
     "e2e": "training step and generated tokens of whole models",
     "experiments": "how a layer's products are best put together on a GPU",
     "gpu": "everything that a CUDA machine can settle, within ten minutes and a short second call",
