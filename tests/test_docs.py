@@ -250,8 +250,9 @@ def test_layouts_of_the_data_page_load(tmp_path: Path, monkeypatch: pytest.Monke
     root = tmp_path / "root"
     write_pictures(root / "pictures")
     write_pictures(root / "photographs")
-    for name in ("colour-train", "colour-test", "describe-train", "describe-test"):
-        (root / f"{name}.json").write_text(layouts[name.endswith("train")])
+    names = ("colour-test", "colour-train", "describe-test", "describe-train")
+    for name, layout in zip(names, layouts, strict=True):
+        (root / f"{name}.json").write_text(layout)
     captions = {
         "images": [{"id": 1, "file_name": "rose.png"}],
         "annotations": [{"image_id": 1, "caption": "a red flower"}],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cram.atomic import write_json
 from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
+from cram.compare.base_row import measure_base
 from cram.learning.learner import ContinualLearner
 from cram.loading import Sources
 from cram.methods import METHODS
+from cram.report.examples import BASE, gather_examples
 from cram.report.page import write_page
 from cram.streams import load_stream
 
@@ -47,5 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.device
     )
     out = Path(arguments.out)
-    ContinualLearner(model, processor, stream, config, out=out, encoder=encoder, settings=settings).run()
-    print(f"report: {write_page(out)}")
+    learner = ContinualLearner(model, processor, stream, config, out=out, encoder=encoder, settings=settings)
+    report = learner.run()
+    report["base"] = measure_base(learner, out / BASE, shown=True)
+    write_json(out / "report.json", report)
+    print(f"report: {write_page(out, gather_examples(out, stream))}")

@@ -96,9 +96,13 @@ class MethodReport(TypedDict):
 
 
 class Report(TypedDict):
-    """The whole file. `stream` names the task stream. The page shows `settings` unchanged."""
+    """The whole file. `stream` names the task stream. The page shows `settings` unchanged.
+
+    `base[task]` is the accuracy of the untrained base on a task, the mean over the seeds.
+    """
 
     stream: str
+    base: NotRequired[dict[str, float]]
     methods: NotRequired[dict[str, MethodReport]]
     seeds: NotRequired[dict[str, dict[str, MethodReport]]]
     settings: NotRequired[dict[str, Any]]
@@ -119,14 +123,20 @@ def validate_report(data: object) -> Report:
     if not isinstance(top["stream"], str):
         raise ValueError(f"report.stream must be a string, got {top['stream']!r}")
     if "methods" in top:
-        _methods(top["methods"], "methods")
+        _base(top, _methods(top["methods"], "methods")[1])
         return cast(Report, top)
     seeds = _mapping(top["seeds"], "seeds")
     contents = {seed: _methods(methods, f"seeds.{seed}") for seed, methods in seeds.items()}
     first, *others = contents.values()
     if any(other != first for other in others):
         raise ValueError(f"seeds must all have the same methods and tasks in the same order, got {contents}")
+    _base(top, first[1])
     return cast(Report, top)
+
+
+def _base(top: dict[str, Any], tasks: list[str]) -> None:
+    if "base" in top:
+        _per_task(top["base"], tasks, "base")
 
 
 def by_seed(report: Report) -> dict[str, dict[str, MethodReport]]:

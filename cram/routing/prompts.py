@@ -217,7 +217,20 @@ class PromptReader:
 
     def texts(self, input_ids: Tensor, mask: Tensor | None) -> list[str]:
         """The last user turn of each row of input_ids [B, T]; the whole prompt where no turn is marked."""
-        kinds = ("image", "vision_start", "vision_end")
+        rows, prompts = self._prompts(input_ids, mask)
+        turns = [self._family.user_turn(prompt) for prompt in prompts]
+        missing = [i for i, turn in enumerate(turns) if turn is None]
+        whole = iter(self._decode([rows[i] for i in missing], special=False) if missing else [])
+        return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
+
+    def leaves_turn_open(self, call: Call) -> bool:
+        """Whether a row of the inputs ends inside of a user turn, so that more of its question may follow."""
+        assert call.input_ids is not None
+        _, prompts = self._prompts(call.input_ids, call.mask)
+        return any(map(self._family.leaves_turn_open, prompts))
+
+    def _prompts(self, input_ids: Tensor, mask: Tensor | None) -> tuple[list[list[int]], list[str]]:
+        """Real tokens and decoded text of each row, without the tokens that stand for images."""
         tokenizer = self._loaded_tokenizer()
         kinds = ("image", "vision_start", "vision_end")
         drawn = [getattr(self._config, f"{kind}_token_id", None) for kind in kinds]
@@ -229,11 +242,7 @@ class PromptReader:
         if mask is not None:
             keep &= mask.to(keep.device)
         rows = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), keep.cpu(), strict=True)]
-        prompts = self._decode(rows, special=True)
-        turns = [self._family.user_turn(prompt) for prompt in prompts]
-        missing = [i for i, turn in enumerate(turns) if turn is None]
-        whole = iter(self._decode([rows[i] for i in missing], special=False) if missing else [])
-        return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
+        return rows, self._decode(rows, special=True)
 
     def _decode(self, rows: list[list[int]], special: bool) -> list[str]:
         decode = self._loaded_tokenizer().batch_decode

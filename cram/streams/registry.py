@@ -22,19 +22,19 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cram.scoring.scorers import SCORERS
-from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, one_line, read_samples
+from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, is_folder, one_line
+from cram.streams.splits import read_split
 from cram.streams.types import Sample, Stream, Task
+from cram.streams.yaml_file import line_of, load_yaml
 
 # Streams of pictures drawn on the spot, in `cram.streams.builtin`.
 BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-MAX_YAML_BYTES = 1 << 20
-MAX_YAML_LEVELS = 100
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 # Key of a stream file or of a task -> (type, True if the key is required).
@@ -96,7 +96,16 @@ def _stream_file(source: str | Path) -> Path:
 
 
 def _read_stream(file: Path, data_root: Path | None) -> Stream:
-    content = _load_yaml(file)
+    content = load_yaml(file)
+    try:
+        return _described_stream(file, content, data_root)
+    except StreamError as error:
+        if error.file != file:
+            raise
+        raise error.at_line(line_of(file, error.field)) from error
+
+
+def _described_stream(file: Path, content: Any, data_root: Path | None) -> Stream:
     described = _check_keys(file, "", content, STREAM_KEYS)
     if not described["tasks"]:
         raise StreamError(file, None, "tasks", "must list at least one task, got none")
@@ -109,32 +118,6 @@ def _read_stream(file: Path, data_root: Path | None) -> Stream:
     images = described.get("images", ".")
     tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
     return Stream(described["name"], tuple(tasks))
-
-
-def _load_yaml(file: Path) -> Any:
-    import yaml
-
-    # PyYAML lets through whatever its constructors raise at a value that is not what its tag says.
-    faults = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-    if (size := file.stat().st_size) > MAX_YAML_BYTES:
-        raise StreamError(file, None, "(file)", f"must have at most {MAX_YAML_BYTES} bytes, got {size}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        _check_depth(yaml.scan(text))
-        return yaml.safe_load(text)
-    except faults as error:
-        raise StreamError(file, None, "(file)", f"must be YAML, got {one_line(error)}") from error
-
-
-def _check_depth(tokens: Iterable[Any]) -> None:
-    """Refuse YAML of more levels than a stream can need; PyYAML's time grows with their square."""
-    depth = 0
-    for token in tokens:
-        kind = type(token).__name__
-        depth += kind.endswith("StartToken") and kind.startswith(("Flow", "Block"))
-        depth -= kind in ("FlowSequenceEndToken", "FlowMappingEndToken", "BlockEndToken")
-        if depth > MAX_YAML_LEVELS:
-            raise ValueError(f"more than {MAX_YAML_LEVELS} levels")
 
 
 def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
@@ -156,12 +139,12 @@ def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
 
 def _read_task(file: Path, where: str, entry: dict[str, Any], root: Path, images: str) -> Task:
     image_root = _inside(file, f"{where}.images", root, entry.get("images", images))
-    if not _is_folder(image_root):
+    if not is_folder(image_root):
         raise StreamError(file, None, f"{where}.images", f"must be a folder, got {brief(str(image_root))}")
-    train = read_samples(
+    train = read_split(
         _inside(file, f"{where}.train", root, entry["train"]), image_root, entry.get("repeated_ids", False)
     )
-    test = read_samples(_inside(file, f"{where}.test", root, entry["test"]), image_root)
+    test = read_split(_inside(file, f"{where}.test", root, entry["test"]), image_root)
     if "references" in entry:
         test = add_references(test, _inside(file, f"{where}.references", root, entry["references"]))
     return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"])
@@ -182,16 +165,9 @@ def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
             raise StreamError(
                 file, None, "root", f"must be a folder, got {brief(described)}: {error}"
             ) from error
-    if not _is_folder(root):
+    if not is_folder(root):
         raise StreamError(file, None, "root", f"must be an existing folder, got {brief(str(root))}")
     return root
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except PATH_ERRORS:
-        return False
 
 
 def _inside(file: Path, field: str, root: Path, name: str) -> Path:

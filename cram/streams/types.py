@@ -5,10 +5,13 @@ Pillow is imported where an image is opened. So `import cram` and streams withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cram.streams.pictures import upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,40 +79,50 @@ class Stream:
         if len(set(names)) != len(names):
             raise ValueError(f"task names of stream {self.name!r} must be unique, got {names}")
 
+    @staticmethod
+    def from_datasets(name: str, tasks: Mapping[str, Any], **options: Any) -> Stream:
+        """A stream from rows in memory, such as data sets of Hugging Face.
+
+        Args:
+            name: Name of the stream.
+            tasks: Task -> (training rows, test rows).
+            options: `scorer`, `max_new_tokens` and `image_root`; see
+                `cram.streams.messages.stream_from_datasets`.
+        """
+        # The readers stand on this module.
+        messages = import_module("cram.streams.messages")
+        made: Stream = messages.stream_from_datasets(name, tasks, **options)
+        return made
+
 
 def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Open one image as RGB.
+    """Open one image as the model sees it; see `cram.streams.pictures.upright_rgb`.
 
     The header is read before the pixels. So a small file that claims a huge picture is refused and not
     decoded.
 
     Raises:
-        ValueError: If the image has more than `max_pixels` pixels or cannot be decoded.
+        ValueError: If the image has more than `max_pixels` pixels, cannot be decoded or cannot be made RGB.
     """
     from PIL import Image
 
-    if not isinstance(image, Path):
-        return _to_rgb(image)
+    name = image if isinstance(image, Path) else getattr(image, "filename", "") or "in memory"
     try:
+        if not isinstance(image, Path):
+            return upright_rgb(image)
         with Image.open(image) as opened:
             width, height = opened.size
             if width * height > max_pixels:
-                raise ValueError(
-                    f"image {image} must have at most {max_pixels} pixels, got {width} x {height}"
-                )
-            return _to_rgb(opened)
+                raise ValueError(f"must have at most {max_pixels} pixels, got {width} x {height}")
+            return upright_rgb(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image {image} must have at most {max_pixels} pixels, got: {error}") from error
+        raise ValueError(f"image {name} must have at most {max_pixels} pixels, got: {error}") from error
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {image} must be a readable picture, got: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # Two steps: Pillow warns if a palette's transparency is dropped in one step.
-    transparent_palette = image.mode == "P" and "transparency" in image.info
-    return (image.convert("RGBA") if transparent_palette else image).convert("RGB")
+        raise ValueError(f"image {name} must be a readable picture, got: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"image {name} {error}") from error
 
 
 def open_images(sample: Sample) -> list[Image.Image]:
-    """Open every image of a sample as RGB, in order. A sample without images gives an empty list."""
+    """Open every image of a sample, in order. A sample without images gives an empty list."""
     return [open_image(image) for image in sample.images]

@@ -179,6 +179,46 @@ def test_a_prompt_in_parts_takes_the_route_of_the_whole_prompt_or_is_refused() -
     assert 0 < whole < 4
 
 
+def test_no_length_of_parts_changes_a_route_silently() -> None:
+    model, processor, cram = routed("llava")
+    refused = 0
+    for question in QUESTIONS[:2]:
+        inputs = processor(text=[f"USER: {question} ASSISTANT:"], return_tensors="pt")
+        expected = answers(model, inputs)
+        route = cram.state.route
+        length = inputs["input_ids"].shape[1]
+        for parts in (1, 2, 7, length // 2 + 1, length - 2, length - 1):
+            try:
+                found = answers(model, inputs, prefill_chunk_size=parts)
+            except ValueError as error:
+                assert "prompt must be in one prefill" in str(error) and "model.cram.fixed" in str(error)
+                refused += 1
+                continue
+            assert found == expected and torch.equal(cram.state.route.gates, route.gates)
+    assert 2 <= refused < 12
+
+
+def test_a_question_that_comes_token_by_token_is_refused() -> None:
+    model, processor, cram = routed("llava")
+    ids = processor(text=[f"USER: {QUESTIONS[1]} ASSISTANT:"], return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=r"must be in one prefill, got its first token alone"):
+        answers(model, {"input_ids": ids}, prefill_chunk_size=1)
+    # "<s>USER: Wr", "it": two words into the question nothing tells its group yet.
+    cache = made_cache(model(input_ids=ids[:, :9], use_cache=True))
+    model(input_ids=ids[:, 9:11], **continuing(model, cache))
+    with pytest.raises(ValueError, match=r"got tokens behind a KV cache that change its route"):
+        for place in range(11, ids.shape[1]):
+            model(input_ids=ids[:, place : place + 1], **continuing(model, cache))
+
+
+def test_a_prompt_that_ends_inside_of_a_question_generates() -> None:
+    model, processor, cram = routed("llava")
+    inputs = processor(text=[f"USER: {QUESTIONS[1]}"], return_tensors="pt")
+    found = answers(model, inputs)
+    with cram.fixed(cram.state.route):
+        assert answers(model, inputs) == found
+
+
 def test_another_question_behind_a_cache_is_refused() -> None:
     model, processor, cram = routed("qwen2_5_vl")
     cache = made_cache(model(**batch_of(processor, SAMPLES[:1]), use_cache=True))
