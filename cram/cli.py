@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KNOWN_ERRORS as error:
         print(f"cram: {first_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ncram: stopped; the same command goes on from the last finished task", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "stopped; the same command goes on from the last checkpoint or finished task"
+        print(f"\ncram: {text}", file=sys.stderr)
         return 130
     return 0
 

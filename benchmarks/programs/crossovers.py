@@ -112,7 +112,9 @@ def _row() -> Crossovers:
 
 def main(argv: Sequence[str]) -> int:
     """Print the measurements and the row; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks crossovers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks crossovers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--write", action="store_true", help="put the row into the table")
     parser.add_argument("--vendor", help="vendor of the row (default: this processor's)")
     parser.add_argument("--seconds", type=float, default=0.3, help="time per candidate")

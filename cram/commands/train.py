@@ -1,4 +1,4 @@
-"""`cram train`: learn a stream of tasks, one after another."""
+"""`cram train`: learn a stream of tasks, one after another; in several processes under a launcher."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 from cram.atomic import write_json
-from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
+from cram.commands.options import add_data, add_device, add_dtype, parse_config
 from cram.compare.base_row import measure_base
-from cram.learning.learner import ContinualLearner
+from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner
+from cram.learning.processes import by_first, joined, own_device
 from cram.loading import Sources
 from cram.methods import METHODS
 from cram.report.examples import BASE, gather_examples
 from cram.report.page import write_page
+from cram.report.schema import Report
 from cram.streams import load_stream
 
 
@@ -26,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="see CramConfig")
     parser.add_argument("--seed", type=int, help="decides all randomness (default: 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower steps")
+    text = "forwards per step and process (gradient accumulation): less memory, the same result"
+    parser.add_argument("--forwards", default=1, type=int, metavar="N", help=text)
+    text = f"steps between two checkpoints within a task; 0 for none (default: {CHECKPOINT_EVERY})"
+    parser.add_argument("--checkpoint-every", default=CHECKPOINT_EVERY, type=int, metavar="N", help=text)
     add_data(parser)
     add_dtype(parser)
     add_device(parser)
@@ -33,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test after every task, and write the report."""
-    refuse_several_processes("train")
     if arguments.method not in (None, *METHODS):
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {arguments.method!r}")
     checkpointing = True if arguments.gradient_checkpointing else None
@@ -46,12 +51,27 @@ def run(arguments: argparse.Namespace) -> None:
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
     names = ("model", "clip", "dtype", "stream", "limit", "data_root")
     settings = {name: getattr(arguments, name) for name in names}
-    model, processor, encoder = Sources(arguments.model, arguments.clip, arguments.dtype).load(
-        arguments.device
-    )
     out = Path(arguments.out)
-    learner = ContinualLearner(model, processor, stream, config, out=out, encoder=encoder, settings=settings)
-    report = learner.run()
+    with joined(arguments.device):
+        sources = Sources(arguments.model, arguments.clip, arguments.dtype)
+        model, processor, encoder = sources.load(own_device(arguments.device))
+        learner = ContinualLearner(
+            model,
+            processor,
+            stream,
+            config,
+            out=out,
+            encoder=encoder,
+            settings=settings,
+            forwards=arguments.forwards,
+            checkpoint_every=arguments.checkpoint_every,
+        )
+        report = learner.run()
+        by_first(lambda: _publish(learner, report, out))
+
+
+def _publish(learner: ContinualLearner, report: Report, out: Path) -> None:
+    """Add the untrained base to the report, and write the page."""
     report["base"] = measure_base(learner, out / BASE, shown=True)
     write_json(out / "report.json", report)
-    print(f"report: {write_page(out, gather_examples(out, stream))}")
+    print(f"report: {write_page(out, gather_examples(out, learner.stream))}")

@@ -8,9 +8,9 @@ from cram.atomic import read_json, write_json
 from cram.console import ProgressBar
 from cram.learning.answers import generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, pad_id
+from cram.learning.journal import write_predictions
 from cram.learning.learner import ContinualLearner
 from cram.learning.predict import evaluation
-from cram.learning.run_folder import write_predictions
 from cram.scoring.scorers import score
 
 RESULT = "result.json"
@@ -30,7 +30,7 @@ def measure_base(learner: ContinualLearner, folder: Path, shown: bool = False) -
     if (folder / RESULT).is_file():
         known: dict[str, float] = read_json(folder / RESULT)
         return known
-    tasks = learner.stream.tasks
+    tasks, predictions = learner.stream.tasks, folder / "predictions"
     accuracies: dict[str, float] = {}
     with (
         evaluation(learner.model),
@@ -48,9 +48,8 @@ def measure_base(learner: ContinualLearner, folder: Path, shown: bool = False) -
                 padding=pad_id(learner.processor.tokenizer),
                 bar=bar,
             )
-            write_predictions(
-                folder / "predictions" / f"{index + 1:02d}-{task.name}.jsonl", task.test, answers
-            )
+            predictions.mkdir(parents=True, exist_ok=True)
+            write_predictions(predictions / f"{index + 1:02d}-{task.name}.jsonl", task.test, answers)
             by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
             accuracies[task.name] = float(score(task.scorer, by_id, task.test))
     write_json(folder / RESULT, accuracies)

@@ -11,9 +11,9 @@ import torch
 
 from cram.attach import detach
 from cram.learning.answers import GREEDY
-from cram.learning.batch_route import batch_route
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, collate, pad_id, to_model
 from cram.learning.learner import ContinualLearner
+from cram.learning.step import batch_route
 from cram.report.schema import Inference
 
 REPEATS = 5

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from cram.console import ProgressBar
-from cram.learning.batch_route import batch_route
 from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
-from cram.learning.run_folder import write_predictions
+from cram.learning.journal import AnswerRow, Journal
+from cram.learning.processes import own_share
+from cram.learning.run_folder import sample_digest
+from cram.learning.step import batch_route
 from cram.methods import Method
 from cram.report.schema import Routing
 from cram.routing.query import Route
@@ -54,32 +56,76 @@ def run_test(
     split: EncodedSplit,
     predictions: Path,
     bar: ProgressBar,
+    state: str,
 ) -> TaskResult:
-    """Answer the test samples of a task, write the answers to `predictions` and score them."""
-    answers, routing = answer_task(model, processor, method, task, split, bar)
-    write_predictions(predictions, task.test, answers)
-    by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
-    return TaskResult(float(score(task.scorer, by_id, task.test)), routing)
+    """Answer the test samples of a task, write the answers to `predictions` and score them.
+
+    Several processes divide the batches. Batches are the same in every case, so the answers are too. Answers
+    that an earlier process has left in the journal are not made again.
+
+    Args:
+        model: The attached model in evaluation mode.
+        processor: The model's processor.
+        method: The method.
+        task: The task.
+        split: Its encoded test samples.
+        predictions: The file of predictions.
+        bar: Progress bar, one step per sample.
+        state: Names the state of the model.
+    """
+    of = {"state": state, "samples": sample_digest(task.test), "max_new_tokens": task.max_new_tokens}
+    journal = Journal(predictions, task.test, of)
+    answered = journal.start()
+    bar.advance(len(answered))
+    batches = length_batches([len(sample.instruction) for sample in task.test], method.config.eval_batch_size)
+    left = [part for part in batches if not answered.issuperset(task.test[index].id for index in part)]
+    answer_batches(model, processor, method, task, split, bar, own_share(left), journal.add)
+    rows = journal.finish()
+    by_id = {sample.id: row["text"] for sample, row in zip(task.test, rows, strict=True)}
+    return TaskResult(float(score(task.scorer, by_id, task.test)), routing_of(method, task.name, rows))
 
 
 def answer_task(
     model: Any, processor: Any, method: Method, task: Task, split: EncodedSplit, bar: ProgressBar
 ) -> tuple[list[str], Routing | None]:
-    """Answer the test samples of a task greedily.
+    """Answer the test samples of a task greedily, without writing anything.
 
     Returns:
         The answers, and how the samples were routed. The second is None if the method has no expert of the
         task's own.
     """
-    cram = method.cram
+    found: dict[str, AnswerRow] = {}
+    batches = length_batches([len(sample.instruction) for sample in task.test], method.config.eval_batch_size)
+    answer_batches(model, processor, method, task, split, bar, batches, found.update)
+    rows = [found[sample.id] for sample in task.test]
+    return [row["text"] for row in rows], routing_of(method, task.name, rows)
+
+
+def answer_batches(
+    model: Any,
+    processor: Any,
+    method: Method,
+    task: Task,
+    split: EncodedSplit,
+    bar: ProgressBar,
+    batches: list[list[int]],
+    keep: Callable[[dict[str, AnswerRow]], None],
+) -> None:
+    """Answer some batches of a task's test samples greedily; `keep` gets the answers of each batch by id."""
     known = task.name in method.expert_groups()
-    tally = RoutingTally(method, task.name) if known else None
 
-    def count_route() -> None:
-        if tally is not None and cram.state.route is not None:
-            tally.add(cram.state.route)
+    def made(indices: list[int], texts: Sequence[str]) -> None:
+        routed = (
+            _routed_rows(method.cram.state.route, len(indices)) if known else [(None, None)] * len(indices)
+        )
+        keep(
+            {
+                task.test[index].id: {"text": text, "group": group, "gates": gates}
+                for index, text, (group, gates) in zip(indices, texts, routed, strict=True)
+            }
+        )
 
-    answers = generate_answers(
+    generate_answers(
         model,
         processor.tokenizer,
         split.example,
@@ -89,43 +135,44 @@ def answer_task(
         batch_size=method.config.eval_batch_size,
         padding=pad_id(processor.tokenizer),
         bar=bar,
-        seen=count_route,
+        batches=batches,
+        made=made,
     )
-    return answers, tally.result() if tally is not None else None
 
 
-class RoutingTally:
-    """Counts the values of `Routing` over the samples of one task.
+def _routed_rows(route: Route | None, rows: int) -> list[tuple[int | None, list[float] | None]]:
+    """Group and mean gates [E] over the layers of every row of a batch."""
+    assert route is not None and route.groups is not None
+    gates = route.gates.double().mean(0).cpu().expand(rows, -1).tolist()
+    return list(zip(route.groups.expand(rows).tolist(), gates, strict=True))
+
+
+def routing_of(method: Method, expert: str, rows: Sequence[AnswerRow]) -> Routing | None:
+    """Return how the samples of a task were routed; None if the method has no expert of the task's own.
 
     Args:
-        method: The method that routes.
+        method: The method that routed.
         expert: Name of the task's own expert.
+        rows: The answers.
     """
+    groups = method.expert_groups()
+    if expert not in groups:
+        return None
+    names = list(groups)
+    gates = torch.tensor([row["gates"] for row in rows], dtype=torch.float64)
+    right_group = sum(row["group"] == groups[expert] for row in rows)
+    right_expert = int((gates.argmax(1) == names.index(expert)).sum())
+    return {
+        "group_accuracy": 100 * right_group / len(rows),
+        "expert_accuracy": 100 * right_expert / len(rows),
+        "mean_gates": dict(zip(names, gates.mean(0).tolist(), strict=True)),
+    }
 
-    def __init__(self, method: Method, expert: str) -> None:
-        groups = method.expert_groups()
-        self._names = list(groups)
-        self._own = self._names.index(expert)
-        self._group = groups[expert]
-        self._samples = self._right_group = self._right_expert = 0
-        self._gates = torch.zeros(len(self._names), dtype=torch.float64)
 
-    def add(self, route: Route) -> None:
-        """Count a batch by its gates [L, S, E] and groups [S]."""
-        gates = route.gates.double().mean(0).cpu()
-        self._samples += len(gates)
-        assert route.groups is not None
-        self._right_group += int((route.groups == self._group).sum())
-        self._right_expert += int((gates.argmax(1) == self._own).sum())
-        self._gates += gates.sum(0)
-
-    def result(self) -> Routing:
-        """Return percentages and means over all samples."""
-        return {
-            "group_accuracy": 100 * self._right_group / self._samples,
-            "expert_accuracy": 100 * self._right_expert / self._samples,
-            "mean_gates": dict(zip(self._names, (self._gates / self._samples).tolist(), strict=True)),
-        }
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the indices of the samples in batches of similar lengths, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.no_grad()
@@ -141,6 +188,8 @@ def generate_answers(
     padding: int,
     bar: ProgressBar,
     seen: Callable[[], None] | None = None,
+    batches: list[list[int]] | None = None,
+    made: Callable[[list[int], Sequence[str]], None] | None = None,
 ) -> list[str]:
     """Answer the samples 0 .. N - 1 greedily. The longest prompts come first, padded on the left.
 
@@ -155,12 +204,12 @@ def generate_answers(
         padding: Padding id.
         bar: Progress bar, one step per sample.
         seen: Called after every batch. The batch's route is in the model's newest state.
+        batches: Some of the batches of `length_batches`; by default all. Other answers stay empty.
+        made: Called after every batch with its indices and answers.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     ends = end_ids(model, tokenizer)
     answers = [""] * len(lengths)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in length_batches(lengths, batch_size) if batches is None else batches:
         batch = to_model(collate([examples(index) for index in indices], padding, left=True), model)
         with routed(indices):
             output = model.generate(
@@ -175,6 +224,8 @@ def generate_answers(
             answers[index] = text
         if seen is not None:
             seen()
+        if made is not None:
+            made(indices, texts)
         bar.advance(len(indices))
     return answers
 

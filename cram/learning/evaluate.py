@@ -16,6 +16,10 @@ from cram.config import read_config
 from cram.console import ProgressBar
 from cram.learning.answers import run_test
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
+from cram.learning.checkpoint import Termination
+from cram.learning.journal import remove_parts
+from cram.learning.processes import by_first, is_first
+from cram.learning.run_folder import manifest_digest
 from cram.routing.clip import ClipEncoder
 from cram.streams.types import Stream
 
@@ -25,7 +29,8 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Test the newest state of a run on every task of a stream.
 
-    Predictions and `result.json` (accuracies, routing) go to `eval/<stream>/` in the run folder.
+    Predictions and `result.json` (accuracies, routing) go to `eval/<stream>/` in the run folder. Predictions
+    are written as they are made; a stopped evaluation goes on from them. Several processes share the work.
 
     Args:
         run: The run folder.
@@ -48,21 +53,25 @@ def evaluate_run(
     config = read_config({**identity["config"], "method": identity["method"]})
     method = attach(model, config, encoder, processor).method
     load(model, bundle)
+    state = by_first(lambda: manifest_digest(bundle))
     out = run / "eval" / stream.name
     started = time.monotonic()
     accuracies: dict[str, float] = {}
     routing = {}
-    with ProgressBar(f"test on {stream.name}", sum(len(task.test) for task in stream.tasks), progress) as bar:
+    samples, shown = sum(len(task.test) for task in stream.tasks), progress and is_first()
+    with ProgressBar(f"test on {stream.name}", samples, shown) as bar, Termination():
         for task in stream.tasks:
             split = EncodedSplit(processor, task.test, Budget(CACHE_BYTES))
             file = out / "predictions" / f"{task.name}.jsonl"
-            result = run_test(model, processor, method, task, split, file, bar)
+            result = run_test(model, processor, method, task, split, file, bar, state)
             accuracies[task.name] = result.accuracy
             if result.routing is not None:
                 routing[task.name] = result.routing
     record = {"learnt": learnt, "accuracies": accuracies, "routing": routing}
-    write_json(out / "result.json", {**record, "seconds": round(time.monotonic() - started, 3)})
-    if progress:
+    seconds = round(time.monotonic() - started, 3)
+    by_first(lambda: write_json(out / "result.json", {**record, "seconds": seconds}))
+    by_first(lambda: remove_parts(out / "predictions"))
+    if shown:
         for name, accuracy in accuracies.items():
             print(f"{name:24} {accuracy:6.2f}")
     return accuracies

@@ -25,6 +25,7 @@ from cram.methods.parts.merge import merge
 from cram.methods.parts.projector import MixedProjector
 from cram.model.attached import AttachedModel
 from cram.model.factors import new_lora
+from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
 
 RHO = 1e-2  # small against the squared norm of a fresh row of A, 1 / 3
@@ -50,6 +51,10 @@ class ManyMethod(Method):
     def extra_parameters(self) -> list[nn.Parameter]:
         """Return the task's LoRAs of the projector."""
         return [] if self.projector is None else self.projector.trainable()
+
+    def training_means(self) -> dict[str, CentroidMean]:
+        """Return the mean that the task's visual prototype follows."""
+        return {} if self.projector is None else {"prototype": self.projector.mean}
 
     def end_task(self) -> None:
         """Freeze the task's LoRAs, and merge all LoRAs of the language model."""

@@ -44,7 +44,9 @@ def test_every_instruction_set(target: str, tmp_path: Path) -> None:
     require_target(target)
     name, folder = f"cram_{target}_lora", build.HERE / "expert_lora"
     files = [f"expert_lora/{path.name}" for path in sorted(folder.glob("*.cpp"))]
-    torch.ops.load_library(str(narrowed_library(tmp_path, name, BELIEFS[target], files, "-O1", *FLAGS.get(target, []))))
+    torch.ops.load_library(
+        str(narrowed_library(tmp_path, name, BELIEFS[target], files, "-O1", *FLAGS.get(target, [])))
+    )
     operations = getattr(torch.ops, name)
     for shape in SHAPES:
         for dtype, expert_dtype in (
