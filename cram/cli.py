@@ -19,6 +19,7 @@ from cram.console import KNOWN_ERRORS, first_line, quiet_transformers
 # Subcommand -> what it does. Its module in `cram.commands` has `add_arguments(parser)` and `run(arguments)`.
 # A subcommand that is a keyword of Python has an underscore behind its module's name.
 COMMANDS = {
+    "check": "compare the data of a stream with what was published, before anything is trained",
     "train": "learn a stream of tasks, one after another",
     "eval": "test the newest state of a run",
     "predict": "answer questions about pictures with a trained model",
@@ -50,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# Subcommands whose modules stand in a folder of `cram.commands`.
+FOLDERS = {"check": "data"}
+
+
 def _module(command: str) -> ModuleType:
     name = f"{command}_" if iskeyword(command) else command
+    if command in FOLDERS:
+        name = f"{FOLDERS[command]}.{name}"
     return import_module(f"cram.commands.{name}")
 
 

@@ -105,7 +105,15 @@ def check_python3(arguments: list[str]) -> None:
     assert arguments == ["-m", "venv", ".venv"], arguments
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    """One machine's processes run the command."""
+    option, processes, module, name, *rest = arguments
+    assert (option, module, name) == ("--nproc-per-node", "-m", "cram") and processes.isdigit(), arguments
+    check_cram(rest)
+
+
 CHECKS = {
+    "torchrun": check_torchrun,
     "make": check_make,
     "cram": check_cram,
     "pip": check_pip,
@@ -147,6 +155,7 @@ def test_documented_command_is_accepted(document: str, command: str) -> None:
         "python3 -m benchmarks no-such-program",
         "python3 -m benchmarks gpu --no-such-option",
         "no-such-program",
+        "torchrun --nproc-per-node 8 -m cram train --no-such-option",
         "python -m no.such.module",
         "python -m benchmarks no-such-program",
         "python -m benchmarks --no-such-option",

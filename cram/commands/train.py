@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forwards", default=1, type=int, metavar="N", help=text)
     text = f"steps between two checkpoints within a task; 0 for none (default: {CHECKPOINT_EVERY})"
     parser.add_argument("--checkpoint-every", default=CHECKPOINT_EVERY, type=int, metavar="N", help=text)
+    text = "divide the base's weights between the processes (FSDP2), where it is too large for one GPU"
+    parser.add_argument("--shard", action="store_true", help=text)
     add_data(parser)
     add_dtype(parser)
     add_device(parser)
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             settings=settings,
             forwards=arguments.forwards,
             checkpoint_every=arguments.checkpoint_every,
+            sharded=arguments.shard,
         )
         report = learner.run()
         by_first(lambda: _publish(learner, report, out))

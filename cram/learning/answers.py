@@ -14,11 +14,12 @@ from torch import Tensor
 from cram.console import ProgressBar
 from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
 from cram.learning.journal import AnswerRow, Journal
-from cram.learning.processes import own_share
+from cram.learning.processes import is_first, own_share
 from cram.learning.run_folder import sample_digest
+from cram.learning.sharding import is_sharded
 from cram.learning.step import batch_route
 from cram.methods import Method
-from cram.report.schema import Routing
+from cram.report.schema import Published, Routing
 from cram.routing.query import Route
 from cram.scoring.scorers import score
 from cram.streams.types import Task
@@ -34,6 +35,9 @@ GREEDY: dict[str, Any] = {
 
 Routed = Callable[[list[int]], AbstractContextManager[Any]]
 
+# Accuracies that are closer than this, in percent, are the same.
+DIFFERENT = 1e-9
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -42,10 +46,12 @@ class TaskResult:
     Attributes:
         accuracy: Accuracy in percent.
         routing: How the samples were routed. None if the method has no expert of the task's own.
+        published: The accuracy by the task's published rule, where that is another one.
     """
 
     accuracy: float
     routing: Routing | None
+    published: Published | None = None
 
 
 def run_test(
@@ -79,10 +85,31 @@ def run_test(
     bar.advance(len(answered))
     batches = length_batches([len(sample.instruction) for sample in task.test], method.config.eval_batch_size)
     left = [part for part in batches if not answered.issuperset(task.test[index].id for index in part)]
-    answer_batches(model, processor, method, task, split, bar, own_share(left), journal.add)
+    if is_sharded(model):  # All processes run every forward together.
+        keep = journal.add if is_first() else lambda answers: None
+        answer_batches(model, processor, method, task, split, bar, left, keep)
+    else:
+        answer_batches(model, processor, method, task, split, bar, own_share(left), journal.add)
     rows = journal.finish()
     by_id = {sample.id: row["text"] for sample, row in zip(task.test, rows, strict=True)}
-    return TaskResult(float(score(task.scorer, by_id, task.test)), routing_of(method, task.name, rows))
+    strict = float(score(task.scorer, by_id, task.test))
+    return TaskResult(strict, routing_of(method, task.name, rows), published_result(task, by_id, strict))
+
+
+def published_result(task: Task, answers: dict[str, str], strict: float) -> Published | None:
+    """Return the accuracy of a task by its published rule; None where it is the strict one."""
+    if task.published is None:
+        return None
+    found = float(score(task.published, answers, task.test))
+    if abs(found - strict) < DIFFERENT:
+        return None
+    return {"rule": task.published, "accuracy": found, "difference": found - strict}
+
+
+def published_line(task: str, published: Published) -> str:
+    """Return what is said of a task whose published accuracy is not the strict one."""
+    rule, accuracy, difference = published["rule"], published["accuracy"], published["difference"]
+    return f"{task}: {accuracy:.2f} by the published rule {rule}, {difference:+.2f} against the strict one"
 
 
 def answer_task(

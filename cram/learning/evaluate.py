@@ -14,7 +14,7 @@ from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle, read_run
 from cram.config import read_config
 from cram.console import ProgressBar
-from cram.learning.answers import run_test
+from cram.learning.answers import published_line, run_test
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
 from cram.learning.checkpoint import Termination
 from cram.learning.journal import remove_parts
@@ -57,7 +57,7 @@ def evaluate_run(
     out = run / "eval" / stream.name
     started = time.monotonic()
     accuracies: dict[str, float] = {}
-    routing = {}
+    routing, published = {}, {}
     samples, shown = sum(len(task.test) for task in stream.tasks), progress and is_first()
     with ProgressBar(f"test on {stream.name}", samples, shown) as bar, Termination():
         for task in stream.tasks:
@@ -67,11 +67,15 @@ def evaluate_run(
             accuracies[task.name] = result.accuracy
             if result.routing is not None:
                 routing[task.name] = result.routing
-    record = {"learnt": learnt, "accuracies": accuracies, "routing": routing}
+            if result.published is not None:
+                published[task.name] = result.published
+    record = {"learnt": learnt, "accuracies": accuracies, "routing": routing, "published": published}
     seconds = round(time.monotonic() - started, 3)
     by_first(lambda: write_json(out / "result.json", {**record, "seconds": seconds}))
     by_first(lambda: remove_parts(out / "predictions"))
     if shown:
         for name, accuracy in accuracies.items():
             print(f"{name:24} {accuracy:6.2f}")
+        for name, each in published.items():
+            print(published_line(name, each))
     return accuracies

@@ -13,9 +13,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypedDict
+from typing import Any, TypedDict
 
-from cram.atomic import fsync_path, write_text
+from cram.atomic import write_text
 from cram.learning.processes import by_first, rank
 from cram.scoring.scorers import check_coverage
 from cram.streams.types import Sample
@@ -48,13 +48,10 @@ class Journal:
 
     def __init__(self, file: Path, samples: Sequence[Sample], of: dict[str, Any]) -> None:
         self._file, self._samples, self._of = file, samples, of
-        self._opened: TextIO | None = None
 
     def start(self) -> set[str]:
-        """Return the ids that are answered already, and open this process's part. All processes call it."""
+        """Return the ids that are answered already, and begin this process's part. All processes call it."""
         found = by_first(self._gather)
-        part = self._part(rank())
-        self._opened = part.open("a", encoding="utf-8")
         if rank():
             self._append(self._header())
         return found
@@ -70,8 +67,6 @@ class Journal:
         Raises:
             ValueError: If a sample has no answer.
         """
-        if self._opened is not None:
-            self._opened.close()
         by_first(lambda: None)  # Every process has written all of its answers.
         return by_first(self._complete)
 
@@ -113,11 +108,10 @@ class Journal:
         return json.dumps({"of": self._of}, sort_keys=True) + "\n"
 
     def _append(self, text: str) -> None:
-        assert self._opened is not None
-        self._opened.write(text)
-        self._opened.flush()
-        os.fsync(self._opened.fileno())
-        fsync_path(self._file.parent)
+        with self._part(rank()).open("a", encoding="utf-8") as part:
+            part.write(text)
+            part.flush()
+            os.fsync(part.fileno())
 
     def _part(self, process: int) -> Path:
         return self._file.with_name(f".{self._file.name}{PART}{process}")

@@ -25,7 +25,7 @@ from cram.bundle.bundle import load, save
 from cram.bundle.format import check_expert_name
 from cram.config import CramConfig
 from cram.console import ProgressBar, clock
-from cram.learning.answers import run_test
+from cram.learning.answers import published_line, run_test
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
 from cram.learning.journal import remove_parts
@@ -38,9 +38,10 @@ from cram.learning.run_folder import (
     model_identity,
     stream_identity,
 )
+from cram.learning.sharding import shard
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
-from cram.report.schema import Report, Routing
+from cram.report.schema import Published, Report, Routing
 from cram.scoring.scorers import SCORERS
 from cram.streams.types import Stream
 
@@ -71,6 +72,7 @@ class ContinualLearner:
         settings: dict[str, Any] | None = None,
         forwards: int = 1,
         checkpoint_every: int = CHECKPOINT_EVERY,
+        sharded: bool = False,
     ) -> None:
         """Check everything that can be checked before the first write.
 
@@ -85,6 +87,7 @@ class ContinualLearner:
             settings: Values that the run folder keeps and the report shows, beside the configuration.
             forwards: Forwards per step and process (gradient accumulation); the result is the same.
             checkpoint_every: Steps between two checkpoints within a task; 0 for none.
+            sharded: True divides the base's weights between the processes; see `cram.learning.sharding`.
 
         Raises:
             ValueError: If the method is unknown, if a task is empty or cannot be named or scored, if the
@@ -120,6 +123,8 @@ class ContinualLearner:
             "model": model_identity(self.cram, self.model),
         }
         self.folder.check_identity(self._identity)
+        if sharded:
+            shard(self.model)
         self._shown = progress and is_first()
         self._forwards, self._every = forwards, checkpoint_every
         self._ending = Termination()
@@ -203,6 +208,7 @@ class ContinualLearner:
         started = time.monotonic()
         accuracies: list[float] = []
         routing: dict[str, Routing] = {}
+        published: dict[str, Published] = {}
         samples = sum(len(task.test) for task in tasks)
         state = by_first(lambda: manifest_digest(self.folder.bundle(index)))
         with ProgressBar(f"test after {index + 1}", samples, self._shown) as bar:
@@ -213,11 +219,17 @@ class ContinualLearner:
                 accuracies.append(result.accuracy)
                 if result.routing is not None:
                     routing[task.name] = result.routing
+                if result.published is not None:
+                    published[task.name] = result.published
         seconds = time.monotonic() - started
-        record = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
+        record: dict[str, Any] = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
+        if published:
+            record["published"] = published
         by_first(lambda: self.folder.write_result(index, record))
         by_first(lambda: remove_parts(self.folder.predictions(index, 0).parent))
         self._say_row(accuracies, seconds)
+        for name, each in published.items():
+            self._say(published_line(name, each))
         return accuracies
 
     def _resume(self) -> tuple[int, int]:

@@ -226,6 +226,8 @@ class RunFolder:
             report["ranks"] = {name: cram.expert_ranks(index) for name, index in owners.items()}
             report["groups"] = {name: groups[name] for name in names}
             report["routing"] = results[-1]["routing"]
+        if results[-1].get("published"):
+            report["published"] = results[-1]["published"]
         return validate_report(
             {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
         )

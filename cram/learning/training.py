@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cram.config import CramConfig
 from cram.console import ProgressBar
 from cram.learning.batches import IGNORED, Example, to_model, training_batch
-from cram.learning.processes import gathered_rows, own_share, rank, sum_gradients, totals
+from cram.learning.processes import gathered_rows, own_share, rank, sum_gradients, totals, world
 from cram.learning.step import TaskSteps
 from cram.methods import Method
 from cram.methods.base import MethodState
@@ -213,18 +213,17 @@ def own_batches(
 ) -> list[Batch]:
     """Return this process's part of a step, divided into at most `forwards` batches.
 
-    A process whose share is empty runs one sample that counts for nothing, because all processes must run the
-    same collective calls.
+    All processes must run the same number of forwards, because some forwards exchange messages. So an empty
+    part runs one sample that counts for nothing.
     """
-    mine = own_share(indices)
-    some = mine or indices[:1]
-    size = math.ceil(len(some) / forwards)
+    mine, count = own_share(indices), min(forwards, math.ceil(len(indices) / world()))
+    size = math.ceil(len(mine) / count)
     batches = []
-    for start in range(0, len(some), size):
-        part = some[start : start + size]
-        inputs, labels = training_batch([examples(index) for index in part], padding)
+    for number in range(count):
+        part = mine[number * size : (number + 1) * size]
+        inputs, labels = training_batch([examples(index) for index in part or indices[:1]], padding)
         tokens = int((labels[:, 1:] != IGNORED).sum())
-        batches.append(Batch(inputs, labels, len(part) if mine else 0, tokens))
+        batches.append(Batch(inputs, labels, len(part), tokens))
     return batches
 
 

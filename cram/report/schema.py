@@ -70,6 +70,20 @@ class Inference(TypedDict):
     tokens: int
 
 
+class Published(TypedDict):
+    """The accuracy of a task by the rule behind published numbers, where it is not the strict one.
+
+    Attributes:
+        rule: Name of the rule.
+        accuracy: By that rule.
+        difference: That accuracy minus the strict one.
+    """
+
+    rule: str
+    accuracy: float
+    difference: float
+
+
 class MethodReport(TypedDict):
     """One method's run over the whole stream.
 
@@ -90,6 +104,7 @@ class MethodReport(TypedDict):
     ranks: NotRequired[dict[str, dict[str, int]]]
     groups: NotRequired[dict[str, int]]
     routing: NotRequired[dict[str, Routing]]
+    published: NotRequired[dict[str, Published]]
     entry: NotRequired[Entry]
     stored: NotRequired[Stored]
     inference: NotRequired[Inference]
@@ -180,6 +195,15 @@ def _method(value: object, where: str) -> list[str]:
     return tasks
 
 
+def _published(value: Any, tasks: list[str], where: str) -> None:
+    for task, each in _tasks_only(value, tasks, where).items():
+        found = _object(each, f"{where}.{task}", Published)
+        if not isinstance(found["rule"], str):
+            raise ValueError(f"{where}.{task}.rule must be a name, got {found['rule']!r}")
+        for name in ("accuracy", "difference"):
+            _number(found[name], f"{where}.{task}.{name}")
+
+
 def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> None:
     if "groups" in method:
         _per_task(method["groups"], tasks, f"{where}.groups")
@@ -188,6 +212,8 @@ def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> Non
         for task, modules in ranks.items():
             for module, rank in _mapping(modules, f"{where}.ranks.{task}").items():
                 _number(rank, f"{where}.ranks.{task}.{module}")
+    if "published" in method:
+        _published(method["published"], tasks, f"{where}.published")
     if "routing" in method:
         for task, value in _tasks_only(method["routing"], tasks, f"{where}.routing").items():
             routing = _object(value, f"{where}.routing.{task}", Routing)

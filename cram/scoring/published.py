@@ -104,6 +104,12 @@ def _contains_as_word(prediction: str, answer: str) -> bool:
     return any(part in said for part in (f" {wanted}", f"{wanted} ", f"{wanted}.", f"{wanted},"))
 
 
+def _any_contained(prediction: str, question: Question) -> float:
+    """One of the accepted answers in the prediction, in lower case and without line ends."""
+    said = prediction.lower().strip().replace("\n", "")
+    return float(any(each.lower().strip().replace("\n", "") in said for each in question.accepted))
+
+
 EXACT_SCIENCE = ("AI2D", "TQA", "VQA", "SciVerse")
 
 
@@ -184,6 +190,9 @@ RULES: dict[str, PublishedRule] = {
     "mcitlib_sci": PublishedRule(_science_domain, "MCITlib eval_sci: MLLM-DCL's Sci", skip=UNANSWERABLE),
     "mcitlib_finvis": PublishedRule(
         _first(_choice_without_blanks), "MCITlib eval_finvis: MLLM-DCL's Fin", skip=UNANSWERABLE
+    ),
+    "mcitlib_ocr": PublishedRule(
+        _any_contained, "MCITlib eval_ocr: MLLM-ACL's OCR; formulas alone are compared without blanks there"
     ),
     "mcitlib_sat": PublishedRule(_first(_contains_without_blanks), "MCITlib eval_sat: MLLM-ACL's VP"),
     "prism_accuracy": PublishedRule(

@@ -232,7 +232,9 @@ def _read_conversation(row: Row) -> tuple[str, tuple[str, ...]]:
 
 
 def _read_question(row: Row) -> tuple[str, tuple[str, ...]]:
-    return row.text("text"), row.answers("answer")
+    # CoIN's boxes stand under a name of their own.
+    boxes = "answer_bbox" in row.data and "answer" not in row.data
+    return row.text("text"), row.answers("answer_bbox" if boxes else "answer")
 
 
 def _strip_placeholders(row: Row, instruction: str, num_images: int) -> str:

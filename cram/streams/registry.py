@@ -13,6 +13,10 @@
         references: captions.json  # optional, COCO captions of the test images
         repeated_ids: true         # optional, training ids may repeat
 
+A stream that others have published also says what was published: `source` and `training` (learning rate and
+the like) of the stream; `test_images`, `human_answers`, `test_suffix`, `counts`, `prompt` and `published` of
+a task. `cram check` compares the data with it.
+
 Everything is read and checked when the stream is loaded. So a fault in the last row of the last task is
 reported before the first task is trained. Only reading a stream file needs PyYAML.
 """
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cram.scoring.scorers import SCORERS
+from cram.streams.published import add_human_answers, with_suffix
 from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, is_folder, one_line
 from cram.streams.splits import read_split
 from cram.streams.types import Sample, Stream, Task
@@ -42,6 +47,8 @@ STREAM_KEYS: dict[str, tuple[type, bool]] = {
     "name": (str, True),
     "root": (str, False),
     "images": (str, False),
+    "source": (str, False),
+    "training": (dict, False),
     "tasks": (list, True),
 }
 TASK_KEYS: dict[str, tuple[type, bool]] = {
@@ -53,6 +60,12 @@ TASK_KEYS: dict[str, tuple[type, bool]] = {
     "images": (str, False),
     "references": (str, False),
     "repeated_ids": (bool, False),
+    "test_images": (str, False),
+    "human_answers": (str, False),
+    "test_suffix": (dict, False),
+    "counts": (dict, False),
+    "prompt": (str, False),
+    "published": (str, False),
 }
 
 
@@ -86,6 +99,24 @@ def load_stream(
     return stream if limit is None else _thin_out(stream, limit, seed)
 
 
+def stream_content(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The stream file that a name or a path stands for, and what it says, checked without its data.
+
+    Raises:
+        StreamError: If a key is missing, unknown or of another type.
+        ValueError: If `source` is neither the name of a shipped stream file nor a file.
+    """
+    file = _stream_file(source)
+    return file, _checked(file, load_yaml(file))
+
+
+def stream_training(source: str | Path) -> dict[str, Any]:
+    """The published settings of a stream file, as fields of the configuration; none for other streams."""
+    if source in BUILTIN or not (str(source) in SHIPPED or Path(source).is_file()):
+        return {}
+    return dict(stream_content(source)[1].get("training", {}))
+
+
 def _stream_file(source: str | Path) -> Path:
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
@@ -106,6 +137,15 @@ def _read_stream(file: Path, data_root: Path | None) -> Stream:
 
 
 def _described_stream(file: Path, content: Any, data_root: Path | None) -> Stream:
+    described = _checked(file, content)
+    entries = described["tasks"]
+    root = _root(file, described.get("root"), data_root)
+    images = described.get("images", ".")
+    tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
+    return Stream(described["name"], tuple(tasks))
+
+
+def _checked(file: Path, content: Any) -> dict[str, Any]:
     described = _check_keys(file, "", content, STREAM_KEYS)
     if not described["tasks"]:
         raise StreamError(file, None, "tasks", "must list at least one task, got none")
@@ -114,10 +154,7 @@ def _described_stream(file: Path, content: Any, data_root: Path | None) -> Strea
     for index, name in enumerate(names):
         if name in names[:index]:
             raise StreamError(file, None, f"tasks[{index}].name", f"must be unique, got {name!r} again")
-    root = _root(file, described.get("root"), data_root)
-    images = described.get("images", ".")
-    tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
-    return Stream(described["name"], tuple(tasks))
+    return described
 
 
 def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
@@ -134,6 +171,18 @@ def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
         raise StreamError(
             file, None, f"{where}.max_new_tokens", f"must be at least 1, got {brief(task['max_new_tokens'])}"
         )
+    if task.get("published", task["scorer"]) not in SCORERS:
+        raise StreamError(
+            file, None, f"{where}.published", f"must be a scorer, got {brief(task['published'])}"
+        )
+    counts = task.get("counts", {})
+    if not counts.keys() <= {"train", "test"} or not all(type(n) is int and n > 0 for n in counts.values()):
+        raise StreamError(
+            file, None, f"{where}.counts", f"must be numbers of train and test, got {brief(counts)}"
+        )
+    suffix = task.get("test_suffix", {})
+    if not all(isinstance(text, str) for pair in suffix.items() for text in pair):
+        raise StreamError(file, None, f"{where}.test_suffix", f"must be texts by answer, got {brief(suffix)}")
     return task
 
 
@@ -144,10 +193,16 @@ def _read_task(file: Path, where: str, entry: dict[str, Any], root: Path, images
     train = read_split(
         _inside(file, f"{where}.train", root, entry["train"]), image_root, entry.get("repeated_ids", False)
     )
-    test = read_split(_inside(file, f"{where}.test", root, entry["test"]), image_root)
+    seen_root = _inside(
+        file, f"{where}.test_images", root, entry.get("test_images", entry.get("images", images))
+    )
+    test = read_split(_inside(file, f"{where}.test", root, entry["test"]), seen_root)
     if "references" in entry:
         test = add_references(test, _inside(file, f"{where}.references", root, entry["references"]))
-    return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"])
+    if "human_answers" in entry:
+        test = add_human_answers(test, _inside(file, f"{where}.human_answers", root, entry["human_answers"]))
+    test = with_suffix(test, entry.get("test_suffix", {}))
+    return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"], entry.get("published"))
 
 
 def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
@@ -229,6 +284,7 @@ def _thin_out(stream: Stream, limit: int, seed: int) -> Stream:
             choose(task.test, f"{task.name}/test"),
             task.scorer,
             task.max_new_tokens,
+            task.published,
         )
         for task in stream.tasks
     )

@@ -56,6 +56,7 @@ class Task:
         test: Test samples.
         scorer: A name known to `cram.scoring.score`.
         max_new_tokens: Length limit of a generated answer.
+        published: The scorer behind published numbers of the task, or None.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     test: Sequence[Sample]
     scorer: str
     max_new_tokens: int
+    published: str | None = None
 
 
 @dataclass(frozen=True)

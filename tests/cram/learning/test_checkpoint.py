@@ -80,7 +80,8 @@ def test_the_newest_complete_checkpoint_is_taken_and_named(
     folder = run / "tasks/02-letter/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
     state = folder / "step-000003" / STATE
-    state.write_bytes(state.read_bytes()[:-1] + b"\0")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     made = learner(run)
     made._shown = True
     report = made.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 from cram.learning import answers
 from cram.learning.evaluate import evaluate_run
 from cram.learning.journal import Journal, remove_parts
-from cram.streams import Sample
+from cram.streams import Sample, Stream, Task
 from tests.cram import factories, runs
-from tests.cram.runs import results, timeless
+from tests.cram.runs import results
 
 SAMPLES = [Sample(name, (), "q", "a") for name in ("x", "y", "z")]
 ROW: Any = {"text": "a", "group": 0, "gates": [0.5, 0.5]}
@@ -105,4 +106,27 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
             for folder in (run, whole)
         )
         assert left == right
-    assert timeless({"methods": {}}) == {"methods": {}}
+
+
+def test_the_report_says_by_how_much_a_published_rule_differs() -> None:
+    samples = [Sample("a", (), "q", "Up."), Sample("b", (), "q", "no")]
+    task = Task("t", samples, samples, "accuracy", 3, "mcitlib_accuracy")
+    found = answers.published_result(task, {"a": "up", "b": "NO"}, 100.0)
+    assert found == {"rule": "mcitlib_accuracy", "accuracy": 50.0, "difference": -50.0}
+    assert answers.published_line("t", found) == (
+        "t: 50.00 by the published rule mcitlib_accuracy, -50.00 against the strict one"
+    )
+    assert answers.published_result(task, {"a": "UP.", "b": "no"}, 100.0) is None
+
+
+def test_a_run_reports_published_accuracies(tmp_path: Path) -> None:
+    plain = runs.two_tasks()
+    # Every prediction is a part of the answer by position, or not: the rule of another benchmark.
+    tasks = tuple(replace(task, published="mcitlib_imagenet") for task in plain.tasks)
+    made = runs.learner(tmp_path / "run", tasks=Stream("toy", tasks))
+    report = made.run()["methods"]["cram"]
+    again = runs.learner(tmp_path / "run", tasks=Stream("toy", tasks)).run()["methods"]["cram"]
+    assert report.get("published") == again.get("published")
+    for name, each in report.get("published", {}).items():
+        strict = report["matrix"][-1][[task.name for task in tasks].index(name)]
+        assert each["accuracy"] - strict == pytest.approx(each["difference"])

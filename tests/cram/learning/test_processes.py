@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from cram.atomic import read_json
@@ -128,3 +129,23 @@ def test_the_trainer_in_two_processes_as_in_one(tmp_path: Path, accumulation: in
         assert found[name] == pytest.approx(values, abs=1e-4), name
     assert max(wanted["penalty"]) > 0
     torch.testing.assert_close(found["experts"], experts(model), rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_base_gives_the_same_bundle(tmp_path: Path) -> None:
+    """FSDP2: starts, steps, saves, and goes on from the bundle."""
+    workers.together(workers.learn, tmp_path / "plain", "cram", PLAIN)
+    workers.together(workers.learn_sharded, tmp_path / "sharded", PLAIN)
+    reports = [read_json(tmp_path / name / "run/report.json") for name in ("plain", "sharded")]
+    close(reports[0]["methods"]["cram"], reports[1]["methods"]["cram"])
+    for name in ("01-colour", "02-letter"):
+        plain, sharded = (tmp_path / kind / f"run/tasks/{name}/bundle" for kind in ("plain", "sharded"))
+        assert read_json(plain / "cram.json") == read_json(sharded / "cram.json")
+        for file in sorted(plain.rglob("*.safetensors")):
+            torch.testing.assert_close(
+                load_file(sharded / file.relative_to(plain)), load_file(file), rtol=1e-4, atol=1e-6
+            )
+
+
+def test_sharding_needs_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must run in several processes"):
+        workers.sharded_learner(tmp_path, PLAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import cram
 from cram import CramTrainer, load, save
 from cram.learning.batches import training_batch
 from cram.learning.checkpoint import newest_complete
 from cram.learning.training import Batch, TaskLoop
 from cram.streams import Task
 from tests.cram import factories, runs
-from tests.cram.learning.tasks import examples, experts, fresh, logged, same_group, trainer
+from tests.cram.learning.tasks import collate, examples, experts, fresh, logged, same_group, trainer
 
 CONFIG = runs.config(dropout=0.0, batch_size=8, lr_warmup_ratio=0.2)
 
@@ -178,3 +180,23 @@ def test_a_plain_model_and_an_optimiser_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizers must be left to the trainer"):
         CramTrainer(model=attached, task="one", args=made.args, optimizers=(optimizer, None))
     assert issubclass(CramTrainer, Trainer)
+
+
+def test_the_three_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    (lines,) = re.findall(r"^```py\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert lines.count("\n") == 3
+    model, encoder = factories.fresh()
+    arguments = trainer(fresh(CONFIG), same_group()[0], tmp_path).args
+    scope: dict[str, Any] = {
+        "cram": cram,
+        "model": model,
+        "encoder": encoder,
+        "processor": factories.llava_processor(),
+        "arguments": arguments,
+        "rows": examples(same_group()[0]),
+        "batch": collate,
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(compile(lines, "README", "exec"), scope)
+    assert (tmp_path / "runs/bundle/experts/colour/adapter_config.json").is_file()

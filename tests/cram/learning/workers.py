@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cram.learning.evaluate import evaluate_run
+from cram.learning.learner import ContinualLearner
 from tests.cram import factories, runs
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
 
@@ -63,3 +64,26 @@ def train_with_trainer(rank: int, folder: Path, options: dict[str, Any]) -> None
             found.setdefault(name, []).extend(logged(made, name))
     if rank == 0:
         torch.save({**found, "experts": experts(model)}, folder / "found")
+
+
+def learn_sharded(rank: int, folder: Path, options: dict[str, Any]) -> None:
+    """A run of two tasks on a base that is divided between the processes; the second task is resumed."""
+    made = sharded_learner(folder, options)
+    made.learn(0)
+    made.evaluate(0)
+    sharded_learner(folder, options).run()
+
+
+def sharded_learner(folder: Path, options: dict[str, Any]) -> ContinualLearner:
+    """A learner whose base is divided."""
+    model, encoder = factories.fresh()
+    return ContinualLearner(
+        model,
+        factories.llava_processor(),
+        runs.two_tasks(),
+        runs.config(**options),
+        out=folder / "run",
+        encoder=encoder,
+        progress=False,
+        sharded=True,
+    )
