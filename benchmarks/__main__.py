@@ -29,6 +29,7 @@ PROGRAMS = {
     "scaling": "how the cost grows with experts, ranks, tokens and width",
     "serve": "the server under load, against the bare model and PEFT",
     "speed": "the table of docs/speed.md from the results in a folder",
+    "trainer": "a step of CramTrainer against the plain Trainer with a LoRA of PEFT",
     "tune": "try the tiles of each kernel on this GPU",
 }
 
