@@ -14,7 +14,7 @@ from keyword import iskeyword
 from types import ModuleType
 
 from cram import __version__
-from cram.console import KNOWN_ERRORS, first_line, quiet_transformers
+from cram.console import KNOWN_ERRORS, first_line, namesake, quiet_transformers
 
 # Subcommand -> what it does. Its module in `cram.commands` has `add_arguments(parser)` and `run(arguments)`.
 # A subcommand that is a keyword of Python has an underscore behind its module's name.
@@ -37,6 +37,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if (other := namesake()) is not None:
+        print(f"cram: {other}", file=sys.stderr)
     try:
         arguments = parser_for(words).parse_args(words)
         quiet_transformers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from cram.routing.query import Route
 from cram.scoring.scorers import score
 from cram.streams.types import Task
 
-# These arguments make `generate` greedy, whatever the checkpoint's own generation settings are.
+# Also in a caller's hands these arguments make `generate` greedy.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -234,12 +235,13 @@ def generate_answers(
         batches: Some of the batches of `length_batches`; by default all. Other answers stay empty.
         made: Called after every batch with its indices and answers.
     """
+    greedy = greedy_view(model)
     ends = end_ids(model, tokenizer)
     answers = [""] * len(lengths)
     for indices in length_batches(lengths, batch_size) if batches is None else batches:
         batch = to_model(collate([examples(index) for index in indices], padding, left=True), model)
         with routed(indices):
-            output = model.generate(
+            output = greedy.generate(
                 **batch,
                 **GREEDY,
                 max_new_tokens=max_new_tokens,
@@ -255,6 +257,18 @@ def generate_answers(
             made(indices, texts)
         bar.advance(len(indices))
     return answers
+
+
+def greedy_view(model: Any) -> Any:
+    """The model without the checkpoint's own generation settings, which may hold penalties and lengths.
+
+    Everything else is shared with the model, also while another thread generates with it.
+    """
+    from transformers import GenerationConfig
+
+    view = copy.copy(model)
+    view.generation_config = GenerationConfig()
+    return view
 
 
 def _decode(tokenizer: Any, ids: Tensor) -> Sequence[str]:

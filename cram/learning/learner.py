@@ -28,6 +28,7 @@ from cram.console import ProgressBar, clock
 from cram.learning.answers import published_line, run_test
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
+from cram.learning.checks import check_samples, warn_of_few_steps
 from cram.learning.journal import remove_parts
 from cram.learning.processes import by_first, is_first
 from cram.learning.run_folder import (
@@ -148,6 +149,9 @@ class ContinualLearner:
 
     def _run(self) -> Report:
         finished, trained = self._resume()
+        if trained < len(self.stream.tasks):
+            check_samples(self.stream, self.processor, self.model, self._shown)
+            warn_of_few_steps(self.stream, self.config, self._shown)
         report = self._report() if finished and finished == trained else None
         for index in range(finished, len(self.stream.tasks)):
             if index >= trained:

@@ -18,6 +18,7 @@ from cram.model.linear import ExpertLinear
 from cram.model.stack import join_stacks
 from cram.model.state import Current, ForwardState
 from cram.routing.clip import ClipEncoder
+from cram.routing.pictures import through_tiles
 from cram.routing.prompts import PromptReader
 from cram.routing.query import Query, Route, Routes
 from cram_kernels import PackedExperts
@@ -120,7 +121,13 @@ class AttachedModel:
 
     def encode(self, instructions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Query:
         """The query of S samples from their instructions and images, for every family; see
-        `ClipEncoder.encode`."""
+        `ClipEncoder.encode`.
+
+        InternVL's processor stretches a picture to square tiles, and a forward reads nothing else. With such
+        a processor the pictures are read as it leaves them here, too.
+        """
+        if self.family.pixels == "tiles" and hasattr(self.processor, "image_token"):
+            images = [[through_tiles(each, self.processor) for each in sample] for sample in images]
         return self.encoder.encode(instructions, images)
 
     def answer(self, images: Any, question: str, **options: Any) -> Any:

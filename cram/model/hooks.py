@@ -152,8 +152,13 @@ class ForwardHooks:
         continued = cache if self._caches.is_filled(cache, embeds.shape[1]) else None
         training = module.training and (self.solo_in_training or self.in_training)
         # Queries and routes are made outside of traced graphs; a traced decode step only looks its state up.
-        make = self._state if continued is not None else self._untraced_state
-        state = make(call, kwargs, embeds, continued, module.training, training)
+        arguments = (call, kwargs, embeds, continued, module.training, training)
+        if continued is not None:
+            state = self._state(*arguments)
+        else:
+            from cram.model.untraced import made
+
+            state = made(self._state, *arguments)
         self._current.state = state
         kwargs = {**kwargs, STATE: state}
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers)
@@ -176,11 +181,9 @@ class ForwardHooks:
         cache, state = made_cache(output), self._current.state
         # A traced decode step leaves to its cache what is known of it.
         if cache is not None and not (state.decoding and torch.compiler.is_compiling()):
-            self._keep(cache, state)
+            from cram.model.untraced import done
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _keep(self, cache: Any, state: ForwardState) -> None:
-        self._caches.keep(cache, state)
+            done(self._caches.keep, cache, state)
 
     def _state(
         self,
@@ -225,10 +228,6 @@ class ForwardHooks:
             self._caches.prompts[made] = Call(call.input_ids, call.mask)
         return made
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _untraced_state(self, *arguments: Any) -> ForwardState:
-        return self._state(*arguments)
-
     def _continued(self, call: Call | None, cache: Any, rows: int, training_mode: bool) -> ForwardState:
         """The state of the prefill that made a KV cache."""
         state = self._caches.get(cache)
@@ -239,11 +238,11 @@ class ForwardHooks:
         self.check_route(state.route, rows)
         tokens = 1 if call is None or call.input_ids is None else call.input_ids.shape[1]
         if self.method.uses_queries and (tokens > 1 or state.turn_is_open):
-            assert call is not None
-            self._check_more(call, state, training_mode)
+            from cram.model.untraced import done
+
+            done(self._check_more, call, state, training_mode)
         return state
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_more(self, call: Call, state: ForwardState, training_mode: bool) -> None:
         """Refuses tokens behind a cache that give their sample another route.
 

@@ -59,11 +59,24 @@ class Call:
         input_ids: [B, T], or None if the caller gave embeddings.
         mask: Real tokens [B, T] (bool), or None where nothing tells them from padding.
         images: What the vision tower saw, or None without images.
+        positions: Position ids [B, T] or [1, T] that the caller gave, or None.
+        packed: Whether the caller has said that a row holds several samples.
     """
 
     input_ids: Tensor | None
     mask: Tensor | None
     images: Images | None = None
+    positions: Tensor | None = None
+    packed: bool = False
+
+    def holds_packed_rows(self) -> bool:
+        """Whether a row holds several samples: its positions start anew among real tokens."""
+        if self.packed or self.positions is None:
+            return self.packed
+        anew = self.positions[:, 1:] <= self.positions[:, :-1]
+        if self.mask is not None and self.mask.shape == self.positions.shape:
+            anew &= self.mask[:, :-1].to(anew.device)  # behind left padding positions begin
+        return bool(anew.any())
 
     def followed_by(self, more: Call, samples: int) -> Call:
         """One row for each of S samples: their tokens here, and behind them those of `more`."""
@@ -112,7 +125,12 @@ class PromptReader:
         encoded = given.get("mm_encoder_outputs")
         image = encoded.get("image") if isinstance(encoded, Mapping) else None
         real = None if ids is None else real_tokens(mask, *ids.shape)
-        self._call = Call(ids, real, getattr(image, _CARRIED, None))
+        positions = given.get("position_ids")
+        if positions is not None and positions.dim() == 3:
+            # Qwen's rows: one of the text, which may be absent, and one per axis of a picture.
+            positions = positions[0] if len(positions) == 4 else None
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        self._call = Call(ids, real, getattr(image, _CARRIED, None), positions, packed)
 
     def after_tower(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -160,6 +178,11 @@ class PromptReader:
         if call is None or call.input_ids is None:
             raise ValueError(
                 f"automatic routing must see input_ids of the model's own forward, got none; {EXPLICIT}"
+            )
+        if call.holds_packed_rows():
+            raise ValueError(
+                "a row must be one whole sample, got packed rows, whose positions start anew; unpack them or "
+                "enter `model.cram.fixed` with one route for all"
             )
         ids = call.input_ids
         if not self.visual_tokens(call):

@@ -180,3 +180,18 @@ def test_a_conversation_keeps_its_pictures_and_routes_by_the_newest_question(mod
     with pytest.raises(ValueError, match="non-empty"):
         chat.ask(" ")
     assert len(chat.turns) == 2
+
+
+def test_the_checkpoints_own_generation_settings_decide_nothing(model: Any) -> None:
+    def ask() -> str:
+        return str(model.cram.answer(factories.image(0), "Which colour?", max_new_tokens=6))
+
+    plain = ask()
+    own = model.generation_config
+    changes = {"repetition_penalty": 8.0, "no_repeat_ngram_size": 1, "min_new_tokens": 6, "do_sample": True}
+    changes |= {"suppress_tokens": list(range(20, 300)), "num_beams": 3}
+    for name, value in changes.items():
+        before = getattr(own, name)
+        setattr(own, name, value)
+        assert ask() == plain, name
+        setattr(own, name, before)
