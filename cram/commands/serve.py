@@ -18,6 +18,7 @@ from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
 from cram.loading import BUILTIN, Sources
+from cram.serve.vllm import command as vllm
 from cram.streams import load_stream
 
 TOKEN = "CRAM_ADMIN_TOKEN"
@@ -65,10 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
     add_dtype(parser)
     add_device(parser)
+    vllm.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model, and serve until a signal ends it."""
+    if vllm.chosen(arguments):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        vllm.run(arguments, parser.parse_args([]))
+        return
     for name in ("starlette", "uvicorn"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(
