@@ -36,8 +36,8 @@ class Crossovers:
     def __str__(self) -> str:
         name = f"{self.vendor} with {self.unit}" if self.vendor else f"unmeasured processor with {self.unit}"
         return (
-            f"{name}: base product to {self.base} tokens in float32, {self.half_base} in bfloat16; its gradient "
-            f"to {self.gradient} and {self.half_gradient}"
+            f"{name}: base product to {self.base} tokens in float32, {self.half_base} in bfloat16; "
+            f"its gradient to {self.gradient} and {self.half_gradient}"
         )
 
 

@@ -17,7 +17,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "cram.model.attached": ("AttachedModel",),
     "cram.loading": ("Sources",),
     "cram.streams": ("Stream", "Task", "Sample", "load_stream", "StreamError"),
-    "cram.learning.predict": ("Answer", "Conversation", "answer_all"),
+    "cram.learning.answers.predict": ("Answer", "Conversation", "answer_all"),
     "cram.bundle.importer": ("import_lora",),
     "cram.bundle.export": ("export_lora", "merge", "export_merged"),
     "cram_kernels": (

@@ -3,9 +3,9 @@
     python -m benchmarks crossovers            measure and print the row, and whether the table says the same
     python -m benchmarks crossovers --write    put the row into csrc/expert_lora/crossovers_table.h
 
-Each number of tokens is timed on two widths, the layer with the product here against the layer with torch's, all
-else equal. The crossover is the largest number up to which ours takes at most 2 % longer on the sum of both. Build
-the library again after `--write`.
+Each number of tokens is timed on two widths, the layer with the product here against the layer with torch's,
+all else equal. The crossover is the largest number up to which ours takes at most 2 % longer on the sum of
+both. Build the library again after `--write`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--toy", action="store_true", help="few steps: whether it runs, not how fast")
     parser.add_argument("--out", metavar="DIR", help="folder of trainer.json")
     arguments = parser.parse_args(argv)
-    from cram.learning.processes import is_first, joined
+    from cram.learning.parallel.processes import is_first, joined
 
     with joined("cpu"):
         rows = measure(1 if arguments.toy else arguments.rounds, 6 if arguments.toy else STEPS)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(rounds: int, steps: int) -> list[dict[str, Any]]:
     """Median step of each candidate in milliseconds, and its ratio to PEFT's."""
-    from cram.learning.processes import world
+    from cram.learning.parallel.processes import world
 
     times: dict[str, list[float]] = {"peft": [], "cram, first task": [], "cram, second task": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def options(data: list[Any], steps: int, folder: str) -> dict[str, Any]:
     """What both trainers get, with a clock."""
     from transformers import TrainingArguments
 
-    from cram.learning.processes import world
+    from cram.learning.parallel.processes import world
 
     arguments = TrainingArguments(
         output_dir=folder,

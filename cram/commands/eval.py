@@ -8,8 +8,8 @@ from pathlib import Path
 from cram.bundle.runs import RUN, newest_bundle, read_run
 from cram.commands.options import add_data, add_device
 from cram.config import read_config
-from cram.learning.evaluate import evaluate_run
-from cram.learning.processes import joined, own_device
+from cram.learning.answers.evaluate import evaluate_run
+from cram.learning.parallel.processes import joined, own_device
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 

@@ -9,7 +9,7 @@ from cram.atomic import write_json
 from cram.commands.options import add_data, add_device, add_dtype, parse_config
 from cram.compare.base_row import measure_base
 from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner
-from cram.learning.processes import by_first, joined, own_device
+from cram.learning.parallel.processes import by_first, joined, own_device
 from cram.loading import Sources
 from cram.methods import METHODS
 from cram.report.examples import BASE, gather_examples

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cram.attach import detach
-from cram.learning.answers import GREEDY, greedy_view
+from cram.learning.answers.generate import GREEDY, greedy_view
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, collate, pad_id, to_model
 from cram.learning.learner import ContinualLearner
 from cram.learning.step import batch_route

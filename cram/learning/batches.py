@@ -1,6 +1,6 @@
 """From samples to model inputs: the prompt, its tokens and pixels, and padded batches.
 
-Prompts are those of `cram.learning.prompts`. Generation starts from the prompt's tokens. Training adds the
+Prompts are those of `cram.learning.answers.prompts`. Generation starts from the prompt's tokens. Training adds the
 answer and the end token behind the same tokens.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram.learning.prompts import chat_text, image_placeholder, message
+from cram.learning.answers.prompts import chat_text, image_placeholder, message
 from cram.streams.types import Sample, open_images
 
 IGNORED = -100

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cram.atomic import new_folder, read_json, write_json
 from cram.bundle.format import fingerprint
-from cram.learning.processes import by_first, is_first, totals
+from cram.learning.parallel.processes import by_first, is_first, totals
 from cram.learning.training import TaskLoop
 
 LOGGER = logging.getLogger(__name__)

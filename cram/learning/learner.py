@@ -5,7 +5,7 @@ are checkpoints of the training, and predictions are written as they are made. A
 started again loads the newest complete state and repeats nothing that was committed. The randomness of a task
 depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
 
-A launcher may start several processes (`cram.learning.processes`). They divide every step's samples and the
+A launcher may start several processes (`cram.learning.parallel.processes`). They divide every step's samples and the
 test samples. The first one writes.
 """
 
@@ -25,12 +25,12 @@ from cram.bundle.bundle import load, save
 from cram.bundle.format import check_expert_name
 from cram.config import CramConfig
 from cram.console import ProgressBar, clock
-from cram.learning.answers import published_line, run_test
+from cram.learning.answers.generate import published_line, run_test
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
 from cram.learning.checks import check_samples, warn_of_few_steps
-from cram.learning.journal import remove_parts
-from cram.learning.processes import by_first, is_first
+from cram.learning.answers.journal import remove_parts
+from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.run_folder import (
     RESULT,
     RunFolder,
@@ -39,7 +39,7 @@ from cram.learning.run_folder import (
     model_identity,
     stream_identity,
 )
-from cram.learning.sharding import shard
+from cram.learning.parallel.sharding import shard
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Published, Report, Routing
@@ -88,20 +88,14 @@ class ContinualLearner:
             settings: Values that the run folder keeps and the report shows, beside the configuration.
             forwards: Forwards per step and process (gradient accumulation); the result is the same.
             checkpoint_every: Steps between two checkpoints within a task; 0 for none.
-            sharded: True divides the base's weights between the processes; see `cram.learning.sharding`.
+            sharded: True divides the base's weights between the processes; see `cram.learning.parallel.sharding`.
 
         Raises:
             ValueError: If the method is unknown, if a task is empty or cannot be named or scored, if the
             model
                 is not ready, or if `out` belongs to another configuration.
         """
-        if config.method not in METHODS:
-            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
-        if forwards < 1 or checkpoint_every < 0:
-            raise ValueError(
-                f"forwards must be at least 1 and checkpoint_every at least 0, got {forwards} and "
-                f"{checkpoint_every}"
-            )
+        _check_arguments(config, forwards, checkpoint_every)
         _check_stream(stream)
         if encoder is not None:
             attach(model, config, encoder, processor)
@@ -292,6 +286,16 @@ def task_seed(seed: int, index: int) -> int:
     """Return the seed of a task's training. Interruptions of the run do not change it."""
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def _check_arguments(config: CramConfig, forwards: int, checkpoint_every: int) -> None:
+    if config.method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
+    if forwards < 1 or checkpoint_every < 0:
+        raise ValueError(
+            f"forwards must be at least 1 and checkpoint_every at least 0, got {forwards} and "
+            f"{checkpoint_every}"
+        )
 
 
 def _check_stream(stream: Stream) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cram.learning.processes import copy_from_first, gathered_rows
+from cram.learning.parallel.processes import copy_from_first, gathered_rows
 from cram.methods import Method
 from cram.routing.query import Query, Route
 

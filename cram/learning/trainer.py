@@ -37,7 +37,7 @@ from cram.learning.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from cram.learning.processes import by_first, sum_gradients, totals, world
+from cram.learning.parallel.processes import by_first, sum_gradients, totals, world
 from cram.learning.step import TaskSteps, gate_entropy
 from cram.model.attached import AttachedModel
 
@@ -111,7 +111,7 @@ class OneTask:
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise NotImplementedError(
                 f"CramTrainer must run without {kind}, which binds the parameters of one stage: launch plain "
-                "processes (torchrun), and shard a base that is too large with cram.learning.sharding.shard"
+                "processes (torchrun), and shard a base that is too large with cram.learning.parallel.sharding.shard"
             )
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cram.config import CramConfig
 from cram.console import ProgressBar
 from cram.learning.batches import IGNORED, Example, to_model, training_batch
-from cram.learning.processes import gathered_rows, own_share, rank, sum_gradients, totals, world
+from cram.learning.parallel.processes import gathered_rows, own_share, rank, sum_gradients, totals, world
 from cram.learning.step import TaskSteps
 from cram.methods import Method
 from cram.methods.base import MethodState

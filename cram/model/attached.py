@@ -136,13 +136,13 @@ class AttachedModel:
         Args:
             images: One image or several, opened or as paths; None for a question without a picture.
             question: The user's turn without image placeholders.
-            options: `max_new_tokens`, `expert` and `processor`; see `cram.learning.predict.answer_all`.
+            options: `max_new_tokens`, `expert` and `processor`; see `cram.learning.answers.predict.answer_all`.
 
         Returns:
-            A `cram.learning.predict.Answer`: `text`, `group`, and `gates` by expert.
+            A `cram.learning.answers.predict.Answer`: `text`, `group`, and `gates` by expert.
         """
         # Prompts belong to a room above this one, which is loaded by the first question.
-        predict = import_module("cram.learning.predict")
+        predict = import_module("cram.learning.answers.predict")
         return predict.answer(self._model, question, images, **options)
 
     def route(self, query: Query) -> Route:

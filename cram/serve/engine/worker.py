@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cram.learning.answers import end_ids
+from cram.learning.answers.generate import end_ids
 from cram.methods.parts.grouped import GroupedMethod
 from cram.model.attached import AttachedModel
 from cram.serve.engine.batch import Batch

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cram.families import Family
-from cram.learning.prompts import chat_text, image_placeholder, message_text
+from cram.learning.answers.prompts import chat_text, image_placeholder, message_text
 from cram.serve.http.fields import checked_fields, named_mixture, sampling
 from cram.serve.http.images import read_image
 from cram.serve.request import Prompt, RequestError, Sampling

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cram.learning.evaluate import evaluate_run
+from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.learner import ContinualLearner
 from tests.cram import factories, runs
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cram.learning import answers
-from cram.learning.evaluate import evaluate_run
-from cram.learning.journal import Journal, remove_parts
+from cram.learning.answers import generate as answers
+from cram.learning.answers.evaluate import evaluate_run
+from cram.learning.answers.journal import Journal, remove_parts
 from cram.streams import Sample, Stream, Task
 from tests.cram import factories, runs
 from tests.cram.runs import results

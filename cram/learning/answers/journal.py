@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from cram.atomic import write_text
-from cram.learning.processes import by_first, rank
+from cram.learning.parallel.processes import by_first, rank
 from cram.scoring.scorers import check_coverage
 from cram.streams.types import Sample
 

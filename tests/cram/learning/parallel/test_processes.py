@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cram.atomic import read_json
-from cram.learning.processes import (
+from cram.learning.parallel.processes import (
     by_first,
     copy_from_first,
     gathered_rows,

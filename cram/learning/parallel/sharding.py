@@ -2,7 +2,7 @@
 
 Only the frozen base is sharded. Each decoder layer's weights are gathered for its forward and its backward.
 The experts stay whole in every process, because they are megabytes and because every stage brings new ones;
-`cram.learning.processes` adds up their gradients.
+`cram.learning.parallel.processes` adds up their gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from cram.attach import attached
-from cram.learning.processes import world
+from cram.learning.parallel.processes import world
 
 
 def shard(model: Any) -> None:
