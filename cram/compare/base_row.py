@@ -7,10 +7,10 @@ from pathlib import Path
 from cram.atomic import read_json, write_json
 from cram.console import ProgressBar
 from cram.learning.answers.generate import generate_answers
-from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, pad_id
 from cram.learning.answers.journal import write_predictions
-from cram.learning.learner import ContinualLearner
 from cram.learning.answers.predict import evaluation
+from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, pad_id
+from cram.learning.learner import ContinualLearner
 from cram.scoring.scorers import score
 
 RESULT = "result.json"

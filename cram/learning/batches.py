@@ -1,7 +1,7 @@
 """From samples to model inputs: the prompt, its tokens and pixels, and padded batches.
 
-Prompts are those of `cram.learning.answers.prompts`. Generation starts from the prompt's tokens. Training adds the
-answer and the end token behind the same tokens.
+Prompts are those of `cram.learning.answers.prompts`. Generation starts from the prompt's tokens. Training
+adds the answer and the end token behind the same tokens.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ are checkpoints of the training, and predictions are written as they are made. A
 started again loads the newest complete state and repeats nothing that was committed. The randomness of a task
 depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
 
-A launcher may start several processes (`cram.learning.parallel.processes`). They divide every step's samples and the
-test samples. The first one writes.
+A launcher may start several processes (`cram.learning.parallel.processes`). They divide every step's samples
+and the test samples. The first one writes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from cram.bundle.format import check_expert_name
 from cram.config import CramConfig
 from cram.console import ProgressBar, clock
 from cram.learning.answers.generate import published_line, run_test
+from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
 from cram.learning.checks import check_samples, warn_of_few_steps
-from cram.learning.answers.journal import remove_parts
 from cram.learning.parallel.processes import by_first, is_first
+from cram.learning.parallel.sharding import shard
 from cram.learning.run_folder import (
     RESULT,
     RunFolder,
@@ -39,7 +40,6 @@ from cram.learning.run_folder import (
     model_identity,
     stream_identity,
 )
-from cram.learning.parallel.sharding import shard
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Published, Report, Routing
@@ -88,12 +88,11 @@ class ContinualLearner:
             settings: Values that the run folder keeps and the report shows, beside the configuration.
             forwards: Forwards per step and process (gradient accumulation); the result is the same.
             checkpoint_every: Steps between two checkpoints within a task; 0 for none.
-            sharded: True divides the base's weights between the processes; see `cram.learning.parallel.sharding`.
+            sharded: True divides the base's weights between the processes; see `parallel.sharding`.
 
         Raises:
-            ValueError: If the method is unknown, if a task is empty or cannot be named or scored, if the
-            model
-                is not ready, or if `out` belongs to another configuration.
+            ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
+                not ready, or `out` belongs to another configuration.
         """
         _check_arguments(config, forwards, checkpoint_every)
         _check_stream(stream)
@@ -110,13 +109,7 @@ class ContinualLearner:
         self.method: Method = self.cram.method
         self.folder = RunFolder(out, stream)
         self._settings = {**(settings or {}), "config": config.to_dict()}
-        values = config.to_dict()
-        self._identity = {
-            "method": values.pop("method"),
-            "config": values,
-            "stream": stream_identity(stream),
-            "model": model_identity(self.cram, self.model),
-        }
+        self._identity = self._make_identity()
         self.folder.check_identity(self._identity)
         if sharded:
             shard(self.model)
@@ -127,6 +120,15 @@ class ContinualLearner:
         self._interrupted = False
         self._budget = Budget(CACHE_BYTES)
         self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
+
+    def _make_identity(self) -> dict[str, Any]:
+        values = self.config.to_dict()
+        return {
+            "method": values.pop("method"),
+            "config": values,
+            "stream": stream_identity(self.stream),
+            "model": model_identity(self.cram, self.model),
+        }
 
     def run(self) -> Report:
         """Learn and test every unfinished task, and write the report after each task.

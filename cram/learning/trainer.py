@@ -111,7 +111,8 @@ class OneTask:
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise NotImplementedError(
                 f"CramTrainer must run without {kind}, which binds the parameters of one stage: launch plain "
-                "processes (torchrun), and shard a base that is too large with cram.learning.parallel.sharding.shard"
+                "processes (torchrun), and shard a base that is too large with "
+                "cram.learning.parallel.sharding.shard"
             )
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 

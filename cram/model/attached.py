@@ -136,7 +136,7 @@ class AttachedModel:
         Args:
             images: One image or several, opened or as paths; None for a question without a picture.
             question: The user's turn without image placeholders.
-            options: `max_new_tokens`, `expert` and `processor`; see `cram.learning.answers.predict.answer_all`.
+            options: `max_new_tokens`, `expert` and `processor`; see `answers.predict.answer_all`.
 
         Returns:
             A `cram.learning.answers.predict.Answer`: `text`, `group`, and `gates` by expert.

@@ -15,9 +15,9 @@ from cram.bundle.runs import newest_bundle, read_run
 from cram.config import read_config
 from cram.console import ProgressBar
 from cram.learning.answers.generate import published_line, run_test
+from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
 from cram.learning.checkpoint import Termination
-from cram.learning.answers.journal import remove_parts
 from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.run_folder import manifest_digest
 from cram.routing.clip import ClipEncoder

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cram.console import ProgressBar
-from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
 from cram.learning.answers.journal import AnswerRow, Journal
+from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
 from cram.learning.parallel.processes import is_first, own_share
-from cram.learning.run_folder import sample_digest
 from cram.learning.parallel.sharding import is_sharded
+from cram.learning.run_folder import sample_digest
 from cram.learning.step import batch_route
 from cram.methods import Method
 from cram.report.schema import Published, Routing

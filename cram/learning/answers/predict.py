@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cram.attach import attached
 from cram.console import ProgressBar
 from cram.learning.answers.generate import generate_answers
-from cram.learning.batches import Example, build_prompt, pad_id
 from cram.learning.answers.prompts import chat_text, message
+from cram.learning.batches import Example, build_prompt, pad_id
 from cram.loading import load_processor
 from cram.model.attached import AttachedModel
 from cram.routing.query import Route

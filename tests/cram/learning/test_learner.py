@@ -13,9 +13,9 @@ import torch
 from cram import ContinualLearner
 from cram.atomic import read_json
 from cram.console import ProgressBar
+from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.answers.generate import generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, encode_sample, pad_id, training_batch
-from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.learner import task_seed
 from cram.learning.training import answer_loss, batch_order, learning_rate, total_steps
 from cram.methods import METHODS

@@ -1,8 +1,8 @@
 """What is checked of a request before it reaches a worker, and what its prefix may share with others.
 
 Every way into the engine passes `InputProcessor.process_inputs`. There the gates are validated (HTTP 400),
-and group and gates go into the cache salt. Without it the prefix cache would mix requests of different gates. The
-engine's core checks again: it refuses a request that was made by hand and never saw the front end.
+and group and gates go into the cache salt. Without it the prefix cache would mix requests of different gates.
+The engine's core checks again: it refuses a request that was made by hand and never saw the front end.
 """
 
 from __future__ import annotations

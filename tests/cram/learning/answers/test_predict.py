@@ -10,8 +10,8 @@ import torch
 
 import cram
 from cram.config import CramConfig
-from cram.learning.batches import build_prompt
 from cram.learning.answers.predict import Conversation, Turn, answer, answer_all, conversation_prompt
+from cram.learning.batches import build_prompt
 from cram.loading import load_processor
 from cram.scoring.scorers import read_predictions
 from tests.cram import factories, runs
