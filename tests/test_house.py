@@ -141,6 +141,9 @@ def documented(path: Path, text: str) -> Iterator[str]:
             stack += [(f"{node.name}.", child) for child in node.body]
 
 
+CONVERTER = "released.py"  # reads other people's checkpoints, on request alone
+
+
 def honest_errors(path: Path, text: str) -> Iterator[str]:
     """No blanket handlers; in the packages no pickle and no warn-and-continue."""
     packaged = path.relative_to(ROOT).parts[0] in ("cram", "cram_kernels")
@@ -157,6 +160,7 @@ def honest_errors(path: Path, text: str) -> Iterator[str]:
             packaged
             and isinstance(node, ast.Call)
             and ast.unparse(node.func) in ("torch.load", "warnings.warn")
+            and not (path.name == CONVERTER and "weights_only=True" in ast.unparse(node))
         ):
             yield f"line {node.lineno}: {ast.unparse(node.func)}"
     if packaged and any(module.split(".")[0] == "pickle" for module, _ in imported_modules(path, text)):

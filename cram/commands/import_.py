@@ -1,4 +1,7 @@
-"""`cram import`: a PEFT LoRA folder becomes an expert, to which samples of its task lead the route."""
+"""`cram import`: a PEFT LoRA folder becomes an expert, to which samples of its task lead the route.
+
+With `--released` a checkpoint of CRAM's released code is converted as a whole.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import nn
 from cram.attach import attach, attached
 from cram.bundle.bundle import save
 from cram.bundle.importer import import_lora
+from cram.bundle.released import import_released
 from cram.commands.options import add_trained, base_sources, load_trained, parse_config
 from cram.commands.predict import read_questions
 from cram.learning.answers.predict import Turn
@@ -20,7 +24,9 @@ from cram.streams.types import open_image
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("lora", metavar="LORA", help="folder with adapter_config.json")
-    parser.add_argument("--task", required=True, metavar="NAME", help="name of the task and the expert")
+    parser.add_argument("--task", metavar="NAME", help="name of the task and the expert")
+    text = "LORA is a checkpoint of the released code; names of its tasks, in their order"
+    parser.add_argument("--released", nargs="+", metavar="NAME", help=text)
     parser.add_argument("--images", default=[], nargs="+", metavar="I", help="pictures of the task")
     text = "questions of the task: one for each picture, or one for all"
     parser.add_argument("--instructions", default=[], nargs="+", metavar="T", help=text)
@@ -34,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Import, and write the new bundle."""
+    if (arguments.task is None) == (arguments.released is None):
+        given = "neither" if arguments.task is None else "both"
+        raise ValueError(f"--task or --released must be given, got {given}")
+    if arguments.released is not None:
+        convert(arguments)
+        return
     turns = read_turns(arguments)
     model = _target(arguments)
     cram = attached(model)
@@ -47,6 +59,21 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: expert {arguments.task} of {len(used)} linears, ranks {min(used)} to {max(used)}, "
         f"group {group}, {cram.num_experts} experts"
     )
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Convert a checkpoint of the released code, and write a bundle.
+
+    Raises:
+        ValueError: If samples, a run or a bundle are given: the checkpoint has routes and experts of its own.
+    """
+    names = ("images", "instructions", "samples", "run", "bundle")
+    if given := [name for name in names if getattr(arguments, name)]:
+        raise ValueError(f"--{given[0]} must stand without --released, got {getattr(arguments, given[0])}")
+    model = _target(arguments)
+    experts = import_released(attached(model), arguments.lora, arguments.released)
+    save(model, arguments.out)
+    print(f"{arguments.out}: experts {', '.join(experts)}")
 
 
 def read_turns(arguments: argparse.Namespace) -> list[Turn]:
