@@ -1,0 +1,34 @@
+"""The row of the untrained base: its answers, measured once, beside those of the trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cram.compare import base_row
+from cram.compare.base_row import measure_base
+from cram.learning.predict import Turn, answer_all
+from tests.cram import factories, runs
+
+
+def test_the_base_answers_without_experts_and_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = runs.learner(tmp_path / "run", tasks=runs.two_tasks())
+    cram = learner.cram
+    cram.add_expert("loud", factories.expert_weights(cram, 3), trained=False)
+    found = measure_base(learner, tmp_path / "base")
+    assert list(found) == [task.name for task in learner.stream.tasks]
+    written = {}
+    for index, task in enumerate(learner.stream.tasks):
+        file = tmp_path / f"base/predictions/{index + 1:02d}-{task.name}.jsonl"
+        written[task.name] = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    monkeypatch.setattr(base_row, "generate_answers", None)
+    assert measure_base(learner, tmp_path / "base") == found
+    bare = runs.learner(tmp_path / "bare")
+    for task in bare.stream.tasks:
+        turns = [[Turn.of(sample.instruction, list(sample.images))] for sample in task.test]
+        expected = [str(each) for each in answer_all(bare.model, turns, max_new_tokens=task.max_new_tokens)]
+        assert written[task.name] == expected
