@@ -9,7 +9,7 @@ import pytest
 
 from cram.compare import base_row
 from cram.compare.base_row import measure_base
-from cram.learning.predict import Turn, answer_all
+from cram.learning.answers.predict import Turn, answer_all
 from tests.cram import factories, runs
 
 
