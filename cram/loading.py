@@ -43,7 +43,7 @@ class Sources:
         if self.model == BUILTIN:
             model_source = str(base_folder() / "llava")
         if (self.clip or self.model) == BUILTIN:
-            clip_source = str(base_folder() / "clip")
+            clip_source = BUILTIN
         model = load_model(model_source, self.dtype, device)
         return model, load_processor(model_source), load_encoder(clip_source, model)
 
@@ -143,5 +143,14 @@ def _blank_processor(name: str) -> Any:
 
 
 def load_encoder(source: str | Path, model: nn.Module) -> ClipEncoder:
-    """Load the CLIP that routes; it reads the model's own vision tower where the two are the same network."""
-    return ClipEncoder.from_pretrained(str(source), model=model)
+    """Load the CLIP that routes; it reads the model's own vision tower where the two are the same network.
+
+    Args:
+        source: A folder, a name, or "builtin" for the CLIP of the shipped base, its name on every machine.
+        model: The multimodal model.
+    """
+    if str(source) != BUILTIN:
+        return ClipEncoder.from_pretrained(str(source), model=model)
+    encoder = ClipEncoder.from_pretrained(str(base_folder() / "clip"), model=model)
+    encoder.source = BUILTIN
+    return encoder

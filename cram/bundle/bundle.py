@@ -43,6 +43,7 @@ from cram.bundle.peft_folder import write_adapter, write_factors
 from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import check_tensors
 from cram.families import family_of, match_linears
+from cram.loading import load_encoder
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
 from cram.routing.clip import ClipEncoder
@@ -169,7 +170,10 @@ def _describe(
         "format": FORMAT_VERSION,
         "family": cram.family.name,
         "config": cram.config.to_dict(),
-        "encoder": {name: kind(getattr(encoder, name)) for name, kind in ENCODER_FIELDS.items()},
+        "encoder": {
+            **{name: kind(getattr(encoder, name)) for name, kind in ENCODER_FIELDS.items()},
+            "sha256": encoder.sha256,
+        },
         "num_layers": cram.num_layers,
         "modules": {path: [m.in_features, m.out_features] for path, m in cram.modules.items()},
         "experts": experts,
@@ -231,6 +235,11 @@ def _check_encoder(encoder: Any, description: Description, folder: Path) -> None
             raise ValueError(
                 f"{name} of the encoder must be {wanted} as in {folder}, got {getattr(encoder, name)}"
             )
+    if (wanted := description.encoder.get("sha256")) not in (None, encoder.sha256):
+        raise ValueError(
+            f"encoder must be the CLIP that {folder} was trained with "
+            f"({description.encoder['source']!r}), got other weights from {encoder.source!r}"
+        )
 
 
 def _check_target(cram: AttachedModel | None, description: Description, folder: Path) -> None:
@@ -246,6 +255,13 @@ def _check_target(cram: AttachedModel | None, description: Description, folder: 
 
 
 def _named_encoder(description: Description, model: nn.Module) -> ClipEncoder:
-    if not description.encoder["source"]:
+    source = description.encoder["source"]
+    if not source:
         raise ValueError("encoder must be given: the bundle does not name the CLIP it was trained with")
-    return ClipEncoder.from_pretrained(description.encoder["source"], model=model)
+    try:
+        return load_encoder(source, model)
+    except OSError as error:
+        raise ValueError(
+            f"the CLIP that the bundle names must be at {source!r}, got none there; give the same CLIP as "
+            "`encoder=` (in commands --clip)"
+        ) from error

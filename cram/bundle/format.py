@@ -80,7 +80,7 @@ class Description:
         format: Format of the bundle.
         config: The configuration, which names the method.
         family: Model family.
-        encoder: The CLIP that routes; see `ENCODER_FIELDS`.
+        encoder: The CLIP that routes; see `ENCODER_FIELDS`. Older bundles have no `sha256` of its weights.
         num_layers: Decoder layers.
         modules: Full module path -> (D_in, D_out), in model order.
         experts: The experts in order.
@@ -269,7 +269,8 @@ def _check_fields(value: Any, fields: dict[str, type], where: str) -> None:
 
 def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Description:
     version = data["format"]
-    _check_fields(data["encoder"], ENCODER_FIELDS, "encoder")
+    hashed = isinstance(data["encoder"], dict) and "sha256" in data["encoder"]
+    _check_fields(data["encoder"], ENCODER_FIELDS | ({"sha256": str} if hashed else {}), "encoder")
     modules = {name: _sizes(name, shape) for name, shape in data["modules"].items()}
     shared = data.get("shared_a", False)
     experts = _parse_experts(

@@ -10,6 +10,7 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,20 @@ class ClipEncoder:
             clip = clip.to(next(model.parameters()).device)
         tokenizer = AutoTokenizer.from_pretrained(source)
         return cls(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model, str(source))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of some of the weights, by which two encoders of equal sizes are told apart.
+
+        These are the projection, and the positions and the last normalisation of the text model. A reused
+        tower is left out, because its precision may differ.
+        """
+        text = self._text_model
+        chosen = {**text.embeddings.position_embedding.state_dict(), **text.final_layer_norm.state_dict()}
+        digest = hashlib.sha256()
+        for weight in (self._projection.weight, *chosen.values()):
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> ClipEncoder:
         """Moves the encoder's own networks; a reused tower stays with its model."""
