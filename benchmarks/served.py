@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def with_experts(model: Any, encoder: Any, processor: Any, experts: int) -> None
 
 
 def serve(shape: Shape, dtype: torch.dtype, variant: Variant, threads: int, pipe: Connection) -> None:
-    """Serve until the process ends; tells the port through the pipe."""
+    """Serve until the other end of the pipe is closed; tells the port through it."""
     import uvicorn
 
     from cram.serve.engine.engine import Engine
@@ -183,12 +184,22 @@ def serve(shape: Shape, dtype: torch.dtype, variant: Variant, threads: int, pipe
     engine = Engine(model.eval(), processor, limits, variant.gate_floor)
     config = uvicorn.Config(create_app(engine, processor), port=0, log_level="error")
 
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             pipe.send(self.servers[0].sockets[0].getsockname()[1])
 
     Server(config).run()
+
+
+def _end_with(pipe: Connection) -> None:
+    """End the process when whoever started it is gone, however it ended."""
+    try:
+        pipe.recv()
+    except EOFError:
+        os._exit(1)
 
 
 @contextmanager
@@ -205,6 +216,7 @@ def servers(
                 target=serve, args=(shape, dtype, variant, threads, theirs), daemon=True, name=name
             )
             process.start()
+            theirs.close()
             started.append((name, process, ours))
         ports = {}
         for name, process, pipe in started:

@@ -36,7 +36,7 @@ from benchmarks.served import NEAR, SHAPES, Shape, Variant, body, servers
 
 FLOOR = 0.01
 WORDS = ("what", "colour", "is", "the", "thing", "on", "left", "of", "this", "picture", "and", "how", "many")
-LONG_TOKENS = 1500
+LONG_TOKENS, ANSWER_TOKENS = 1500, 32
 RATES = (0.3, 0.6, 0.9, 1.2)
 EXPERTS = Variant(NEAR)
 BARE = Variant(0)
@@ -98,9 +98,9 @@ def token(plan: Plan) -> dict[str, Any]:
     """Time per token of one client."""
     with servers(plan.shape, plan.dtype, {"bare": BARE, "experts": EXPERTS}, plan.threads) as ports:
         targets = {
-            "bare model": (ports["bare"], {"max_tokens": 64}),
-            "base in the experts' server": (ports["experts"], {"max_tokens": 64, "model": "base"}),
-            f"{NEAR} experts": (ports["experts"], {"max_tokens": 64}),
+            "bare model": (ports["bare"], {"max_tokens": ANSWER_TOKENS}),
+            "base in the experts' server": (ports["experts"], {"max_tokens": ANSWER_TOKENS, "model": "base"}),
+            f"{NEAR} experts": (ports["experts"], {"max_tokens": ANSWER_TOKENS}),
         }
         heard = alternating(targets, plan.requests)
     return {name: load.summary(each) for name, each in heard.items()}
@@ -129,7 +129,7 @@ def growth(plan: Plan) -> dict[str, Any]:
         "1000 experts, no floor": Variant(1000),
     }
     with servers(plan.shape, plan.dtype, variants, plan.threads) as ports:
-        targets = {name: (port, {"max_tokens": 64}) for name, port in ports.items()}
+        targets = {name: (port, {"max_tokens": ANSWER_TOKENS}) for name, port in ports.items()}
         heard = alternating(targets, plan.requests)
     return {name: load.summary(each) for name, each in heard.items()}
 
@@ -144,6 +144,7 @@ def prefill(plan: Plan) -> dict[str, Any]:
 
     async def run(port: int) -> dict[str, list[load.Heard]]:
         heard: dict[str, list[load.Heard]] = {"short, alone": [], "long, alone": [], "short beside long": []}
+        await load.ask(port, long)
         heard["long, alone"].append(await load.ask(port, long))
         seconds = heard["long, alone"][0].first_s
         for turn in range(plan.requests + 1):
@@ -281,7 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = machine.environment(device)
     parts, measured = before.get("parts", {}), before.get("measured", {})
     for name in arguments.parts:
+        began = time.monotonic()
         parts[name] = PARTS[name](plan)
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         measured[name] = {"commit": environment["commit"], "load": machine.load()}
     found = {"environment": environment, "settings": settings}
     for key, values in (("parts", parts), ("measured", measured)):

@@ -23,6 +23,7 @@ from cram.methods.parts.grouped import GroupedMethod
 from cram.model.attached import AttachedModel
 from cram.serve.engine.calls import Call
 from cram.serve.engine.decide import Decider
+from cram.serve.engine.few_rows import use_native_products
 from cram.serve.engine.limits import Limits
 from cram.serve.engine.pruning import PrunedRoutes
 from cram.serve.engine.versions import Version, Versions
@@ -76,6 +77,7 @@ class Engine:
         self.metrics = Metrics()
         self.versions = Versions(self.cram)
         self._worker = Worker(model, processor, self.limits, self._decider, self.versions, self.metrics)
+        self._take_back = use_native_products(model)
         self._waiting: deque[Request] = deque()
         self._calls: deque[Call] = deque()
         self._changes: deque[Call] = deque()
@@ -244,3 +246,4 @@ class Engine:
         self._calls.clear()
         self._changes.clear()
         self.cram.hooks.method = self.cram.method
+        self._take_back()

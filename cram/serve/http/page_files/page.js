@@ -72,7 +72,7 @@ async function take(file) {
   try {
     choose(await asDataUrl(file));
   } catch {
-    say("answer", `${file.name} is no picture that this browser can read.`, true);
+    at("status").textContent = `${file.name} is no picture that this browser can read.`;
   }
 }
 
@@ -91,12 +91,14 @@ async function ask() {
   const question = at("question").value.trim();
   if (!question) {
     at("question").focus();
-    say("answer", "A question must be asked first.", true);
+    at("status").textContent = "Please write a question first.";
     return;
   }
   if (running) running.abort();
+  at("answers").hidden = false;
   const mine = (running = new AbortController());
   busy(true);
+  at("ask").scrollIntoView({ block: "start" });
   at("routing").hidden = true;
   const chosen = at("model");
   at("experts-title").textContent = chosen.value === "cram" ? "With experts" : chosen.selectedOptions[0].text;
@@ -142,7 +144,8 @@ async function answer(model, messages, place, controller, decided) {
 function times(began, first, tokens) {
   if (first === null) return "";
   const rest = performance.now() - first;
-  const each = tokens > 1 ? `, then ${(rest / (tokens - 1)).toFixed(1)} ms per token` : "";
+  // The last tokens of a short answer come together.
+  const each = tokens > 8 ? `, then ${(rest / (tokens - 1)).toFixed(1)} ms per token` : "";
   return `${tokens} tokens; the first after ${Math.round(first - began)} ms${each}`;
 }
 

@@ -1,6 +1,7 @@
 // The chosen group, and the gates as bars over experts and layers.
 
 const SHOWN = 12;
+const LIGHT = 0.005;
 const SVG = "http://www.w3.org/2000/svg";
 
 export function showRoute(decision, section) {
@@ -19,8 +20,15 @@ export function showRoute(decision, section) {
 function said(decision, names) {
   if (decision.mode === "base") return "No expert takes part.";
   if (decision.gates === null) return "Every layer makes weights of its own.";
-  const how = decision.mode === "automatic" ? "The question and the picture chose" : "The request chose";
-  return `${how} ${names.length === 1 ? "1 expert" : `${names.length} experts`}.`;
+  const heavy = names.filter((name) => Math.abs(decision.gates[name]) >= LIGHT);
+  const light = names.length - heavy.length;
+  const how = decision.mode === "automatic" ? "The question and the picture chose" : "The request named";
+  const others = light ? `; ${count(light, "other")} of the group hardly weigh${light === 1 ? "s" : ""}` : "";
+  return `${how} ${count(heavy.length, "expert")}${others}.`;
+}
+
+function count(number, what) {
+  return `${number} ${what}${number === 1 ? "" : "s"}`;
 }
 
 function row(name, mean, layers) {
