@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python >= 3.11: each installs what it lacks into .venv, once.
+# `make demo`, `make serve` and `make test` need only Python >= 3.11: each installs what it lacks into .venv, once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -7,10 +7,13 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint versions peer-tests readme bench gpu headers sanitize mutants clean
+.PHONY: demo serve test lint versions peer-tests readme bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
+
+serve: .venv/.installed-hf,serve
+	@$(BIN)/cram serve
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4

@@ -113,8 +113,25 @@ def check_torchrun(arguments: list[str]) -> None:
     check_cram(rest)
 
 
+    "torchrun": check_torchrun,
+
+
+def check_curl(arguments: list[str]) -> None:
+    """The server has the route and understands the body."""
+    pytest.importorskip("starlette", reason="the server needs the extra `serve`")
+    from cram.serve.http.fields import checked_fields, named_mixture, sampling
+
+    url, option, header, data, body = arguments
+    assert url == "http://127.0.0.1:8000/v1/chat/completions", arguments
+    assert (option, header, data) == ("-H", "Content-Type: application/json", "-d"), arguments
+    given = checked_fields(json.loads(body))
+    assert given["messages"] and sampling(given)
+    named_mixture(given["model"], given.get("lora"))
+
+
 CHECKS = {
     "torchrun": check_torchrun,
+    "curl": check_curl,
     "make": check_make,
     "cram": check_cram,
     "pip": check_pip,
@@ -160,6 +177,8 @@ def test_documented_command_is_accepted(document: str, command: str) -> None:
         "python -m no.such.module",
         "python -m benchmarks no-such-program",
         "python -m benchmarks --no-such-option",
+        "curl http://127.0.0.1:8000/nowhere -H 'Content-Type: application/json' -d '{}'",
+        "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{}'",
     ],
 )
 def test_command_check_can_fail(command: str) -> None:
