@@ -147,6 +147,7 @@ def factors(linears: dict[str, Any], seed: int) -> dict[str, tuple[torch.Tensor,
 def with_experts(model: Any, encoder: Any, processor: Any, experts: int) -> None:
     """Attach a model and give it experts of one group."""
     from cram import CramConfig, attach
+    from cram_kernels import pack_experts
 
     pictures = [[picture(index)] for index in range(NEAR)]
     query = encoder.encode(["what is this?"] * NEAR, pictures)
@@ -162,7 +163,12 @@ def with_experts(model: Any, encoder: Any, processor: Any, experts: int) -> None
     centroids = torch.cat([near, near[torch.arange(experts) % NEAR] + far * aside])[:experts]
     drawn = [factors(cram.modules, index) for index in range(min(experts, 16))]
     names = [f"task{index}" for index in range(experts)]
-    cram.set_experts(names, [drawn[index % len(drawn)] for index in range(experts)], 0)
+    packs = {}
+    for path in cram.modules:
+        a, b = zip(*(drawn[index % len(drawn)][path] for index in range(experts)), strict=True)
+        packs[path] = pack_experts(list(a), list(b), cram.config.scale)
+    # As a bundle is loaded: a thousand experts one by one would be checked for half a minute.
+    cram.set_packs(names, packs)
     cram.method.router.groups.observe("task0", query.text[:1])
     for index, name in enumerate(names):
         cram.method.router.add_expert(name, 0, centroids[index], trained=False)

@@ -129,7 +129,11 @@ def growth(plan: Plan) -> dict[str, Any]:
         "1000 experts, no floor": Variant(1000),
     }
     with servers(plan.shape, plan.dtype, variants, plan.threads) as ports:
-        targets = {name: (port, {"max_tokens": ANSWER_TOKENS}) for name, port in ports.items()}
+        # Without a floor a token takes several times as long, and fewer of them tell it.
+        targets = {
+            name: (port, {"max_tokens": ANSWER_TOKENS if variants[name].gate_floor else 8})
+            for name, port in ports.items()
+        }
         heard = alternating(targets, plan.requests)
     return {name: load.summary(each) for name, each in heard.items()}
 
