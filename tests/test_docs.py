@@ -113,9 +113,6 @@ def check_torchrun(arguments: list[str]) -> None:
     check_cram(rest)
 
 
-    "torchrun": check_torchrun,
-
-
 def check_curl(arguments: list[str]) -> None:
     """The server has the route and understands the body."""
     pytest.importorskip("starlette", reason="the server needs the extra `serve`")
