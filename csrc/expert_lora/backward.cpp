@@ -234,8 +234,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
     Tensor gates, double scale, int64_t tail, int64_t dropped, int64_t row_word, int64_t pair_word, bool need_x,
     bool need_gates, bool need_a, bool need_b) {
   const Layer layer(a, bt, owner, gates, scale);
-  const Tensor dy = dense(dy_in), z = dense(z_in);
+  const Tensor dy = dense(dy_in), z = dense(checked(z_in, 2, "z"));
   const int64_t tokens = tokens_of(dy), trained = layer.rows - tail;
+  layer.check_base(dy, layer.d_out, weight, std::nullopt);
+  STD_TORCH_CHECK(0 <= tail && tail <= layer.rows, "tail must lie in [0, ", layer.rows, "], got ", tail);
+  STD_TORCH_CHECK(
+      z.size(0) == tokens && z.size(1) <= layer.rows && z.size(1) >= (need_gates ? layer.rows : need_b ? trained : 0),
+      "z must be [T, rows from the first that is read], got ", z.size(1), " columns");
   const Gradients to{
       need_x ? dense(base_gradient(dy, weight)) : empty(0, 0, dy.scalar_type()),
       empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
@@ -246,7 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
     return {to.x, to.gates, to.a, to.b};
   }
   const Tensor x = x_in ? dense(*x_in) : dy;
-  STD_TORCH_CHECK(!need_a || (x_in && tokens_of(x) == tokens), "the gradient of a must be given x [T, D_in]");
+  STD_TORCH_CHECK(
+      !need_a || (x_in && tokens_of(x) == tokens && x.size(x.dim() - 1) == layer.d_in),
+      "the gradient of a must be given x [T, D_in]");
   const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
   const Needs need{need_x, need_gates, need_a, need_b};
   Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to).run();

@@ -157,11 +157,11 @@ std::vector<Tensor> forward(
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     const auto& [weight, bias] = bases[i];
+    layer.check_base(x, layer.d_in, weight, bias);
     const bool few = is_few(x, weight, bias);
     made.push_back(few ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias)));
     if (!tokens || !(few || layer.rows)) continue;
     const Matrix to = matrix(made.back(), "y");
-    STD_TORCH_CHECK(from.stride == layer.d_in && to.stride == layer.d_out, "x and weight must fit a and bt");
     const Operands operands{
         from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to, few ? matrix(weight, "weight") : none,
         few && bias ? matrix(*bias, "bias") : none, z ? matrix(*z, "z") : none};
@@ -198,6 +198,7 @@ std::tuple<Tensor, Tensor> packed_expert_lora_forward(
     Tensor x_in, Tensor weight, std::optional<Tensor> bias, Tensor a, Tensor bt, Tensor owner, Tensor gates,
     double scale, int64_t first, int64_t dropped, int64_t row_word, int64_t pair_word) {
   const Layer layer(a, bt, owner, gates, scale);
+  STD_TORCH_CHECK(0 <= first && first <= layer.rows, "first must lie in [0, ", layer.rows, "], got ", first);
   const Tensor x = dense(x_in), z = empty(tokens_of(x), layer.rows - first, x.scalar_type());
   const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
   const Keep* const drop = keep ? &*keep : nullptr;

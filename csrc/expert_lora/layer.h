@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 namespace cram {
@@ -84,8 +85,9 @@ inline Tensor dense(const Tensor& tensor) {
 }
 
 inline int64_t tokens_of(const Tensor& x) {
-  const int64_t width = x.size(x.dim() - 1);
-  return width ? x.numel() / width : 0;
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) tokens *= x.size(d);
+  return tokens;
 }
 
 // Uninitialised. `new_empty` would go through the dispatcher, at a microsecond each.
@@ -154,6 +156,11 @@ struct Factors {
   }
 };
 
+inline const Tensor& checked(const Tensor& tensor, int64_t dimensions, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions, name, " must have ", dimensions, " dimensions, got ", tensor.dim());
+  return tensor;
+}
+
 // What every pass is given, contiguous. A row of Bt belongs to a row of A; with a shared A, to that of its place in its
 // expert.
 struct Layer {
@@ -162,12 +169,26 @@ struct Layer {
   double scale;
 
   Layer(const Tensor& a_in, const Tensor& bt_in, const Tensor& owner, const Tensor& gates_in, double scale)
-      : a(dense(a_in)), bt(dense(bt_in)), gates(dense(gates_in)), owner(owner), d_in(a.size(1)), d_out(bt.size(1)),
-        rows(bt.size(0)), a_rows(a.size(0)), scale(scale) {
+      : a(dense(checked(a_in, 2, "a"))), bt(dense(checked(bt_in, 2, "bt"))),
+        gates(dense(checked(gates_in, 2, "gates"))), owner(owner), d_in(a.size(1)), d_out(bt.size(1)), rows(bt.size(0)), a_rows(a.size(0)), scale(scale) {
     STD_TORCH_CHECK(
         owner.scalar_type() == ScalarType::Long && owner.is_contiguous() && owner.numel() == rows &&
-            gates.dim() == 2 && (a_rows == rows || (a_rows && rows == a_rows * gates.size(1))),
+            (a_rows == rows || (a_rows && rows == a_rows * gates.size(1))),
         "a, bt and owner must have as many rows, or a those of each of the E experts, and gates must be [S, E]");
+    const int64_t* of_row = static_cast<const int64_t*>(owner.const_data_ptr());
+    uint64_t last = 0;
+    for (int64_t r = 0; r < rows; ++r) last = std::max(last, static_cast<uint64_t>(of_row[r]));
+    STD_TORCH_CHECK(
+        !rows || last < static_cast<uint64_t>(gates.size(1)),
+        "owner must name columns of gates [S, ", gates.size(1), "], got ", static_cast<int64_t>(last));
+  }
+
+  // Raises where a linear or what it reads or writes does not have this layer's widths.
+  void check_base(const Tensor& x, int64_t width, const Tensor& weight, const std::optional<Tensor>& bias) const {
+    STD_TORCH_CHECK(
+        x.dim() && x.size(x.dim() - 1) == width && weight.dim() == 2 && weight.size(0) == d_out &&
+            weight.size(1) == d_in && (!bias || (bias->dim() == 1 && bias->size(0) == d_out)),
+        "x, weight and bias must fit a [R, ", d_in, "] and bt [R, ", d_out, "]");
   }
 
   bool shared() const { return a_rows != rows; }

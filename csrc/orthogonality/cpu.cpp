@@ -88,8 +88,8 @@ template <int Lanes>
 CRAM_INLINE void module_penalty(
     const Request& request, const Module& m, double scale, double* loss, const Output& out, Scratch& s) {
   const int64_t batch = m.batch, rank = m.rank, width = m.width;
-  const float* hidden = request.mask ? pool(m, request.mask, request.tokens, s.hidden)
-                                     : widen(m.hidden, batch * m.d_in, s.hidden);
+  const float* hidden = request.masked ? pool(m, request.mask, request.tokens, s.hidden)
+                                       : widen(m.hidden, batch * m.d_in, s.hidden);
   const float* a = widen(m.a, rank * m.d_in, s.a);
   const float* bt = widen(m.bt, rank * m.d_out, s.bt);
   const float* basis = widen(m.basis, width * m.d_out, s.basis);

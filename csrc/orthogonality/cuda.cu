@@ -344,7 +344,7 @@ void launch(
     batch = std::max(batch, table.modules[i].batch);
   }
   const int deepest = std::max(depth_in, depth_out), all = static_cast<int>(request.modules.size());
-  const bool masked = request.mask != nullptr;
+  const bool masked = request.masked;
   if (masked) {
     pool<<<dim3(blocks(depth_in, 4 * kPool), batch, count), kPool, 0, stream>>>(
         table, request.mask, request.tokens, workspace);
@@ -398,7 +398,7 @@ Result orthogonality_penalty(
   int64_t floats = blocks(static_cast<int>(2 * total), 4) * 4;  // the losses of all modules come first, in double
   for (const Module& m : request.modules) {
     entries.push_back(entry_of(m, floats));
-    floats = (places(entries.back(), request.mask != nullptr).end + 3) / 4 * 4;
+    floats = (places(entries.back(), request.masked).end + 3) / 4 * 4;
   }
   // Freed on return: the caching allocator hands it out again only to later work of this stream.
   const Tensor memory = values(gamma, floats);

@@ -45,7 +45,8 @@ struct Request {
   std::vector<Module> modules;
   std::vector<Tensor> kept;  // contiguous copies that the records point into
   const float* gamma;
-  const bool* mask;  // [B, T], or null if hidden is pooled
+  bool masked;       // whether hidden are tokens; an empty mask has no address
+  const bool* mask;  // [B, T] if masked
   int32_t tokens;
   int64_t samples, inputs, row_ins, row_outs;  // totals
 };
@@ -132,6 +133,7 @@ inline Request read_request(
       weights.type == Type::float32 && gamma.numel() == request.samples,
       "gamma must be float32 with one value a sample of each module, ", request.samples, ", got ", gamma.numel());
   request.gamma = static_cast<const float*>(weights.data);
+  request.masked = mask.has_value();
   if (mask) {
     int32_t dtype = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mask->get(), &dtype));
