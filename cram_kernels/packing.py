@@ -50,7 +50,7 @@ class PackedExperts(nn.Module):
         offsets: E + 1 row offsets.
 
     Raises:
-        ValueError: Shapes, dtypes, ranks or `trained` do not fit together.
+        ValueError: Shapes, dtypes, ranks or `trained` do not fit together, or a width is 0.
     """
 
     a: Tensor
@@ -87,6 +87,7 @@ class PackedExperts(nn.Module):
         tail_a, tail_b = self._trained_rows()
         self.trained_a = nn.Parameter(tail_a) if trained else None
         self.trained_b = nn.Parameter(tail_b) if trained else None
+        self._checked: tuple[Tensor | None, int] = (None, 0)
 
     @classmethod
     def empty(
@@ -224,6 +225,30 @@ class PackedExperts(nn.Module):
         self.offsets = (*self.offsets, rows.stop)
         return self.num_experts - 1
 
+    def check_rows(self) -> None:
+        """Raise ValueError where `expert_of_row` names a column that gates do not have.
+
+        The values are read after a change alone, and on CPUs alone: elsewhere they would be waited for.
+        """
+        owners = self.expert_of_row
+        # Inference tensors do not count their changes.
+        version = -1 if owners.is_inference() else owners._version
+        if self._checked[0] is owners and self._checked[1] == version >= 0:
+            return
+        rows = self.bt.shape[:1]
+        if owners.shape != rows or owners.dtype != torch.int64 or owners.device != self.bt.device:
+            raise ValueError(
+                f"expert_of_row must be int64 {list(rows)} on {self.bt.device}, "
+                f"got {owners.dtype} {list(owners.shape)} on {owners.device}"
+            )
+        if owners.is_cpu and owners.numel():
+            low, high = (int(value) for value in torch.aminmax(owners))
+            if low < 0 or high >= self.gate_columns:
+                raise ValueError(
+                    f"expert_of_row must lie in [0, {self.gate_columns}), got values from {low} to {high}"
+                )
+        self._checked = (owners, version)
+
     def extra_repr(self) -> str:
         """Show what the pack holds."""
         return (
@@ -334,6 +359,8 @@ def _check_storage(
         raise ValueError(
             f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
         )
+    if not (a.shape[1] and bt.shape[1]):
+        raise ValueError(f"D_in and D_out must be at least 1, got {a.shape[1]} and {bt.shape[1]}")
     if a.dtype != bt.dtype or a.device != bt.device:
         raise ValueError(
             f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"

@@ -145,6 +145,8 @@ def check_base(
     if bias is not None and (bias.shape != (d_out,) or bias.dtype != weight.dtype):
         raise ValueError(f"bias must be {weight.dtype} [{d_out}], got {bias.dtype} {list(bias.shape)}")
     check_devices(x.device, weight=weight, bias=bias, experts=buffers["bt"])
+    if not torch.compiler.is_compiling():
+        experts.check_rows()
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cram_kernels import dropout_mask, expert_lora
-from cram_kernels.expert_lora.dropout import keep_scale
+from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale
 from cram_kernels.testing import GATINGS, layer_inputs, layer_oracle, run_layer
 
 
@@ -33,6 +33,12 @@ def test_scheme(seed: int) -> None:
     """The bits are a contract: other implementations must draw the same mask."""
     expected = [[scalar_keep(seed, row, col, 1 << 14) for col in range(9)] for row in range(20)]
     assert dropout_mask(seed, 20, 9, 0.25).tolist() == expected
+
+
+def test_a_probability_is_rounded_to_the_nearest_lane_and_keeps_one() -> None:
+    assert dropped_lanes(0.05) == 3277 and dropped_lanes(0.1) == 6554 and dropped_lanes(0.0) == 0
+    assert dropped_lanes(1 - 1e-9) == 2**16 - 1
+    assert keep_scale(0.05) == 2**16 / (2**16 - 3277)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])

@@ -222,3 +222,9 @@ def test_room_refusals() -> None:
         PackedExperts(grown.a, grown.bt, (3,), 1.0, trained=1, gate_columns=2)
     with pytest.raises(ValueError, match="gate_columns must be at least 2, got 1"):
         PackedExperts(grown.a, grown.bt, (8, 8), 1.0, gate_columns=1)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 3), (3, 0)])
+def test_a_pack_without_a_width_is_refused(d_in: int, d_out: int) -> None:
+    with pytest.raises(ValueError, match=rf"D_in and D_out must be at least 1, got {d_in} and {d_out}"):
+        PackedExperts(torch.zeros(2, d_in), torch.zeros(2, d_out), [2], 1.0)

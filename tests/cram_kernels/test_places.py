@@ -99,6 +99,44 @@ def test_layer_refuses_dtype_and_range(call: str, impl: str) -> None:
             CALLS[call](impl, segments=segments)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("call", CALLS)
+def test_layer_refuses_rows_of_experts_that_are_not_there(call: str, impl: str) -> None:
+    """Also after a call that found them right; what is changed back is right again."""
+    available(layer_api.OP, impl)
+    experts = layer()["experts"]
+    expected = CALLS[call](impl, experts=experts)
+    for value in (4, -1, 2**62):
+        kept = int(experts.expert_of_row[5])
+        experts.expert_of_row[5] = value
+        with pytest.raises(
+            ValueError, match=rf"expert_of_row must lie in \[0, 4\), got values from .*{value}"
+        ):
+            CALLS[call](impl, experts=experts)
+        experts.expert_of_row[5] = kept
+        torch.testing.assert_close(CALLS[call](impl, experts=experts), expected)
+    for wrong in (experts.expert_of_row[1:], experts.expert_of_row.int(), experts.expert_of_row.to(META)):
+        experts.expert_of_row = wrong
+        with pytest.raises(ValueError, match=r"expert_of_row must be int64 \[20\] on cpu, got "):
+            CALLS[call](impl, experts=experts)
+
+
+def test_rows_of_experts_are_read_after_a_change_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda tensor: read.append(tensor) or real(tensor))
+    experts = layer()["experts"]
+    for _ in range(3):
+        run_layer("cpu", experts=experts, segments=None)
+    assert len(read) == 1
+    with torch.inference_mode():
+        inferred = PackedExperts(experts.a, experts.bt, experts.ranks, 2.0)
+        run_layer("cpu", experts=inferred, segments=None)
+        inferred.expert_of_row[0] = 9
+        with pytest.raises(ValueError, match="expert_of_row must lie in"):
+            run_layer("cpu", experts=inferred, segments=None)
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["centroids", "members"])
 def test_gates_refuse_another_device(name: str, impl: str) -> None:
