@@ -1,10 +1,13 @@
 """The records of a run folder, read with suspicion: every key and type is checked before use.
 
-A fault is a ValueError of one line that names the file.
+A record of a training or of a result carries the sha256 of its own values, so that damage which leaves it a
+record is noticed too. A fault is a ValueError of one line that names the file.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +30,7 @@ RESULT_FIELDS: Fields = {"accuracies": list, "seconds": NUMBER, "routing": dict}
 ROUTING_FIELDS: Fields = {"group_accuracy": NUMBER, "expert_accuracy": NUMBER, "mean_gates": dict}
 # Of which training and bundle a result tells: sha256 of their files.
 OWNERS = ("training", "bundle")
+SEAL = "sha256"
 
 
 def run_record(file: Path, version: int) -> dict[str, Any]:
@@ -53,15 +57,35 @@ def run_record(file: Path, version: int) -> dict[str, Any]:
     return run
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the sha256 of its values."""
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    return {**record, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _unsealed(record: Any) -> tuple[Any, Any]:
+    """A record without its sha256, and that; records of earlier versions have none."""
+    if not isinstance(record, dict) or SEAL not in record:
+        return record, None
+    return {name: value for name, value in record.items() if name != SEAL}, record[SEAL]
+
+
+def _check_seal(record: dict[str, Any], seal: Any, file: Path) -> None:
+    if seal is not None and seal != sealed(record)[SEAL]:
+        raise ValueError(f"{file} must hold the values that were written, got others than its {SEAL} tells")
+
+
 def training_record(file: Path) -> dict[str, Any]:
     """`training.json`: seconds and loss.
 
     Raises:
-        ValueError: If a number is missing, negative seconds, or not finite.
+        ValueError: If a number is missing, negative seconds, not finite, or not the one that was written.
     """
-    record = _fields(read_json(file, MAX_RECORD_BYTES), TRAINING_FIELDS, str(file))
+    record, seal = _unsealed(read_json(file, MAX_RECORD_BYTES))
+    _fields(record, TRAINING_FIELDS, str(file))
     _number(record["seconds"], f"{file}: seconds", 0, math.inf)
     _number(record["loss"], f"{file}: loss", -math.inf, math.inf)
+    _check_seal(record, seal, file)
     return record
 
 
@@ -74,10 +98,10 @@ def result_record(file: Path, tasks: list[str], owners: Mapping[str, str]) -> di
         owners: sha256 of the training and the bundle that it must tell of.
 
     Raises:
-        ValueError: If a part is missing or of another type, an accuracy is no percentage, or the result
-            belongs to another training or bundle.
+        ValueError: If a part is missing, of another type or not the one that was written, an accuracy is no
+            percentage, or the result belongs to another training or bundle.
     """
-    record = read_json(file, MAX_RECORD_BYTES)
+    record, seal = _unsealed(read_json(file, MAX_RECORD_BYTES))
     # Results without owners are those of earlier versions.
     own = {"of": dict} if isinstance(record, dict) and "of" in record else {}
     record = _fields(record, {**RESULT_FIELDS, **own}, str(file))
@@ -98,6 +122,7 @@ def result_record(file: Path, tasks: list[str], owners: Mapping[str, str]) -> di
             _number(routing[name], f"{where}: {name}", 0, 100)
         for expert, gate in routing["mean_gates"].items():
             _number(gate, f"{where}: gate of {expert!r:.100}", -math.inf, math.inf)
+    _check_seal(record, seal, file)
     return record
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json, write_text
 from cram.bundle.format import MANIFEST, read_description
-from cram.bundle.records import OWNERS, result_record, training_record
+from cram.bundle.records import OWNERS, result_record, sealed, training_record
 from cram.bundle.runs import RUN, RUN_FORMAT, read_run
 from cram.config import read_config
 from cram.methods import Method
@@ -161,7 +161,7 @@ class RunFolder:
     def write_training(self, index: int, seconds: float, loss: float) -> None:
         """Record a training. The bundle, written next, commits the training."""
         self.task(index).mkdir(parents=True, exist_ok=True)
-        write_json(self.task(index) / TRAINING, {"seconds": seconds, "loss": loss})
+        write_json(self.task(index) / TRAINING, sealed({"seconds": seconds, "loss": loss}))
 
     def training(self, index: int) -> dict[str, Any]:
         """A task's seconds and loss; ValueError or OSError where the record is damaged."""
@@ -173,7 +173,7 @@ class RunFolder:
 
     def write_result(self, index: int, result: dict[str, Any]) -> None:
         """Write a task's result, which finishes the task."""
-        write_json(self.task(index) / RESULT, {**result, "of": self._owners(index)})
+        write_json(self.task(index) / RESULT, sealed({**result, "of": self._owners(index)}))
 
     def result(self, index: int) -> dict[str, Any]:
         """A finished task's accuracies, seconds and routing.

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from cram import cli
-from cram.atomic import LOCK, locked, read_json
+from cram.atomic import LOCK, locked, read_json, write_json
+from cram.bundle.records import sealed
 from cram.bundle.runs import newest_bundle, read_run
 from cram.learning.run_folder import RunFolder
 from tests.cram import runs
@@ -85,6 +86,18 @@ def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
         data = read_json(run / name)
         changed = change(data)
         (run / name).write_text(json.dumps(data if changed is None else changed))
+
+    return apply
+
+
+def rewrite(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Writes a changed record as the package would write it."""
+
+    def apply(run: Path) -> None:
+        data = read_json(run / name)
+        del data["sha256"]
+        change(data)
+        write_json(run / name, sealed(data))
 
     return apply
 
@@ -169,14 +182,33 @@ EARLIER: dict[str, tuple[Callable[[Path], None], str]] = {
         "seconds must be a int or",
     ),
     "no training": (lambda run: (run / FIRST / "training.json").unlink(), "training.json"),
+    "another accuracy": (
+        edit(f"{FIRST}/result.json", lambda d: d.update(accuracies=[33.0])),
+        r"result\.json must hold the values that were written, got others than its sha256 tells",
+    ),
+    "another loss": (
+        edit(f"{FIRST}/training.json", lambda d: d.update(loss=1.5)),
+        r"training\.json must hold the values that were written",
+    ),
+    "a sha256 of text": (
+        edit(f"{FIRST}/training.json", lambda d: d.update(sha256="0")),
+        r"training\.json must hold the values that were written",
+    ),
     "another training": (
-        edit(f"{FIRST}/training.json", lambda d: d.update(seconds=d["seconds"] + 1)),
+        rewrite(f"{FIRST}/training.json", lambda d: d.update(seconds=d["seconds"] + 1)),
         r"must belong to the files beside it, got the result of another \['training'\]",
     ),
     "bundles swapped": (swap, r"must belong to the files beside it, got the result of another \['bundle'\]"),
     "no bundle": (lambda run: shutil.rmtree(run / FIRST / "bundle"), "01-colour must be whole"),
     "no result": (lambda run: (run / FIRST / "result.json").unlink(), "01-colour must be whole"),
 }
+
+
+def test_records_of_earlier_versions_have_no_sha256(run: Path) -> None:
+    for name in ("training", "result"):
+        edit(f"{FIRST}/{name}.json", lambda d: d.pop("sha256") and None)(run)
+    edit(f"{FIRST}/result.json", lambda d: d.pop("of") and None)(run)
+    RunFolder(run, runs.two_tasks()).check_earlier()
 
 
 @pytest.mark.parametrize("name", EARLIER)
