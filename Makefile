@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint versions bench gpu headers clean
+.PHONY: demo test lint versions bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -34,6 +34,14 @@ gpu:
 # What the slow tests of csrc/ compile against; two wheels of about 550 MB, of which the headers are kept.
 headers: .venv/.installed-dev
 	@$(BIN)/python -m tests.csrc.torch_headers 2.11.0 newest
+
+# The CPU library with the address and undefined-behaviour sanitizers, under its tests and 3,000 random calls.
+sanitize: .venv/.installed-dev
+	@$(BIN)/python -m tests.csrc.sanitized
+
+# Break the sources in one place at a time and count what the tests notice; hours, goes on where it was stopped.
+mutants: .venv/.installed-dev
+	@$(BIN)/python -m benchmarks mutants
 
 clean:
 	@rm -rf .venv runs build dist *.egg-info cram_kernels/*.so cram_kernels/native.json .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
