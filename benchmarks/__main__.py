@@ -18,6 +18,7 @@ PROGRAMS = {
     "libraries": "see to the native libraries of this checkout",
     "loading": "time and memory of loading a bundle, by its experts",
     "methods": "the adapted layer of every method against CRAM's",
+    "mutants": "break the sources in one place at a time, and count how often the tests notice",
     "penalty": "the orthogonality penalty of a whole model against the loops it replaces",
     "predictions": "what was predicted for an H200, and which predictions held in the results of a folder",
     "prepare": "make the kit that the GPU command brings along: libraries and compiled kernels",

@@ -1,0 +1,146 @@
+"""One mutant in a process of its own, forked from one that has imported everything slow."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+# Imported once, before the first child; nothing of this repository is among them.
+SLOW = ("torch", "transformers", "peft", "pytest", "safetensors.torch", "PIL.Image", "yaml", "tokenizers")
+# pytest's exit codes.
+PASSED, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the tests of a mutant ended.
+
+    Attributes:
+        status: "survived", "killed" (a test failed), "broken" (the module does not even load) or "slow" (over
+            the limit).
+        seconds: How long it took.
+        said: The first failed test, if there is one.
+    """
+
+    status: str
+    seconds: float
+    said: str
+
+    @property
+    def noticed(self) -> bool:
+        """Whether the tests tell the mutant from the source."""
+        return self.status != "survived"
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a module under its own path from another text, which a traceback shows."""
+
+    def __init__(self, name: str, path: str, changed: Path) -> None:
+        super().__init__(name, path)
+        self.changed = changed
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.changed.read_text(encoding="utf-8"), str(self.changed), "exec")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, source: Path, changed: Path) -> None:
+        self.name, self.source, self.changed = name, source, changed
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        loader = _Loader(fullname, str(self.source), self.changed)
+        search = [str(self.source.parent)] if self.source.name == "__init__.py" else None
+        return importlib.util.spec_from_file_location(
+            fullname, self.source, loader=loader, submodule_search_locations=search
+        )
+
+
+def prepare() -> None:
+    """Import what every child needs."""
+    for name in SLOW:
+        importlib.import_module(name)
+    sys.dont_write_bytecode = True
+
+
+def module_name(source: str) -> str:
+    """The dotted name of a source file."""
+    return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch: Path) -> Verdict:
+    """Run tests against a changed source.
+
+    Args:
+        source: Path of the source below the repository.
+        text: Its changed text.
+        tests: Test files; they run in this order until one test fails.
+        limit_s: A run that takes longer has noticed something.
+        scratch: An existing folder for the changed text and the tests' output.
+    """
+    changed, log = scratch / Path(source).name, scratch / "log"
+    changed.write_text(text, encoding="utf-8")
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        _be_child(source, changed, tests, log)
+    status = _wait(child, started + limit_s)
+    seconds = time.monotonic() - started
+    output = log.read_text(encoding="utf-8", errors="replace")
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    said = failed[0][:200] if failed else output.strip().splitlines()[-1][:200] if output.strip() else ""
+    if status is None:
+        return Verdict("slow", seconds, "")
+    kind = {PASSED: "survived", FAILED: "killed"}.get(os.waitstatus_to_exitcode(status), "broken")
+    return Verdict(kind, seconds, "" if kind == "survived" else said)
+
+
+def _be_child(source: str, changed: Path, tests: Sequence[str], log: Path) -> None:
+    """Run the tests and end the process."""
+    code = 2
+    try:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(ROOT)
+        sys.path.insert(0, str(ROOT))
+        sys.meta_path.insert(0, _Finder(module_name(source), ROOT / source, changed))
+        import pytest
+
+        words = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE"]
+        # Plugins are among what the parent has imported.
+        words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*words, f"--basetemp={log.parent / 'tmp'}", *tests]))
+    finally:
+        if (error := sys.exception()) is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int, until: float) -> int | None:
+    """The child's status, or None if it had to be ended."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None

@@ -1,0 +1,176 @@
+"""Which sources are mutated, which tests must notice, and what has been found: one JSON line per mutant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.mutation.equivalents import EQUIVALENTS
+from benchmarks.mutation.operators import Mutant, mutants_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# Sources that have other tests than the file of the same name; quick tests first.
+TESTS: dict[str, tuple[str, ...]] = {
+    "cram/routing/query.py": ("routing/test_router.py", "model/test_two_forwards.py"),
+    "cram/routing/prompts.py": ("routing/test_router.py", "model/test_generate.py", "model/test_hooks.py"),
+    "cram/routing/means.py": ("routing/test_router.py", "routing/test_groups.py"),
+    "cram/routing/router.py": ("routing/test_router.py", "routing/test_groups.py", "methods/test_base.py"),
+    "cram/methods/cram.py": ("methods/test_base.py", "routing/test_router.py", "learning/test_learner.py"),
+    "cram/methods/isolated.py": ("methods/test_base.py",),
+    "cram/methods/sequential.py": ("methods/test_base.py",),
+    "cram/methods/parts/grouped.py": ("methods/test_base.py", "routing/test_router.py"),
+    "cram/methods/parts/warm_up.py": ("methods/test_base.py", "learning/test_learner.py"),
+    "cram/methods/parts/penalty.py": (
+        "methods/parts/test_penalty.py",
+        "methods/parts/test_penalty_terms.py",
+    ),
+    "cram/model/attached.py": ("test_attach.py", "model/test_linear.py", "methods/test_base.py"),
+    "cram/model/factors.py": ("model/test_linear.py", "test_attach.py"),
+    "cram/model/state.py": ("model/test_two_forwards.py", "model/test_hooks.py", "model/test_gating.py"),
+    "cram/model/override.py": ("model/test_sample_gates.py", "model/test_hooks.py", "test_attach.py"),
+    "cram/bundle/bundle.py": (
+        "bundle/test_cost.py",
+        "bundle/test_bundle.py",
+        "bundle/test_bundle_method.py",
+        "bundle/test_older_formats.py",
+    ),
+    "cram/bundle/format.py": (
+        "bundle/test_cost.py",
+        "bundle/test_bundle.py",
+        "bundle/test_bundle_method.py",
+        "bundle/test_older_formats.py",
+    ),
+    "cram/bundle/packs.py": ("bundle/test_cost.py", "bundle/test_bundle.py", "bundle/test_older_formats.py"),
+    "cram/bundle/tensors.py": ("bundle/test_cost.py", "bundle/test_bundle.py"),
+    "cram/bundle/peft_folder.py": ("bundle/test_cost.py", "bundle/test_bundle.py"),
+    "cram/bundle/records.py": ("learning/test_run_folder.py",),
+    "cram/bundle/runs.py": ("learning/test_run_folder.py",),
+    "cram/atomic.py": ("bundle/test_bundle.py", "learning/test_run_folder.py"),
+    "cram/learning/run_folder.py": ("learning/test_run_folder.py", "learning/test_learner.py"),
+    "cram/learning/evaluate.py": ("learning/test_learner.py", "test_cli.py"),
+    "cram/learning/answers.py": ("learning/test_learner.py",),
+    "cram/learning/batch_route.py": ("learning/test_learner.py",),
+    "cram/learning/training.py": ("learning/test_learner.py",),
+    "cram/compare/board.py": ("compare/test_comparison.py",),
+    "cram/scoring/captions.py": ("scoring/test_scorers.py",),
+    "cram/scoring/published.py": ("scoring/test_scorers.py", "report/test_comparison.py"),
+}
+KERNELS = "tests/cram_kernels"
+KERNEL_TESTS: dict[str, tuple[str, ...]] = {
+    "cram_kernels/packing.py": ("test_packing.py", "test_expert_lora_rules.py", "test_shared_a.py"),
+    "cram_kernels/dispatch.py": ("test_dispatch.py", "test_places.py"),
+    "cram_kernels/expert_lora/api.py": ("test_places.py", "test_expert_lora_rules.py", "test_expert_lora.py"),
+    "cram_kernels/expert_lora/reference.py": ("test_expert_lora.py", "test_expert_lora_rules.py"),
+    "cram_kernels/expert_lora/cpu.py": (
+        "test_expert_lora.py",
+        "test_expert_lora_rules.py",
+        "test_shared_a.py",
+    ),
+    "cram_kernels/expert_lora/native.py": ("test_expert_lora_native.py", "test_shared_a.py"),
+    "cram_kernels/expert_lora/outputs.py": ("test_expert_lora_rules.py", "test_stacked.py"),
+    "cram_kernels/expert_lora/dropout.py": ("test_dropout.py",),
+    "cram_kernels/expert_lora/stacked.py": ("test_stacked.py", "test_places.py"),
+    "cram_kernels/expert_lora/routed.py": ("test_routed.py", "test_places.py"),
+    "cram_kernels/expert_lora/tiles.py": ("test_expert_lora_triton_rules.py", "test_places.py"),
+    "cram_kernels/centroid_gates/api.py": ("test_centroid_gates.py", "test_places.py"),
+    "cram_kernels/centroid_gates/reference.py": ("test_centroid_gates.py",),
+    "cram_kernels/orthogonality/api.py": ("test_orthogonality.py", "test_places.py"),
+    "cram_kernels/orthogonality/basis.py": ("test_orthogonality_basis.py",),
+    "cram_kernels/orthogonality/cpu.py": ("test_orthogonality.py",),
+    "cram_kernels/orthogonality/native.py": ("test_orthogonality_native.py",),
+    "cram_kernels/orthogonality/pooling.py": ("test_orthogonality.py",),
+    "cram_kernels/orthogonality/reference.py": ("test_orthogonality.py",),
+}
+# Rooms that decide no answer, or whose tests start servers and processes.
+LEFT_OUT = ("cram/serve/", "cram/report/", "cram/commands/", "cram/base/", "cram/streams/builtin/")
+
+
+def tests_of(source: str) -> list[str]:
+    """The test files that must notice a change of a source; empty if there are none."""
+    if source in KERNEL_TESTS:
+        return [f"{KERNELS}/{name}" for name in KERNEL_TESTS[source]]
+    if source in TESTS:
+        return [f"tests/cram/{name}" for name in TESTS[source]]
+    path = Path(source)
+    mirrored = Path("tests") / path.parent / f"test_{path.name}"
+    return [mirrored.as_posix()] if (ROOT / mirrored).is_file() else []
+
+
+def sources() -> list[str]:
+    """Every source with tests."""
+    found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "cram").rglob("*.py"))]
+    return [*(each for each in found if not each.startswith(LEFT_OUT) and tests_of(each)), *KERNEL_TESTS]
+
+
+def draw(source: str, count: int, seed: int) -> list[Mutant]:
+    """So many mutants of a source, drawn from a seed; all of them if there are no more."""
+    found = mutants_of(source, (ROOT / source).read_text(encoding="utf-8"))
+    random = Random(f"{seed}/{source}")
+    return sorted(random.sample(found, min(count, len(found))), key=lambda each: each.index)
+
+
+def digest(source: str) -> str:
+    """Of a source and its tests: a verdict holds for as long as they stay."""
+    found = hashlib.sha256()
+    for path in (source, *tests_of(source)):
+        found.update((ROOT / path).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a line that a killed process left unfinished is no verdict."""
+    if not log.is_file():
+        return []
+    whole = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+    return [json.loads(line) for line in whole]
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last verdict on each mutant."""
+    return list({row["name"]: row for row in rows}.values())
+
+
+def package_of(source: str) -> str:
+    """The folder of a source, which the table counts by."""
+    return Path(source).parent.as_posix()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table by package, and the survivors below it."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        equal = row["status"] == "survived" and row["name"] in EQUIVALENTS
+        counts.setdefault(package_of(row["source"]), Counter())["equivalent" if equal else row["status"]] += 1
+    body = [_row(name, count) for name, count in sorted(counts.items())]
+    total = sum(counts.values(), Counter())
+    header = ("package", "mutants", "equivalent", "noticed", "survived", "share noticed")
+    lost = [row for row in rows if row["status"] == "survived" and row["name"] not in EQUIVALENTS]
+    equal = [row for row in rows if row["status"] == "survived" and row["name"] in EQUIVALENTS]
+    return [
+        *table(header, [*body, _row("all", total)]),
+        *([""] if lost else []),
+        *(
+            f"- survived: `{row['source']}:{row['line']}` {row['scope']}: `{row['before']}` became "
+            f"`{row['after']}`"
+            for row in lost
+        ),
+        *([""] if equal else []),
+        *(
+            f"- equivalent: `{row['source']}` {row['scope']}: `{row['before']}` became `{row['after']}`: "
+            f"{EQUIVALENTS[row['name']]}"
+            for row in equal
+        ),
+    ]
+
+
+def _row(name: str, count: Counter[str]) -> tuple[str, ...]:
+    equal, lost = count["equivalent"], count["survived"]
+    noticed = count.total() - equal - lost
+    share = f"{100 * noticed / (noticed + lost):.1f} %" if noticed + lost else ""
+    return name, str(count.total()), str(equal), str(noticed), str(lost), share

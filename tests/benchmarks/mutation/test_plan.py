@@ -1,0 +1,78 @@
+"""The plan of mutants: sources with tests, a draw from a seed, a log that goes on, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.mutation import plan
+from benchmarks.mutation.equivalents import EQUIVALENTS
+from benchmarks.programs import mutants
+
+
+def test_every_source_and_test_of_the_plan_is_there() -> None:
+    found = plan.sources()
+    assert len(found) == len(set(found)) > 60
+    for source in found:
+        assert (plan.ROOT / source).is_file() and plan.tests_of(source)
+        assert all((plan.ROOT / test).is_file() for test in plan.tests_of(source)), source
+    assert set(plan.TESTS) | set(plan.KERNEL_TESTS) <= set(found)
+
+
+def test_a_draw_depends_on_the_seed_alone() -> None:
+    source = "cram/bundle/runs.py"
+    one, again, other = (plan.draw(source, 5, seed) for seed in (1, 1, 2))
+    assert one == again != other and len(one) == 5
+    assert len(plan.draw(source, 10_000, 1)) == len({each.name for each in plan.draw(source, 10_000, 2)})
+
+
+def test_every_equivalent_is_a_mutant_and_has_a_reason() -> None:
+    known: dict[str, set[str]] = {}
+    for name, reason in EQUIVALENTS.items():
+        source = name.split(" ")[0]
+        known.setdefault(source, {each.name for each in plan.draw(source, 1 << 30, 0)})
+        assert name in known[source], name
+        assert len(reason) > 20
+
+
+def row(source: str, status: str, name: str) -> dict[str, Any]:
+    return {
+        "source": source,
+        "status": status,
+        "name": name,
+        "line": 3,
+        "scope": "f",
+        "before": "a",
+        "after": "b",
+    }
+
+
+def test_the_table_counts_by_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EQUIVALENTS, "same", "there is nothing to see")
+    rows = [
+        *(
+            row("cram/routing/groups.py", status, status)
+            for status in ("killed", "slow", "broken", "survived")
+        ),
+        row("cram/routing/router.py", "survived", "same"),
+        row("cram/bundle/format.py", "killed", "k"),
+    ]
+    text = plan.summary(rows)
+    assert "| cram/routing | 5 | 1 | 3 | 1 | 75.0 % |" in text
+    assert "| all | 6 | 1 | 4 | 1 | 80.0 % |" in text
+    assert sum(line.startswith("- survived") for line in text) == 1
+    assert any(line.endswith("there is nothing to see") for line in text)
+
+
+def test_a_log_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log"
+    lines = [json.dumps(row("cram/x.py", status, "one")) for status in ("survived", "killed")]
+    log.write_text("\n".join([*lines, '{"source": "cra']))
+    assert [each["status"] for each in plan.newest(plan.read(log))] == ["killed"]
+    assert mutants.main(["--table", "--log", str(log)]) == 0
+    log.write_text(lines[0] + "\n")
+    assert mutants.main(["--table", "--log", str(log)]) == 1
+    assert "survived: `cram/x.py:3`" in capsys.readouterr().out
