@@ -17,10 +17,10 @@ from benchmarks.mutation.operators import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parents[2]
 # Sources that have other tests than the file of the same name; quick tests first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "cram/routing/query.py": ("routing/test_router.py", "model/test_two_forwards.py"),
-    "cram/routing/prompts.py": ("routing/test_router.py", "model/test_generate.py", "model/test_hooks.py"),
+    "cram/routing/query.py": ("routing/test_router.py",),
+    "cram/routing/prompts.py": ("model/test_hooks.py",),
     "cram/routing/means.py": ("routing/test_router.py", "routing/test_groups.py"),
-    "cram/routing/router.py": ("routing/test_router.py", "routing/test_groups.py", "methods/test_base.py"),
+    "cram/routing/router.py": ("routing/test_router.py",),
     "cram/methods/cram.py": ("methods/test_base.py", "routing/test_router.py", "learning/test_learner.py"),
     "cram/methods/isolated.py": ("methods/test_base.py",),
     "cram/methods/sequential.py": ("methods/test_base.py",),
@@ -30,9 +30,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "methods/parts/test_penalty.py",
         "methods/parts/test_penalty_terms.py",
     ),
-    "cram/model/attached.py": ("test_attach.py", "model/test_linear.py", "methods/test_base.py"),
+    "cram/model/attached.py": ("test_attach.py", "model/test_linear.py"),
     "cram/model/factors.py": ("model/test_linear.py", "test_attach.py"),
-    "cram/model/state.py": ("model/test_two_forwards.py", "model/test_hooks.py", "model/test_gating.py"),
+    "cram/model/state.py": ("model/test_hooks.py", "model/test_gating.py"),
     "cram/model/override.py": ("model/test_sample_gates.py", "model/test_hooks.py", "test_attach.py"),
     "cram/bundle/bundle.py": (
         "bundle/test_cost.py",

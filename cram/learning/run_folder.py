@@ -24,7 +24,7 @@ from typing import Any
 
 from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json, write_text
 from cram.bundle.format import MANIFEST, read_description
-from cram.bundle.records import OWNERS, result_record, sealed, training_record
+from cram.bundle.records import MAX_RECORD_BYTES, OWNERS, result_record, sealed, training_record
 from cram.bundle.runs import RUN, RUN_FORMAT, read_run
 from cram.config import read_config
 from cram.methods import Method
@@ -188,10 +188,7 @@ class RunFolder:
 
     def _owners(self, index: int) -> dict[str, str]:
         files = (self.task(index) / TRAINING, self.bundle(index) / MANIFEST)
-        return {
-            name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for name, file in zip(OWNERS, files, strict=True)
-        }
+        return {name: _sha256(file) for name, file in zip(OWNERS, files, strict=True)}
 
     def report(self, method: Method, settings: dict[str, Any]) -> Report:
         """Return the report over the finished tasks. The model must be in the state after the last one."""
@@ -227,6 +224,13 @@ class RunFolder:
         return validate_report(
             {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
         )
+
+
+def _sha256(file: Path) -> str:
+    size = file.stat().st_size if file.is_file() else None
+    if size is None or size > MAX_RECORD_BYTES:
+        raise ValueError(f"{file} must be a file of at most {MAX_RECORD_BYTES} bytes, got {size}")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[str]) -> None:

@@ -199,6 +199,10 @@ EARLIER: dict[str, tuple[Callable[[Path], None], str]] = {
         r"must belong to the files beside it, got the result of another \['training'\]",
     ),
     "bundles swapped": (swap, r"must belong to the files beside it, got the result of another \['bundle'\]"),
+    "a huge manifest": (
+        lambda run: os.truncate(run / FIRST / "bundle/manifest.json", 64 << 30),
+        r"manifest\.json must be a file of at most \d+ bytes, got 68719476736",
+    ),
     "no bundle": (lambda run: shutil.rmtree(run / FIRST / "bundle"), "01-colour must be whole"),
     "no result": (lambda run: (run / FIRST / "result.json").unlink(), "01-colour must be whole"),
 }
@@ -241,6 +245,18 @@ def test_the_newest_task_is_tested_or_learnt_again(
     made._shown = True
     report = made.run()
     assert "task 2 is damaged and learnt again" in capsys.readouterr().out
+    assert timeless(report) == timeless(read_json(finished / "report.json"))
+
+
+def test_a_result_without_its_bundle_is_learnt_again_and_said(
+    run: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / SECOND / "bundle")
+    made = runs.learner(run)
+    made._shown = True
+    report = made.run()
+    assert "task 2 has a result without its bundle and is learnt again" in capsys.readouterr().out
+    assert (run / "tasks/damaged-02-letter/result.json").is_file()
     assert timeless(report) == timeless(read_json(finished / "report.json"))
 
 
