@@ -19,7 +19,8 @@ from typing import Any, TypeGuard
 from cram.streams.types import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
-
+# Larger than this is a damaged file; more data come in more tasks.
+MAX_JSON_BYTES = 4 << 30
 
 # What a path can raise: a loop of links, a null byte, half a character, a name that is too long.
 PATH_ERRORS = (OSError, RuntimeError, ValueError)
@@ -32,7 +33,8 @@ class StreamError(ValueError):
 
     def __init__(self, file: Path, row: int | None, field: str, fault: str) -> None:
         place = str(file) if row is None else f"{file}, row {row}"
-        super().__init__(f"{place}, field '{field}': {fault}")
+        # A file's name may hold line breaks.
+        super().__init__(" ".join(f"{place}, field '{field}': {fault}".splitlines()))
 
 
 def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> list[Sample]:
@@ -261,6 +263,8 @@ def _load_json(file: Path) -> Any:
         # Opening a pipe would wait for its writer.
         if file.exists() and not file.is_file():
             raise StreamError(file, None, "(file)", "must be a readable file, got something that is no file")
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise StreamError(file, None, "(file)", f"must have at most {MAX_JSON_BYTES} bytes, got {size}")
         with file.open(encoding="utf-8") as opened:
             return json.load(opened, parse_constant=_refuse_constant)
     except OSError as error:

@@ -5,6 +5,7 @@ Pillow is imported where an image is opened. So `import cram` and streams withou
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 64_000_000
+# Bytes of a picture's file at most: by pixel, and for whatever else it says.
+MAX_PIXEL_BYTES, SPARE_BYTES = 4, 1 << 20
+# Pillow lets through whatever a damaged file makes its readers raise.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -90,18 +95,31 @@ def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) ->
 
     if not isinstance(image, Path):
         return _to_rgb(image)
+    bombs = (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"image {image} must have at most {max_pixels} pixels, got {width} x {height}"
-                )
-            return _to_rgb(opened)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image {image} must have at most {max_pixels} pixels, got: {error}") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {image} must be a readable picture, got: {error}") from error
+        return _read(image, max_pixels)
+    except bombs as error:
+        fault = f"must have at most {max_pixels} pixels, got {error}"
+    except DECODING_ERRORS as error:
+        fault = f"must be a readable picture, got: {error}"
+    raise ValueError(" ".join(f"image {image} {fault}".splitlines()))
+
+
+class _TooLarge(Exception):
+    """What an image has instead of fewer pixels."""
+
+
+def _read(file: Path, max_pixels: int) -> Image.Image:
+    from PIL import Image
+
+    # Some of Pillow's readers read the whole file before they know its picture.
+    if (size := file.stat().st_size) > MAX_PIXEL_BYTES * max_pixels + SPARE_BYTES:
+        raise _TooLarge(f"{size} bytes")
+    with Image.open(file) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
+            raise _TooLarge(f"{width} x {height}")
+        return _to_rgb(opened)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -88,12 +88,14 @@ def _checked(
     hidden: Sequence[Tensor], lists: Sequence[Sequence[Tensor] | Tensor], mask: Tensor | None
 ) -> torch.device:
     """Return the device; raise ValueError where the five lists do not fit together."""
+    if isinstance(gamma := lists[-1], Tensor) and gamma.dim() != 2:
+        raise ValueError(f"gamma must be [M, B] or a list of [B], got {list(gamma.shape)}")
     if len({len(each) for each in lists}) != 1:
         raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
     _check_mask(hidden, mask)
     for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
         _check_module(shapes, masked=mask is not None)
-    device = hidden[0].device if hidden else torch.device("cpu")
+    device = hidden[0].device if len(hidden) else torch.device("cpu")
     _check_places(device, lists, mask)
     return device
 
