@@ -38,8 +38,8 @@ class Verdict:
     """How the tests of a mutant ended.
 
     Attributes:
-        status: "survived", "killed" (a test failed), "broken" (the module does not even load) or "slow" (over
-            the limit).
+        status: "survived", "killed" (a test failed), "broken" (the module does not even load), "slow" (over
+            the limit) or "undecided" (it waited for too long).
         seconds: Processor time of the tests.
         said: The first failed test, if there is one.
     """
@@ -112,8 +112,9 @@ def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch:
     output = log.read_text(encoding="utf-8", errors="replace").strip()
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     said = (failed or output.splitlines()[-1:] or [""])[0][:200]
-    if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return Verdict("slow", seconds, "")
+    ended = {-signal.SIGXCPU: "slow", -signal.SIGKILL: "undecided"}
+    if status in ended:
+        return Verdict(ended[status], seconds, "")
     kind = {PASSED: "survived", FAILED: "killed"}.get(status, "broken")
     return Verdict(kind, seconds, "" if kind == "survived" else said)
 

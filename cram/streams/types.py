@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,10 +113,10 @@ class _TooLarge(Exception):
 def _read(file: Path, max_pixels: int) -> Image.Image:
     from PIL import Image
 
-    # Some of Pillow's readers read the whole file before they know its picture.
+    # A damaged length inside makes Pillow ask a file for gigabytes; bytes in memory give what they have.
     if (size := file.stat().st_size) > MAX_PIXEL_BYTES * max_pixels + SPARE_BYTES:
         raise _TooLarge(f"{size} bytes")
-    with Image.open(file) as opened:
+    with Image.open(BytesIO(file.read_bytes())) as opened:
         width, height = opened.size
         if width * height > max_pixels:
             raise _TooLarge(f"{width} x {height}")

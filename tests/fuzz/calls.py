@@ -142,7 +142,7 @@ def call_stack(impl: str, arguments: dict[str, Any]) -> list[Tensor]:
 def call_routed(impl: str, arguments: dict[str, Any]) -> list[Tensor]:
     """A layer that computes its gates."""
     arguments = dict(arguments)
-    gates = arguments.pop("gates")
+    gates = torch.atleast_1d(arguments.pop("gates"))
     query, centroids = torch.ones(len(gates), 5), torch.linspace(-1, 1, 5 * gates.shape[-1]).view(-1, 5)
     return [routed_expert_lora(**arguments, query=query, centroids=centroids, sigma=1.0, impl=impl)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "x.webp", 64 << 30)
     with pytest.raises(ValueError, match=r"x.webp must have at most 64000000 pixels, got 68719476736 bytes"):
         open_image(tmp_path / "x.webp")
+
+
+def test_a_damaged_length_asks_for_no_memory(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png", size=(24, 16))
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[33] = 0x7E
+    (tmp_path / "x.png").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="x.png must be a readable picture"):
+            open_image(tmp_path / "x.png")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
