@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 # Processor time; what waits longer than this for something else hangs.
-SECONDS, HANGING_SECONDS = 5, 60
+SECONDS, HANGING_SECONDS = 5, 300
 EXTRA_BYTES = 300 << 20
 MOST_CHARACTERS = 2000
 
