@@ -20,7 +20,7 @@ from types import CodeType, ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 # Imported once, before the first child; nothing of this repository is among them.
 SLOW = (
-    *("torch", "torch._dynamo", "transformers", "peft", "pytest", "hypothesis", "safetensors.torch"),
+    *("torch._dynamo", "transformers", "peft", "pytest", "hypothesis", "safetensors.torch"),
     *("PIL.Image", "yaml", "tokenizers", "transformers.models.clip.image_processing_pil_clip"),
     *(
         f"transformers.models.{name}.modeling_{name}"
@@ -83,6 +83,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def prepare() -> None:
     """Import what every child needs."""
+    import torch
+
+    # Triton decides at import, as tests/conftest.py says.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in SLOW:
         importlib.import_module(name)
     sys.dont_write_bytecode = True
