@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint versions bench gpu headers sanitize mutants clean
+.PHONY: demo test lint versions peer-tests readme bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -22,6 +22,14 @@ lint: .venv/.installed-dev
 # The tests that depend on transformers, under the oldest and the newest supported version.
 versions:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/versions
+
+# transformers' own model tests, plain and with experts; its source archive goes into build/peers.
+peer-tests: .venv/.installed-dev
+	@$(BIN)/python -m tests.peers.run build/peers
+
+# Every block of README.md in fresh environments: with and without a compiler, oldest and newest torch.
+readme:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/readme
 
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick

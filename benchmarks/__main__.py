@@ -12,6 +12,7 @@ import torch
 
 # Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
+    "crossovers": "which products the native layer computes itself, by measurement",
     "e2e": "training step and generated tokens of whole models",
     "experiments": "how a layer's products are best put together on a GPU",
     "gpu": "everything that a CUDA machine can settle, within ten minutes and a short second call",
@@ -26,7 +27,9 @@ PROGRAMS = {
     "replays": "whether captured calls give the right values on new inputs",
     "sanitize": "every operation once on small shapes, for compute-sanitizer",
     "scaling": "how the cost grows with experts, ranks, tokens and width",
+    "serve": "the server under load, against the bare model and PEFT",
     "speed": "the table of docs/speed.md from the results in a folder",
+    "trainer": "a step of CramTrainer against the plain Trainer with a LoRA of PEFT",
     "tune": "try the tiles of each kernel on this GPU",
 }
 

@@ -92,6 +92,9 @@ def _ours() -> dict[str, Candidate]:
             captured=captured,
             ours=True,
         )
+    found["cram triton wide"] = Candidate(
+        ours.one_product, ("forward",), missing=partial(_no_impl, "expert_lora", "triton"), ours=True
+    )
     for impl in ("reference", "triton", "native"):
         found[f"cram gates {impl}"] = Candidate(
             partial(ours.all_gates, impl=impl),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.problem import SIGMA, Layer, Problem, leaf, plain_gates
 from cram_kernels import centroid_gates, expert_lora, routed_expert_lora, stacked_expert_lora
@@ -36,6 +37,15 @@ def two_ops(p: Problem, impl: str) -> Layer:
     trained = {"a": experts.trained_a, "b": experts.trained_b}
     leaves = {"x": x, "gates": gates, **{name: t for name, t in trained.items() if t is not None}}
     return Layer(lambda: expert_lora(x, p.weight, p.bias, experts, gates, impl=impl), leaves)
+
+
+def one_product(p: Problem) -> Layer:
+    """[x | U] [W | B] as one product by the package's kernels: x lies in rows with room for U."""
+    from cram_kernels.expert_lora import wide
+
+    experts = p.experts()
+    rows, weight = F.pad(p.x, (0, wide.room(experts))), wide.widened(p.weight, experts)
+    return Layer(lambda: wide.wide_expert_lora(rows, weight, p.bias, experts, p.gates), {})
 
 
 def one_op(p: Problem, impl: str) -> Layer:

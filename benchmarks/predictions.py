@@ -193,6 +193,7 @@ def _asked(
     return Prediction(question, _ways(tokens, combine, *names), *bounds, show, f"experiments, T {tokens}")
 
 
+_STREAMED = "layer, W and A in one launch*"
 _FIRST, _CHUNKS = "layer, base first", "layer, base first in chunks of 4096"
 _STACK, _PLAIN = _case("stacked", 8192, "q+k+v"), _case("forward", 8192)
 PREDICTIONS = [
@@ -201,12 +202,13 @@ PREDICTIONS = [
     _layer("the same with routing in the call", _case("routed", 8192), _added, 0.14, _percent, 23.2),
     Prediction(
         "[x \\| U] [W \\| B] as one product, T 8192, adds",
-        _rows(_PLAIN, _added, "concatenated", "base"),
+        _rows(_PLAIN, _added, "cram triton wide", "base"),
         None,
         0.10,
         _percent,
-        f"{_PLAIN.name}, concatenated",
+        f"{_PLAIN.name}, wide",
         _case("shrink", 8192),
+        5.5,
     ),
     _layer("training step, T 8192", _case("train", 8192), _ratio, 1.25, _times, 56.2),
     _layer("decode, T 1, adds", _case("decode", 1), _more, 6.0, _us, 0.75),
@@ -266,8 +268,9 @@ PREDICTIONS = [
     _asked("layer, base last, over base first", 8192, _ratio, ("layer, base last", _FIRST), (None, 1.0)),
     _asked("one product, 80 deeper, adds", 8192, _added, ("one product, 80*", "base"), (None, 0.05)),
     _asked("x A^T on a second stream adds", 16, _more, ("base beside*", "base"), (None, 2.0)),
-    _asked(
-        "a weight through SHRINK over the base product", 16, _ratio, ("weight through*", "base"), (None, 1.1)
+    *(
+        _asked(f"W and A in one launch, over the layer, T {t}", t, _ratio, (_STREAMED, "layer"), (None, 1.0))
+        for t in (1, 16, 64)
     ),
     Prediction("penalty of 128 modules over its bytes", _penalty, None, 3.0, _times, "penalty"),
     *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # `attach` is also a module: imported here, so that the name is the function whatever is imported first.
@@ -11,16 +12,25 @@ from cram.config import CramConfig
 
 if TYPE_CHECKING:
     from cram.learning.learner import ContinualLearner
+    from cram.learning.trainer import CramTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["ContinualLearner", "CramConfig", "__version__", "attach", "detach", "load", "save"]
+__all__ = [
+    "ContinualLearner",
+    "CramConfig",
+    "CramTrainer",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+    "save",
+]
+_LAZY = {"ContinualLearner": "cram.learning.learner", "CramTrainer": "cram.learning.trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """The learner on first use, because it needs the optional dependencies."""
-    if name != "ContinualLearner":
+    """Learner and trainer on first use, because they need the optional dependencies."""
+    if name not in _LAZY:
         raise AttributeError(f"module 'cram' has no attribute {name!r}")
-    from cram.learning.learner import ContinualLearner
-
-    return ContinualLearner
+    return getattr(import_module(_LAZY[name]), name)

@@ -14,11 +14,12 @@ from keyword import iskeyword
 from types import ModuleType
 
 from cram import __version__
-from cram.console import KNOWN_ERRORS, first_line, quiet_transformers
+from cram.console import KNOWN_ERRORS, first_line, namesake, quiet_transformers
 
 # Subcommand -> what it does. Its module in `cram.commands` has `add_arguments(parser)` and `run(arguments)`.
 # A subcommand that is a keyword of Python has an underscore behind its module's name.
 COMMANDS = {
+    "check": "compare the data of a stream with what was published, before anything is trained",
     "train": "learn a stream of tasks, one after another",
     "eval": "test the newest state of a run",
     "predict": "answer questions about pictures with a trained model",
@@ -36,6 +37,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if (other := namesake()) is not None:
+        print(f"cram: {other}", file=sys.stderr)
     try:
         arguments = parser_for(words).parse_args(words)
         quiet_transformers()
@@ -43,14 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KNOWN_ERRORS as error:
         print(f"cram: {first_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ncram: stopped; the same command goes on from the last finished task", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "stopped; the same command goes on from the last checkpoint or finished task"
+        print(f"\ncram: {text}", file=sys.stderr)
         return 130
     return 0
 
 
+# Subcommands whose modules stand in a folder of `cram.commands`.
+FOLDERS = {"check": "data"}
+
+
 def _module(command: str) -> ModuleType:
     name = f"{command}_" if iskeyword(command) else command
+    if command in FOLDERS:
+        name = f"{FOLDERS[command]}.{name}"
     return import_module(f"cram.commands.{name}")
 
 

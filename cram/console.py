@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import TracebackType
 
@@ -17,6 +18,8 @@ MIN_REDRAW_S = 0.1
 
 # Faults that a user can mend: a wrong path, an unknown name, damaged data, a missing package.
 KNOWN_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError, SafetensorError)
+
+OWN_DISTRIBUTION, NAMESAKE = "cram-mcit", "cram"
 
 
 class ProgressBar:
@@ -87,3 +90,15 @@ def quiet_transformers() -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the error's type where the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def namesake() -> str | None:
+    """One line that says what to do if another distribution has the same import name, else None."""
+    try:
+        other = version(NAMESAKE)
+    except PackageNotFoundError:
+        return None
+    return (
+        f"another distribution, {NAMESAKE} {other}, installs the same import and the same command; "
+        f"pip uninstall {NAMESAKE}, then install {OWN_DISTRIBUTION} again"
+    )

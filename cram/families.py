@@ -26,7 +26,7 @@ class Family:
             so that its pooled output can serve as the routing feature.
         pixels: How its `pixel_values` hold pictures: "images", "tiles" or "patches"; see
             `cram.routing.pictures`.
-        turns: (what opens the user's turn, what ends it) in prompts, in the order in which they are tried.
+        turns: (what opens the user's turn, what ends it) in prompts.
         placeholders: Strings that stand for images in a decoded prompt.
         projector: Path of the module from the tower to the language model; None if the tower contains it.
         core: Path of the module that merges vision and language.
@@ -46,13 +46,39 @@ class Family:
     def user_turn(self, prompt: str) -> str | None:
         """The last user turn of a decoded prompt without image placeholders, or None if no marker is found.
 
-        What follows the turn (the answer of a training prompt) is cut off.
+        What follows the turn (the answer of a training prompt) is cut off, and so is the beginning of a
+        marker at the end of a prompt that is not whole. A question may contain markers that are words, such
+        as "ASSISTANT:"; the whole question is the turn.
         """
-        for opening, end in self.turns:
-            start = prompt.rfind(opening)
-            if start >= 0:
-                return self.without_placeholders(prompt[start + len(opening) :].split(end, 1)[0])
-        return None
+        found = self._last_turn(prompt)
+        if found is None:
+            return None
+        text, end = found
+        cut = text.find(end) if end in _CONTROL else text.rfind(end)
+        if cut < 0:
+            begun = (size for size in range(len(end) - 1, 0, -1) if text.endswith(f" {end[:size]}"))
+            cut = len(text) - next(begun, 0)
+        return self.without_placeholders(text[:cut])
+
+    def leaves_turn_open(self, prompt: str) -> bool:
+        """Whether a decoded prompt ends inside of a user turn, so that more of the question may follow."""
+        found = self._last_turn(prompt)
+        return found is not None and found[1] not in found[0]
+
+    def _last_turn(self, prompt: str) -> tuple[str, str] | None:
+        """What stands behind the opening of the last user turn, and the marker that ends such turns.
+
+        The template is the one whose opening comes first. Its opening opens a further turn only behind the
+        end of an answer; elsewhere it is a part of what is said.
+        """
+        places = [(prompt.find(opening), opening, end) for opening, end in self.turns if opening in prompt]
+        if not places:
+            return None
+        first, opening, end = min(places)
+        start = prompt.rfind(opening)
+        while end not in _CONTROL and start > first and not prompt[:start].rstrip().endswith(_ANSWERED):
+            start = prompt.rfind(opening, 0, start)
+        return prompt[start + len(opening) :], end
 
     def without_placeholders(self, text: str) -> str:
         """The text without image placeholders and outer white space."""
@@ -61,6 +87,8 @@ class Family:
         return text.strip()
 
 
+_CONTROL = ("<|im_end|>",)  # markers that are control tokens, which no question holds
+_ANSWERED = "</s>"  # what ends an answer in prompts whose markers are words
 _VICUNA = ("USER:", "ASSISTANT:")
 _CHATML = ("<|im_start|>user\n", "<|im_end|>")
 _PROJECTOR = "model.multi_modal_projector"

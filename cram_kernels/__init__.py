@@ -6,6 +6,7 @@ needed at import.
 
 from cram_kernels.centroid_gates import api as _gates
 from cram_kernels.centroid_gates import centroid_gates
+from cram_kernels.crossovers import crossovers
 from cram_kernels.expert_lora import api as _layer
 from cram_kernels.expert_lora import (
     dropout_mask,
@@ -25,6 +26,7 @@ __all__ = [
     "PackedExperts",
     "available_impls",
     "centroid_gates",
+    "crossovers",
     "dropout_mask",
     "expert_lora",
     "keep_scale",

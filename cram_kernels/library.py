@@ -44,6 +44,11 @@ def native_libraries() -> dict[str, str | None]:
     return {name: library_missing(name) for name in LIBRARIES}
 
 
+def library_path(name: str) -> Path:
+    """Return where a library's file stands, if it is there."""
+    return _FOLDER / name
+
+
 @cache
 def _load(name: str, folder: Path) -> str | None:
     if name != "cpu" and (reason := _load("cpu", folder)) is not None:

@@ -1,4 +1,4 @@
-// Two phases of tasks in one parallel region; the second starts when the first is done.
+// Phases of tasks in one parallel region; a phase starts when the one before is done.
 //
 // Threads claim tasks one by one. A thread waits only for tasks that another one has claimed and is running, so
 // nothing hangs when the region runs on fewer threads than asked for, or on one after another.
@@ -7,7 +7,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <thread>
 
@@ -19,25 +21,31 @@ inline void pause_thread() {
 #endif
 }
 
-template <class First, class Second>
-void two_phases(
-    int64_t threads, int64_t first_count, const First& first, int64_t second_count, const Second& second) {
+// task(phase, index) for each index below counts[phase].
+template <size_t Phases, class Task>
+void in_phases(int64_t threads, const std::array<int64_t, Phases>& counts, const Task& task) {
   // Spinning is cheaper than sleeping for a task's length, but must not starve the thread that is waited for.
   constexpr int kSpins = 1 << 12;
-  std::atomic<int64_t> first_next{0}, first_done{0}, second_next{0};
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  std::array<Progress, Phases> progress;
   auto work = [&](int64_t, int64_t) {
-    for (int64_t index; (index = first_next.fetch_add(1, std::memory_order_relaxed)) < first_count;) {
-      first(index);
-      first_done.fetch_add(1, std::memory_order_release);
-    }
-    for (int spins = 0; first_done.load(std::memory_order_acquire) < first_count; ++spins) {
-      if (spins < kSpins) {
-        pause_thread();
-      } else {
-        std::this_thread::yield();
+    for (size_t phase = 0; phase < Phases; ++phase) {
+      auto& [next, done] = progress[phase];
+      for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < counts[phase];) {
+        task(phase, index);
+        done.fetch_add(1, std::memory_order_release);
+      }
+      if (phase + 1 == Phases) return;
+      for (int spins = 0; done.load(std::memory_order_acquire) < counts[phase]; ++spins) {
+        if (spins < kSpins) {
+          pause_thread();
+        } else {
+          std::this_thread::yield();
+        }
       }
     }
-    for (int64_t index; (index = second_next.fetch_add(1, std::memory_order_relaxed)) < second_count;) second(index);
   };
   if (threads > 1) {
     torch::stable::parallel_for(0, threads, 1, work);

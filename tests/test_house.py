@@ -25,6 +25,7 @@ TEXT_SUFFIXES = {
     ".json",
     ".html",
     ".css",
+    ".js",
     ".jinja",
     ".h",
     ".cpp",
@@ -399,7 +400,7 @@ def test_every_third_party_import_is_declared() -> None:
     core = requirement_names(project["dependencies"])
     allowed = {
         "cram_kernels": core | requirement_names(extras["triton"]),
-        "cram": core.union(*(requirement_names(extras[name]) for name in ("hf", "triton", "serve"))),
+        "cram": core.union(*(requirement_names(extras[name]) for name in ("hf", "data", "triton", "serve"))),
     }
     own = {"cram", "cram_kernels", "__future__"} | set(sys.stdlib_module_names)
     for package, distributions in allowed.items():

@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +23,6 @@ from torch import Tensor
 from benchmarks import machine, truth
 from benchmarks.cases import Case
 from benchmarks.ours import two_ops
-from benchmarks.parts import triton_part
 from benchmarks.problem import Problem, make, rotation
 from benchmarks.report import duration
 from benchmarks.suite import failures
@@ -33,8 +32,16 @@ PROMPT, DECODE = (8192, 4096, 1024), (16, 1, 8, 64)
 LIMITS = {"full": Limits(0.1, 7, 25, sets=8), "toy": Limits(0.0, 1, 1, sets=2)}
 SIZES = {"full": ("LLaVA-1.5-7B", "trigap", "bfloat16"), "toy": ("toy", "toy", "float32")}
 PITCH = 16  # packed rows are padded to a multiple of it
-# (split, rows) of the tiles with which a whole weight goes through SHRINK.
-WHOLE_WEIGHT = ((1, 16), (2, 32), (4, 64), (2, 64))
+# Rows that `tiles.STREAM` might have. By arithmetic at width 4096 and 80 packed rows: (64 + 2) x 2 programs,
+# one for each of 132 multiprocessors, with four loads of 16 kB in flight; (128 + 3) x 1; (32 + 1) x 4. With
+# fewer rows a program would read as much of x through the L2 cache as of W.
+STREAM_ROWS = (
+    (16, 16, 64, 128, 2, 4, 4),
+    (16, 16, 32, 256, 1, 4, 3),
+    (16, 16, 128, 128, 4, 8, 3),
+    (64, 64, 64, 128, 2, 4, 3),
+    (64, 64, 128, 64, 4, 8, 4),
+)
 # Name -> whether the base product comes last, with beta = 1, and tokens at a time.
 ORDERS = {
     "base first": (False, None),
@@ -140,24 +147,17 @@ def on_two_streams(p: Problem) -> Step:
     return step
 
 
-def whole_weight(p: Problem) -> Problem:
-    """The weight as if it were the A of one expert."""
-    d_out = len(p.weight)
-    return replace(
-        p,
-        case=replace(p.case, op="shrink", stream=f"1x{d_out}"),
-        a=(p.weight,),
-        b=(p.weight.new_zeros(1, 1).expand(d_out, d_out),),
-        gates=p.gates[:, :1].contiguous(),
-    )
-
-
-def through_shrink(p: Problem, split: int, rows: int) -> Step:
-    """The base product of few tokens by the package's SHRINK."""
+def in_one_launch(p: Problem, row: Any) -> Step:
+    """The package's decode step with W and A in one launch, by a row that `tiles.STREAM` might have."""
     from cram_kernels.expert_lora import tiles
 
-    tile = tiles.ShrinkTile(16 if p.case.tokens <= 16 else 64, rows, 128, split, 4, 4)
-    return triton_part(whole_weight(p), tile).forward
+    tile, layer = tiles.streamed(row, p.x.shape[1]), two_ops(p, "triton")
+
+    def step() -> Any:
+        with mock.patch.object(tiles, "stream_tile", lambda *_: tile):
+            return layer.forward()
+
+    return step
 
 
 def in_order(p: Problem, base_last: bool, chunk: int | None = None) -> Step:
@@ -184,14 +184,15 @@ WAYS: dict[str, Way] = {
     "in chunks of 4096": Way(lambda p: in_chunks(p, 4096), base_and_experts, (8192,)),
     "in chunks of 2048": Way(lambda p: in_chunks(p, 2048), base_and_experts, (8192, 4096)),
     "base beside x A^T on a second stream": Way(on_two_streams, base_alone, needs_cuda="streams"),
+    "layer": Way(lambda p: two_ops(p, "triton").forward, lambda p: truth.experts(p)["y"], DECODE, ours=True),
     **{
-        f"weight through SHRINK, split {split}, rows {rows}": Way(
-            lambda p, split=split, rows=rows: through_shrink(p, split, rows),
-            lambda p: truth.parts(whole_weight(p))["y"],
-            DECODE,
+        f"layer, W and A in one launch, {row[1]} x {row[2]}, split {row[4]}": Way(
+            lambda p, row=row: in_one_launch(p, row),
+            lambda p: truth.experts(p)["y"],
+            tuple(tokens for tokens in DECODE if (tokens > 16) == (row[1] > 16)),
             ours=True,
         )
-        for split, rows in WHOLE_WEIGHT
+        for row in STREAM_ROWS
     },
     **{
         f"layer, {name}": Way(
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + arguments.seconds
     found: dict[str, Any] = {"environment": machine.environment(device), "rows": []}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for asked in (PROMPT[0], DECODE[0]) if arguments.toy else (*PROMPT, *DECODE):
+    for asked in (PROMPT[0], DECODE[0], DECODE[-1]) if arguments.toy else (*PROMPT, *DECODE):
         if time.monotonic() > deadline:
             break
         rows = measure("toy", 32, asked, device) if arguments.toy else measure("full", asked, asked, device)

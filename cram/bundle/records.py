@@ -102,10 +102,10 @@ def result_record(file: Path, tasks: list[str], owners: Mapping[str, str]) -> di
             percentage, or the result belongs to another training or bundle.
     """
     record, seal = _unsealed(read_json(file, MAX_RECORD_BYTES))
-    # Results without owners are those of earlier versions.
-    own = {"of": dict} if isinstance(record, dict) and "of" in record else {}
+    # Results without owners, or without published accuracies, are those of earlier versions.
+    own = {name: dict for name in ("of", "published") if isinstance(record, dict) and name in record}
     record = _fields(record, {**RESULT_FIELDS, **own}, str(file))
-    if own and record["of"] != dict(owners):
+    if "of" in own and record["of"] != dict(owners):
         other = [name for name in OWNERS if record["of"].get(name) != owners[name]]
         raise ValueError(f"{file} must belong to the files beside it, got the result of another {other}")
     if len(record["accuracies"]) != len(tasks):

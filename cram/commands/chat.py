@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cram.commands.options import add_trained, load_trained
 from cram.commands.predict import add_answering, answering
-from cram.learning.predict import Conversation
+from cram.learning.answers.predict import Conversation
 from cram.streams.types import open_image
 
 HELP = "a line is a question; /image PATH shows a picture with the next one, /new starts over, /quit ends"

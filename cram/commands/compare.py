@@ -18,6 +18,7 @@ from cram.compare.comparison import (
 from cram.compare.entries import ABLATIONS, entries
 from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
+from cram.report.examples import gather_examples
 from cram.report.page import write_page
 from cram.report.table import print_table, write_table
 
@@ -64,4 +65,4 @@ def run(arguments: argparse.Namespace) -> None:
     report = run_comparison(comparison, arguments.jobs)
     print_table(report)
     print(f"table: {write_table(out, report)}")
-    print(f"report: {write_page(out)}")
+    print(f"report: {write_page(out, gather_examples(out, comparison.load_stream(0)))}")

@@ -14,9 +14,11 @@ from cram.compare.comparison import SMALL_BASE, Comparison
 from cram.compare.entries import entries
 from cram.config import CramConfig
 from cram.loading import BUILTIN, Sources
+from cram.report.examples import gather_examples
 from cram.report.page import write_page
 from cram.report.schema import Report
 from cram.report.table import print_table
+from cram.streams import load_stream
 
 METHODS_SHOWN = ("cram", "sequential", "isolated")
 
@@ -46,16 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the demonstration; print the table, write the page."""
     refuse_several_processes("demo")
+    out = Path(arguments.out)
+    settings = QUICK if arguments.quick else FULL
     report = run_demo(
-        arguments.out,
+        out,
         seeds=arguments.seeds,
         methods=arguments.methods or METHODS_SHOWN,
-        settings=QUICK if arguments.quick else FULL,
+        settings=settings,
         dtype=arguments.dtype,
         device=arguments.device,
     )
     print_table(report)
-    print(f"report: {write_page(Path(arguments.out))}")
+    examples = gather_examples(out, load_stream(BUILTIN, 0, settings.limit))
+    print(f"report: {write_page(out, examples)}")
 
 
 def run_demo(

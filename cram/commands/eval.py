@@ -8,7 +8,8 @@ from pathlib import Path
 from cram.bundle.runs import RUN, newest_bundle, read_run
 from cram.commands.options import add_data, add_device
 from cram.config import read_config
-from cram.learning.evaluate import evaluate_run
+from cram.learning.answers.evaluate import evaluate_run
+from cram.learning.parallel.processes import joined, own_device
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 
@@ -45,4 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stream is None:
         stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))
     sources = Sources(settings["model"], settings["clip"], settings["dtype"])
-    evaluate_run(folder, stream, *sources.load(arguments.device))
+    with joined(arguments.device):
+        evaluate_run(folder, stream, *sources.load(own_device(arguments.device)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from cram.attach import attached
 from cram.bundle.export import export_lora, export_merged, gate_table
 from cram.commands.options import add_trained, load_trained
-from cram.learning.predict import Turn
+from cram.learning.answers.predict import Turn
 from cram.model.attached import AttachedModel
 from cram.streams.types import open_image
 

@@ -13,7 +13,7 @@ from cram.bundle.bundle import save
 from cram.bundle.importer import import_lora
 from cram.commands.options import add_trained, base_sources, load_trained, parse_config
 from cram.commands.predict import read_questions
-from cram.learning.predict import Turn
+from cram.learning.answers.predict import Turn
 from cram.streams.types import open_image
 
 

@@ -15,8 +15,13 @@ from cram import __version__
 from cram.bundle.format import MANIFEST, Description, read_description
 from cram.bundle.runs import RUN, newest_bundle, read_run
 from cram.families import FAMILIES, family_of, match_linears
-from cram_kernels import available_impls, native_libraries
+from cram_kernels import available_impls, crossovers, native_libraries
 
+# The library is compiled against the torch of the interpreter that installs, so isolation must be off.
+MEND = (
+    "install a C++ compiler (g++), torch first, then this package from its folder: "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."
+)
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow")
 
 
@@ -42,12 +47,25 @@ def installation() -> list[str]:
     )
     lines.append(f"families: {', '.join(sorted(FAMILIES))}")
     lines.append(f"methods: {', '.join(METHODS)}")
-    lines += [f"native library for {n}: {reason or 'loaded'}" for n, reason in native_libraries().items()]
+    libraries = native_libraries()
+    lines += [f"native library for {n}: {reason or 'loaded'}" for n, reason in libraries.items()]
+    if libraries["cpu"] is not None:
+        lines.append(f"to mend it: {MEND}")
+    lines += _crossovers()
     lines.append("implementations:")
     for op, impls in available_impls().items():
         lines.append(f"  {op}: {', '.join(name for name, reason in impls.items() if reason is None)}")
         lines += [f"    no {name}: {reason}" for name, reason in impls.items() if reason is not None]
     return lines
+
+
+def _crossovers() -> list[str]:
+    """Which products the native CPU layer computes itself, and why not with tiles."""
+    found = crossovers()
+    if found is None:
+        return []
+    row, reason = found
+    return [f"native products on the CPU: {row}" + (f" (no tiles: {reason})" if reason else "")]
 
 
 def describe_path(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from cram.bundle.bundle import load
 from cram.bundle.runs import read_run
 from cram.config import CramConfig
 from cram.loading import Sources
+from cram.streams.registry import stream_training
 
 # Presets of the streams with published settings; any other stream starts from the defaults.
 PRESETS: dict[str, Callable[..., CramConfig]] = {"ucit": CramConfig.ucit, "trigap": CramConfig.trigap}
@@ -54,7 +55,7 @@ def refuse_several_processes(command: str) -> None:
 def parse_config(
     pairs: Sequence[str], stream: str, fixed: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> CramConfig:
-    """A configuration from KEY=VALUE pairs over the stream's preset.
+    """A configuration from KEY=VALUE pairs over the stream's preset and its file's published settings.
 
     Args:
         pairs: A value is read as JSON where it is JSON, else as text.
@@ -65,7 +66,7 @@ def parse_config(
     Raises:
         ValueError: If a pair has no `=`, or a field is unknown or wrong.
     """
-    values = dict(defaults or {})
+    values = {**stream_training(stream), **(defaults or {})}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:

@@ -15,7 +15,7 @@ from typing import Any
 from cram.atomic import write_text
 from cram.commands.options import add_trained, load_trained
 from cram.console import ProgressBar
-from cram.learning.predict import MAX_NEW_TOKENS, Answer, Turn, answer, answer_all
+from cram.learning.answers.predict import MAX_NEW_TOKENS, Answer, Turn, answer, answer_all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,15 @@
-"""`cram serve`: answer questions over HTTP, with the experts of a bundle."""
+"""`cram serve`: answer questions over HTTP and in the browser, with the experts of a bundle."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle, read_run
@@ -16,10 +18,28 @@ from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
 from cram.loading import BUILTIN, Sources
+from cram.serve.vllm import command as vllm
 from cram.streams import load_stream
 
 TOKEN = "CRAM_ADMIN_TOKEN"
 FIRST_RUN = Path("runs/serve")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Served(NamedTuple):
+    """What is served at start.
+
+    Attributes:
+        model: The attached model.
+        processor: Its processor.
+        bundle: Where its experts come from.
+        builtin: Whether the base is the built-in one.
+    """
+
+    model: Any
+    processor: Any
+    bundle: Path
+    builtin: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--run", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     parser.add_argument("--port", default=8000, type=int, help="port (default: 8000)")
-    text = f"folder of bundles that clients with ${TOKEN} may load"
+    text = f"folder of bundles that clients with ${TOKEN} may load; a restart serves the last one again"
     parser.add_argument("--bundles", metavar="DIR", help=text)
+    text = "load each bundle that appears in --bundles, or in the run"
+    parser.add_argument("--watch", action="store_true", help=text)
     parser.add_argument("--rows", default=32, type=int, help="answers in flight at most (default: 32)")
     parser.add_argument("--queue", default=128, type=int, help="requests that wait at most (default: 128)")
     parser.add_argument("--max-tokens", default=1024, type=int, help="of an answer at most (default: 1024)")
     parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's)")
+    text = "tokens of a prompt that are read between two steps (default: 128)"
+    parser.add_argument("--piece", default=128, type=int, help=text)
     parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
     parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
     add_dtype(parser)
     add_device(parser)
+    vllm.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model, and serve until a signal ends it."""
+    if vllm.chosen(arguments):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        vllm.run(arguments, parser.parse_args([]))
+        return
     for name in ("starlette", "uvicorn"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(
@@ -53,23 +83,31 @@ def run(arguments: argparse.Namespace) -> None:
             )
     import uvicorn
 
-    from cram.serve.app import Settings, create_app
-    from cram.serve.engine import Engine, Limits
+    from cram.serve.bundles import Bundles
+    from cram.serve.engine.engine import Engine
+    from cram.serve.engine.limits import Limits
+    from cram.serve.http.app import create_app
+    from cram.serve.http.body import Settings
 
-    for option in ("rows", "queue", "max_tokens"):
+    for option in ("rows", "queue", "max_tokens", "piece"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"{option} must be at least 1, got {getattr(arguments, option)}")
-    model, processor = load_served(arguments)
-    limits = Limits(arguments.rows, arguments.queue, arguments.max_tokens, arguments.context)
-    engine = Engine(model, processor, limits, arguments.gate_floor)
+    watched = watched_bundles(arguments)
+    served = load_served(arguments)
+    sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, arguments.piece)
+    engine = Engine(served.model, served.processor, Limits(*sizes), arguments.gate_floor)
+    local = arguments.host in LOOPBACK
     settings = Settings(
         drain_s=arguments.drain,
         admin_token=os.environ.get(TOKEN) or None,
-        bundles=None if arguments.bundles is None else Path(arguments.bundles),
+        hosts=(*LOOPBACK, "[::1]") if local else (),
     )
-    app = create_app(engine, model, processor, settings)
-    experts = ", ".join(model.cram.expert_names) or "none"
-    print(f"experts: {experts}\nserving on http://{arguments.host}:{arguments.port}/v1", flush=True)
+    root = None if arguments.bundles is None else Path(arguments.bundles)
+    bundles = Bundles(engine, served.model, root, watched, served.bundle)
+    app = create_app(engine, served.processor, settings, bundles, examples() if served.builtin else ())
+    experts = ", ".join(served.model.cram.expert_names) or "none"
+    place = f"http://{arguments.host}:{arguments.port}"
+    print(f"experts: {experts}\npage: {place}/\nAPI: {place}/v1", flush=True)
     # After an interrupt uvicorn has shut down in order and raises it again.
     with suppress(KeyboardInterrupt):
         uvicorn.run(
@@ -83,25 +121,76 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def load_served(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model with its experts, and its processor.
+def watched_bundles(arguments: argparse.Namespace) -> Callable[[], list[Any]] | None:
+    """Lists the bundles that `--watch` follows; None without it.
 
     Raises:
-        ValueError: If a base other than the built-in one has no bundle, or the bundle does not fit it.
+        ValueError: If there is neither a bundle folder nor a run to follow.
     """
-    if arguments.bundle is None and arguments.run is None:
+    from cram.serve.bundles import newest_of_run, stamps
+
+    if not arguments.watch:
+        return None
+    if arguments.bundles is not None:
+        return partial(stamps, Path(arguments.bundles))
+    if arguments.bundle is not None:
+        raise ValueError("--watch must have --bundles or a run to follow, got --bundle alone")
+    return partial(newest_of_run, Path(arguments.run or FIRST_RUN))
+
+
+def load_served(arguments: argparse.Namespace) -> Served:
+    """The model with its experts.
+
+    Raises:
+        ValueError: If a base other than the built-in one has no bundle, or no bundle fits it.
+    """
+    from cram.serve.bundles import bundles_at_start
+
+    if arguments.bundle is None and arguments.run is None and arguments.bundles is None:
         if arguments.model not in (None, BUILTIN):
             raise ValueError(f"--bundle or --run must be given for {arguments.model!r}, got neither")
         learn_first(FIRST_RUN, arguments.device)
-    run = None if arguments.bundle is not None else Path(arguments.run or FIRST_RUN)
-    settings: dict[str, Any] = {"model": BUILTIN, "clip": None} if run is None else read_run(run)["settings"]
-    bundle = Path(arguments.bundle) if run is None else newest_bundle(run)[0]
-    sources = Sources(
-        arguments.model or settings["model"], arguments.clip or settings["clip"], arguments.dtype
-    )
+        arguments.run = FIRST_RUN
+    settings: dict[str, Any] = {"model": BUILTIN, "clip": None}
+    given = None if arguments.bundle is None else Path(arguments.bundle)
+    if arguments.run is not None:
+        settings = read_run(Path(arguments.run))["settings"]
+        given = newest_bundle(Path(arguments.run))[0]
+    candidates = [given] if given is not None else []
+    if arguments.bundles is not None:
+        candidates = bundles_at_start(Path(arguments.bundles), given)
+    if not candidates:
+        raise ValueError(f"{arguments.bundles} must hold a bundle, got none")
+    base = arguments.model or settings["model"]
+    sources = Sources(base, arguments.clip or settings["clip"], arguments.dtype)
     model, processor, encoder = sources.load(arguments.device)
-    load(model, bundle, encoder, processor)
-    return model.eval(), processor
+    bundle = _load_first(model, candidates, encoder, processor)
+    return Served(model.eval(), processor, bundle, base == BUILTIN)
+
+
+def _load_first(model: Any, candidates: list[Path], encoder: Any, processor: Any) -> Path:
+    """Load the first bundle that is not refused; the refusal of the last one is raised."""
+    for bundle in candidates[:-1]:
+        try:
+            load(model, bundle, encoder, processor)
+            return bundle
+        except (ValueError, OSError) as error:
+            print(f"{bundle.name} is not served: {error}", flush=True)
+    load(model, candidates[-1], encoder, processor)
+    return candidates[-1]
+
+
+def examples() -> list[Any]:
+    """One question of each built-in task, for the page."""
+    from cram.serve.http.page import Example
+
+    tasks = load_stream(BUILTIN, limit=1).tasks
+    samples = [(task.name, task.test[0]) for task in tasks]
+    return [
+        Example(name, sample.instruction, sample.images[0])
+        for name, sample in samples
+        if sample.images and not isinstance(sample.images[0], Path)
+    ]
 
 
 def learn_first(out: Path, device: str | None, limit: int | None = None, **config: Any) -> None:

@@ -1,15 +1,20 @@
-"""`cram train`: learn a stream of tasks, one after another."""
+"""`cram train`: learn a stream of tasks, one after another; in several processes under a launcher."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
-from cram.learning.learner import ContinualLearner
+from cram.atomic import write_json
+from cram.commands.options import add_data, add_device, add_dtype, parse_config
+from cram.compare.base_row import measure_base
+from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner
+from cram.learning.parallel.processes import by_first, joined, own_device
 from cram.loading import Sources
 from cram.methods import METHODS
+from cram.report.examples import BASE, gather_examples
 from cram.report.page import write_page
+from cram.report.schema import Report
 from cram.streams import load_stream
 
 
@@ -23,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="see CramConfig")
     parser.add_argument("--seed", type=int, help="decides all randomness (default: 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower steps")
+    text = "forwards per step and process (gradient accumulation): less memory, the same result"
+    parser.add_argument("--forwards", default=1, type=int, metavar="N", help=text)
+    text = f"steps between two checkpoints within a task; 0 for none (default: {CHECKPOINT_EVERY})"
+    parser.add_argument("--checkpoint-every", default=CHECKPOINT_EVERY, type=int, metavar="N", help=text)
+    text = "divide the base's weights between the processes (FSDP2), where it is too large for one GPU"
+    parser.add_argument("--shard", action="store_true", help=text)
     add_data(parser)
     add_dtype(parser)
     add_device(parser)
@@ -30,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test after every task, and write the report."""
-    refuse_several_processes("train")
     if arguments.method not in (None, *METHODS):
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {arguments.method!r}")
     checkpointing = True if arguments.gradient_checkpointing else None
@@ -43,9 +53,28 @@ def run(arguments: argparse.Namespace) -> None:
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
     names = ("model", "clip", "dtype", "stream", "limit", "data_root")
     settings = {name: getattr(arguments, name) for name in names}
-    model, processor, encoder = Sources(arguments.model, arguments.clip, arguments.dtype).load(
-        arguments.device
-    )
     out = Path(arguments.out)
-    ContinualLearner(model, processor, stream, config, out=out, encoder=encoder, settings=settings).run()
-    print(f"report: {write_page(out)}")
+    with joined(arguments.device):
+        sources = Sources(arguments.model, arguments.clip, arguments.dtype)
+        model, processor, encoder = sources.load(own_device(arguments.device))
+        learner = ContinualLearner(
+            model,
+            processor,
+            stream,
+            config,
+            out=out,
+            encoder=encoder,
+            settings=settings,
+            forwards=arguments.forwards,
+            checkpoint_every=arguments.checkpoint_every,
+            sharded=arguments.shard,
+        )
+        report = learner.run()
+        by_first(lambda: _publish(learner, report, out))
+
+
+def _publish(learner: ContinualLearner, report: Report, out: Path) -> None:
+    """Add the untrained base to the report, and write the page."""
+    report["base"] = measure_base(learner, out / BASE, shown=True)
+    write_json(out / "report.json", report)
+    print(f"report: {write_page(out, gather_examples(out, learner.stream))}")

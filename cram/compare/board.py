@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 
@@ -95,7 +96,9 @@ class Board:
             "threads": max(1, torch.get_num_threads() // self._jobs),
             "config": self._comparison.config.to_dict(),
         }
-        found = {"methods": shown["0"]} if len(shown) == 1 else {"seeds": shown}
+        found: dict[str, Any] = {"methods": shown["0"]} if len(shown) == 1 else {"seeds": shown}
+        if (base := self._comparison.base(shown)) is not None:
+            found["base"] = base
         self.report = validate_report({"stream": self._stream_name, **found, "settings": settings})
         write_json(self._comparison.out / "report.json", self.report)
 

@@ -1,6 +1,7 @@
 """Methods x seeds on one stream. Each run has a run folder of `ContinualLearner`; one report covers all runs.
 
     OUT/seeds/<seed>/<entry>/     the run folder, with comparison.json: what only a comparison measures
+    OUT/seeds/<seed>/base/        accuracies and answers of the untrained base
     OUT/report.json               all runs together, rewritten after each run
 
 A comparison that was stopped goes on where it was. Runs may go side by side, each in a process of its own.
@@ -10,6 +11,7 @@ sums only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors import safe_open
 
 from cram.atomic import read_json, write_json
 from cram.bundle.runs import newest_bundle
+from cram.compare.base_row import RESULT, measure_base
 from cram.compare.entries import ABLATED, Entry
 from cram.compare.inference_time import measure_inference
 from cram.config import CramConfig
@@ -26,6 +29,7 @@ from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
 from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
+from cram.report.examples import BASE
 from cram.report.schema import MethodReport, Report, Stored, validate_report
 from cram.streams import Stream, load_stream
 
@@ -75,6 +79,14 @@ class Comparison:
         names = ("stream", "limit", "data_root", "tests")
         sources = {name: getattr(self.sources, name) for name in ("model", "clip", "dtype")}
         return {**sources, **{name: getattr(self, name) for name in names}}
+
+    def base(self, seeds: Iterable[str]) -> dict[str, float] | None:
+        """Return task -> mean accuracy of the untrained base over some seeds, or None if one has none."""
+        files = [self.out / "seeds" / seed / BASE / RESULT for seed in seeds]
+        if not all(file.is_file() for file in files):
+            return None
+        found: list[dict[str, float]] = [read_json(file) for file in files]
+        return {task: sum(each[task] for each in found) / len(found) for task in found[0]}
 
     def load_stream(self, seed: int) -> Stream:
         """Load the stream of a seed, with test splits cut to `tests` samples."""
@@ -146,6 +158,8 @@ class Run:
             settings=comparison.settings,
         )
         learner.run()
+        if self.entry == comparison.entries[0]:
+            measure_base(learner, self.folder.parent / BASE, shown)
         if not self.is_done:
             inference = measure_inference(learner)
             entry = {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from cram.attach import detach
-from cram.learning.answers import GREEDY
-from cram.learning.batch_route import batch_route
+from cram.learning.answers.generate import GREEDY, greedy_view
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, collate, pad_id, to_model
 from cram.learning.learner import ContinualLearner
+from cram.learning.step import batch_route
 from cram.report.schema import Inference
 
 REPEATS = 5
@@ -38,7 +38,7 @@ def measure_inference(learner: ContinualLearner) -> Inference:
     def generate(routed: Callable[[], AbstractContextManager[Any]]) -> float:
         started = time.monotonic()
         with routed():
-            model.generate(
+            greedy_view(model).generate(
                 **batch,
                 max_new_tokens=task.max_new_tokens,
                 min_new_tokens=task.max_new_tokens,

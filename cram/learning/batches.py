@@ -1,8 +1,7 @@
 """From samples to model inputs: the prompt, its tokens and pixels, and padded batches.
 
-A prompt follows the processor's chat template. Without a template it is LLaVA's "USER: <image>\n...
-ASSISTANT:". Generation starts from the prompt's tokens. Training adds the answer and the end token behind the
-same tokens.
+Prompts are those of `cram.learning.answers.prompts`. Generation starts from the prompt's tokens. Training
+adds the answer and the end token behind the same tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cram.learning.answers.prompts import chat_text, image_placeholder, message
 from cram.streams.types import Sample, open_images
 
 IGNORED = -100
@@ -50,15 +50,10 @@ def build_prompt(processor: Any, instruction: str, num_images: int) -> str:
     Raises:
         ValueError: If the instruction itself contains the image placeholder.
     """
-    placeholder = getattr(processor, "image_token", "<image>")
+    placeholder = image_placeholder(processor)
     if placeholder in instruction:
         raise ValueError(f"instruction must not contain {placeholder!r}, got {instruction!r:.200}")
-    if getattr(processor, "chat_template", None):
-        content: list[dict[str, str]] = [{"type": "image"}] * num_images
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": instruction}]}
-        return str(processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
-    images = placeholder * num_images + "\n" if num_images else ""
-    return f"USER: {images}{instruction} ASSISTANT:"
+    return chat_text(processor, [message("user", instruction, num_images)])
 
 
 def encode_sample(processor: Any, sample: Sample) -> Example:

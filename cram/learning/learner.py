@@ -1,14 +1,19 @@
 """Learns a stream task after task, tests all tasks learnt so far, and goes on after an interruption.
 
-A task is committed twice: a bundle after its training, and a result after its evaluation. A run that was
-killed and is started again loads the newest bundle and repeats nothing that was committed. The randomness of
-a task depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
+A task is committed twice: a bundle after its training, and a result after its evaluation. Within a task there
+are checkpoints of the training, and predictions are written as they are made. A run that was killed and is
+started again loads the newest complete state and repeats nothing that was committed. The randomness of a task
+depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
+
+A launcher may start several processes (`cram.learning.parallel.processes`). They divide every step's samples
+and the test samples. The first one writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +25,29 @@ from cram.bundle.bundle import load, save
 from cram.bundle.format import check_expert_name
 from cram.config import CramConfig
 from cram.console import ProgressBar, clock
-from cram.learning.answers import run_test
-from cram.learning.batch_route import batch_route
+from cram.learning.answers.generate import published_line, run_test
+from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import Budget, EncodedSplit, pad_id
-from cram.learning.run_folder import RESULT, RunFolder, model_identity, stream_identity
+from cram.learning.checkpoint import TaskCheckpoints, Termination
+from cram.learning.checks import check_samples, warn_of_few_steps
+from cram.learning.parallel.processes import by_first, is_first
+from cram.learning.parallel.sharding import shard
+from cram.learning.run_folder import (
+    RESULT,
+    RunFolder,
+    digest_of,
+    manifest_digest,
+    model_identity,
+    stream_identity,
+)
 from cram.learning.training import total_steps, train_task
 from cram.methods import METHODS, Method
-from cram.report.schema import Report, Routing
+from cram.report.schema import Published, Report, Routing
 from cram.scoring.scorers import SCORERS
 from cram.streams.types import Stream
 
 CACHE_BYTES = 4 << 30
+CHECKPOINT_EVERY = 200
 
 
 class ContinualLearner:
@@ -54,6 +71,9 @@ class ContinualLearner:
         encoder: Any = None,
         progress: bool = True,
         settings: dict[str, Any] | None = None,
+        forwards: int = 1,
+        checkpoint_every: int = CHECKPOINT_EVERY,
+        sharded: bool = False,
     ) -> None:
         """Check everything that can be checked before the first write.
 
@@ -66,14 +86,15 @@ class ContinualLearner:
             encoder: The CLIP that routes, for a plain model; see `cram.loading.load_encoder`.
             progress: True if progress bars and accuracies are printed.
             settings: Values that the run folder keeps and the report shows, beside the configuration.
+            forwards: Forwards per step and process (gradient accumulation); the result is the same.
+            checkpoint_every: Steps between two checkpoints within a task; 0 for none.
+            sharded: True divides the base's weights between the processes; see `parallel.sharding`.
 
         Raises:
-            ValueError: If the method is unknown, if a task is empty or cannot be named or scored, if the
-            model
-                is not ready, or if `out` belongs to another configuration.
+            ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
+                not ready, or `out` belongs to another configuration.
         """
-        if config.method not in METHODS:
-            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
+        _check_arguments(config, forwards, checkpoint_every)
         _check_stream(stream)
         if encoder is not None:
             attach(model, config, encoder, processor)
@@ -88,19 +109,26 @@ class ContinualLearner:
         self.method: Method = self.cram.method
         self.folder = RunFolder(out, stream)
         self._settings = {**(settings or {}), "config": config.to_dict()}
-        values = config.to_dict()
-        self._identity = {
-            "method": values.pop("method"),
-            "config": values,
-            "stream": stream_identity(stream),
-            "model": model_identity(self.cram, self.model),
-        }
+        self._identity = self._make_identity()
         self.folder.check_identity(self._identity)
-        self._shown = progress
+        if sharded:
+            shard(self.model)
+        self._shown = progress and is_first()
+        self._forwards, self._every = forwards, checkpoint_every
+        self._ending = Termination()
         self._padding = pad_id(processor.tokenizer)
         self._interrupted = False
         self._budget = Budget(CACHE_BYTES)
         self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
+
+    def _make_identity(self) -> dict[str, Any]:
+        values = self.config.to_dict()
+        return {
+            "method": values.pop("method"),
+            "config": values,
+            "stream": stream_identity(self.stream),
+            "model": model_identity(self.cram, self.model),
+        }
 
     def run(self) -> Report:
         """Learn and test every unfinished task, and write the report after each task.
@@ -112,11 +140,14 @@ class ContinualLearner:
             raise ValueError(
                 "run must start from a new learner after an interrupted training, got the interrupted learner"
             )
-        with self.folder.writing():
+        with self.folder.writing() if is_first() else nullcontext(), self._ending:
             return self._run()
 
     def _run(self) -> Report:
         finished, trained = self._resume()
+        if trained < len(self.stream.tasks):
+            check_samples(self.stream, self.processor, self.model, self._shown)
+            warn_of_few_steps(self.stream, self.config, self._shown)
         report = self._report() if finished and finished == trained else None
         for index in range(finished, len(self.stream.tasks)):
             if index >= trained:
@@ -133,23 +164,43 @@ class ContinualLearner:
         started = time.monotonic()
         self._interrupted = True
         split = EncodedSplit(self.processor, task.train, self._budget)
+        keeper = self._checkpoints(index)
+        self._ending.deferred = True
         with ProgressBar(f"train {name}", total_steps(len(task.train), self.config), self._shown) as bar:
             loss = train_task(
                 self.model,
                 self.method,
                 split.example,
-                lambda indices: batch_route(self.method, task.name),
                 task=task.name,
                 num_samples=len(task.train),
                 padding=self._padding,
                 seed=task_seed(self.config.seed, index),
                 bar=bar,
+                forwards=self._forwards,
+                keeper=keeper,
             )
         split.release()
+        by_first(lambda: self._commit(index, round(time.monotonic() - started, 3), loss))
+        keeper.remove()
+        self._interrupted = self._ending.deferred = False
+
+    def _commit(self, index: int, seconds: float, loss: float) -> None:
+        """Write a training and, last, its bundle."""
         self.folder.write_identity(self._identity, self._settings)
-        self.folder.write_training(index, round(time.monotonic() - started, 3), loss)
+        self.folder.write_training(index, seconds, loss)
         save(self.model, self.folder.bundle(index))
-        self._interrupted = False
+
+    def _checkpoints(self, index: int) -> TaskCheckpoints:
+        """The checkpoints of a task. They belong to this configuration and to the state before the task."""
+        of = {"identity": digest_of(self._identity), "before": self.folder.state_before(index)}
+        return TaskCheckpoints(
+            self.folder.task(index) / "checkpoints",
+            self._every,
+            of,
+            lambda: self.folder.write_identity(self._identity, self._settings),
+            self._say,
+            self._ending,
+        )
 
     def evaluate(self, index: int) -> list[float]:
         """Test on the tasks up to `index`, commit predictions and accuracies, and return the accuracies."""
@@ -157,23 +208,44 @@ class ContinualLearner:
         started = time.monotonic()
         accuracies: list[float] = []
         routing: dict[str, Routing] = {}
+        published: dict[str, Published] = {}
         samples = sum(len(task.test) for task in tasks)
+        state = by_first(lambda: manifest_digest(self.folder.bundle(index)))
         with ProgressBar(f"test after {index + 1}", samples, self._shown) as bar:
             for tested, task in enumerate(tasks):
                 split = self._tests[task.name]
                 file = self.folder.predictions(index, tested)
-                result = run_test(self.model, self.processor, self.method, task, split, file, bar)
+                result = run_test(self.model, self.processor, self.method, task, split, file, bar, state)
                 accuracies.append(result.accuracy)
                 if result.routing is not None:
                     routing[task.name] = result.routing
+                if result.published is not None:
+                    published[task.name] = result.published
         seconds = time.monotonic() - started
-        record = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
-        self.folder.write_result(index, record)
+        record: dict[str, Any] = {"accuracies": accuracies, "seconds": round(seconds, 3), "routing": routing}
+        if published:
+            record["published"] = published
+        by_first(lambda: self.folder.write_result(index, record))
+        by_first(lambda: remove_parts(self.folder.predictions(index, 0).parent))
         self._say_row(accuracies, seconds)
+        for name, each in published.items():
+            self._say(published_line(name, each))
         return accuracies
 
     def _resume(self) -> tuple[int, int]:
         """Load the newest complete state, unless the model has it. Return finished and trained tasks."""
+        finished, trained = by_first(self._choose_state)
+        if trained and not self.cram.num_experts:
+            load(self.model, self.folder.bundle(trained - 1))
+            what = "trained" if trained > finished else "finished"
+            self._say(
+                f"resuming {self.folder.path}: task {trained} of {len(self.stream.tasks)} "
+                f"({self.stream.tasks[trained - 1].name}) is {what}"
+            )
+        return finished, trained
+
+    def _choose_state(self) -> tuple[int, int]:
+        """Find the newest complete state and set aside what is damaged behind it."""
         self.folder.check_earlier()
         finished, trained = self.folder.count()
         while trained and (fault := self.folder.fault(trained - 1)):
@@ -190,18 +262,15 @@ class ContinualLearner:
             finished -= 1
             aside = self.folder.set_aside(self.folder.task(finished) / RESULT)
             self._say(f"task {trained} is tested again ({fault}); the damaged result is now {aside}")
-        if trained and not self.cram.num_experts:
-            load(self.model, self.folder.bundle(trained - 1))
-            what = "trained" if trained > finished else "finished"
-            self._say(
-                f"resuming {self.folder.path}: task {trained} of {len(self.stream.tasks)} "
-                f"({self.stream.tasks[trained - 1].name}) is {what}"
-            )
+        for index in range(trained):
+            self._checkpoints(index).remove()
+        for index in range(finished):
+            remove_parts(self.folder.predictions(index, 0).parent)
         return finished, trained
 
     def _report(self) -> Report:
-        report = self.folder.report(self.method, self._settings)
-        write_json(self.folder.path / "report.json", report)
+        report = by_first(lambda: self.folder.report(self.method, self._settings))
+        by_first(lambda: write_json(self.folder.path / "report.json", report))
         return report
 
     def _say(self, text: str) -> None:
@@ -219,6 +288,16 @@ def task_seed(seed: int, index: int) -> int:
     """Return the seed of a task's training. Interruptions of the run do not change it."""
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def _check_arguments(config: CramConfig, forwards: int, checkpoint_every: int) -> None:
+    if config.method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
+    if forwards < 1 or checkpoint_every < 0:
+        raise ValueError(
+            f"forwards must be at least 1 and checkpoint_every at least 0, got {forwards} and "
+            f"{checkpoint_every}"
+        )
 
 
 def _check_stream(stream: Stream) -> None:

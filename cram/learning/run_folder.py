@@ -2,6 +2,7 @@
 
     run.json                    identity (configuration, method, stream, model) and settings of the run
     tasks/01-<name>/            one folder per task, in order
+        checkpoints/            states within the training, until the bundle is there
         training.json           seconds and loss of the training
         bundle/                 the state after the task; present as soon as the training is done
         predictions/02-<name>.jsonl   answers to the test samples of each task learnt so far
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json, write_text
+from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json
 from cram.bundle.format import MANIFEST, read_description
 from cram.bundle.records import MAX_RECORD_BYTES, OWNERS, result_record, sealed, training_record
 from cram.bundle.runs import RUN, RUN_FORMAT, read_run
@@ -158,6 +159,10 @@ class RunFolder:
             run = {"format": RUN_FORMAT, "identity": identity, "settings": settings}
             write_json(self.path / RUN, run)
 
+    def state_before(self, index: int) -> str:
+        """Return the sha256 of the manifest of the state that a task starts from; empty for the first."""
+        return manifest_digest(self.bundle(index - 1)) if index else ""
+
     def write_training(self, index: int, seconds: float, loss: float) -> None:
         """Record a training. The bundle, written next, commits the training."""
         self.task(index).mkdir(parents=True, exist_ok=True)
@@ -221,6 +226,8 @@ class RunFolder:
             report["ranks"] = {name: cram.expert_ranks(index) for name, index in owners.items()}
             report["groups"] = {name: groups[name] for name in names}
             report["routing"] = results[-1]["routing"]
+        if results[-1].get("published"):
+            report["published"] = results[-1]["published"]
         return validate_report(
             {"stream": self.stream.name, "methods": {method.name: report}, "settings": settings}
         )
@@ -231,16 +238,6 @@ def _sha256(file: Path) -> str:
     if size is None or size > MAX_RECORD_BYTES:
         raise ValueError(f"{file} must be a file of at most {MAX_RECORD_BYTES} bytes, got {size}")
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def write_predictions(file: Path, samples: Sequence[Sample], answers: Sequence[str]) -> None:
-    """Write the answers to a test split as JSON lines `{question_id, text}`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        json.dumps({"question_id": sample.id, "text": answer}, ensure_ascii=False)
-        for sample, answer in zip(samples, answers, strict=True)
-    ]
-    write_text(file, "".join(f"{row}\n" for row in rows))
 
 
 def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
@@ -270,9 +267,25 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
         digest.update(repr((task.name, task.scorer, task.max_new_tokens)).encode())
         for split in (task.train, task.test):
             for sample in split:
-                said = (sample.id, sample.instruction, sample.accepted, len(sample.images))
-                digest.update(repr(said).encode())
+                digest.update(_said(sample))
     return {"name": stream.name, "tasks": [task.name for task in stream.tasks], "sha256": digest.hexdigest()}
+
+
+def manifest_digest(bundle: Path) -> str:
+    """Return the sha256 of a bundle's manifest, which names every file of it."""
+    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+
+
+def sample_digest(samples: Sequence[Sample]) -> str:
+    """Return the sha256 of the ids, instructions and answers of some samples."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(_said(sample))
+    return digest.hexdigest()
+
+
+def _said(sample: Sample) -> bytes:
+    return repr((sample.id, sample.instruction, sample.accepted, len(sample.images))).encode()
 
 
 def model_identity(cram: AttachedModel, model: Any) -> dict[str, Any]:
@@ -288,6 +301,11 @@ def model_identity(cram: AttachedModel, model: Any) -> dict[str, Any]:
         "encoder": [cram.encoder.text_dim, cram.encoder.image_dim],
         "sha256": digest.hexdigest(),
     }
+
+
+def digest_of(value: Any) -> str:
+    """Return the sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

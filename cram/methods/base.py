@@ -4,15 +4,16 @@ For each task the learner calls, in this order:
 
     begin_task(task, total_steps)
     for every step:  before_step(step)      parameters for a fresh optimiser where a stage begins, else None
-                     observe(query)         only where the method uses queries
-                     forward and loss       under `route` (under `gates` where the method is told the task)
-                     extra_loss(state)      added to the cross-entropy of the forward with that state
+                     for every forward of the step, one or several:
+                         forward and loss   under `route` (under `gates` where the method is told the task)
+                         extra_loss(state)  added to the cross-entropy of the forward with that state
+                     observe(query)         the step's samples; only where the method uses queries
     end_task()
 
 `model.cram.method` routes every forward, also those of a plain `model.generate`. A method keeps what it must
 know after a task in three places: the experts, the gatings of its modules, and `export_state`. A bundle holds
 all three, and a run goes on from the bundle alone. A method draws initial values in `begin_task` only,
-because the learner seeds that call.
+because the learner seeds that call. A checkpoint within a task holds `export_training` as well.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cram.methods.parts.task_state import load_task_tensors, task_tensors
 from cram.model.attached import AttachedModel
 from cram.model.state import ForwardState
+from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
 
 
@@ -84,7 +87,7 @@ class Method:
         return []
 
     def observe(self, query: Query) -> None:
-        """See the query of a training batch before the batch is routed."""
+        """See the query of all samples of a training step, behind the step's forwards."""
 
     def extra_loss(self, state: ForwardState) -> Tensor | None:
         """Return a term for the cross-entropy of the training forward with this state, or None."""
@@ -128,6 +131,30 @@ class Method:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
+
+    def training_means(self) -> dict[str, CentroidMean]:
+        """Return the running means that `observe` or a forward moves while a task is trained."""
+        return {}
+
+    def export_training(self) -> MethodState:
+        """Return what the task in training holds, for a checkpoint within the task."""
+        return MethodState(task_tensors(self.cram, self.training_means()), {})
+
+    def import_training(
+        self, task: str, total_steps: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Begin a task again and take up an exported training. The model has the experts of earlier tasks.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape.
+        """
+        self.begin_task(task, total_steps)
+        self.before_step(0)
+        load_task_tensors(self.cram, self.training_means(), tensors)
+
+    def facts(self) -> dict[str, float]:
+        """Return numbers about the expert in training, for logs."""
+        return {}
 
     def expert_groups(self) -> dict[str, int]:
         """Return expert -> instruction group, for methods in which queries choose between the tasks' experts.

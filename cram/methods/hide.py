@@ -55,9 +55,23 @@ class HideMethod(Method):
         image, text = self._means
         image.update(query.image, query.has_image)
         text.update(query.text)
-        for mean, anchors in ((image, self._image), (text, self._text)):
+        self._move_anchors()
+
+    def _move_anchors(self) -> None:
+        for mean, anchors in zip(self._means, (self._image, self._text), strict=True):
             if mean.count:
                 anchors[-1] = mean.mean()
+
+    def training_means(self) -> dict[str, CentroidMean]:
+        """Return the means that the anchors follow."""
+        return {"image": self._means[0], "text": self._means[1]}
+
+    def import_training(
+        self, task: str, total_steps: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Begin a task again and take up an exported training, with the anchors."""
+        super().import_training(task, total_steps, tensors, values)
+        self._move_anchors()
 
     def end_task(self) -> None:
         """Freeze the LoRA and fuse it with the older ones."""

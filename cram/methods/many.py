@@ -5,7 +5,8 @@ There is no public code. The equations are the paper's; the rest of this text is
 LPM: each task trains its own LoRA alone. After the task, the recursion of `parts.merge` merges the LoRAs of
 every module, in float64 on the CPU. At inference the merged weight acts alone, on every sample and without a
 router. Two things are not public: rho, and whether the regression is on the rows of A, on activations or on
-B. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
+B. This file takes the rows of A. In a small experiment the activations were much better, see
+docs/results.md. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
 
 CPM: each task also trains a small LoRA on the projector's linears. (A full copy of a 7B model's projector
 would be 21 million values per task.) Visual prototypes mix the outputs of the tasks' projectors per image,
@@ -24,6 +25,7 @@ from cram.methods.parts.merge import merge
 from cram.methods.parts.projector import MixedProjector
 from cram.model.attached import AttachedModel
 from cram.model.factors import new_lora
+from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
 
 RHO = 1e-2  # small against the squared norm of a fresh row of A, 1 / 3
@@ -49,6 +51,10 @@ class ManyMethod(Method):
     def extra_parameters(self) -> list[nn.Parameter]:
         """Return the task's LoRAs of the projector."""
         return [] if self.projector is None else self.projector.trainable()
+
+    def training_means(self) -> dict[str, CentroidMean]:
+        """Return the mean that the task's visual prototype follows."""
+        return {} if self.projector is None else {"prototype": self.projector.mean}
 
     def end_task(self) -> None:
         """Freeze the task's LoRAs, and merge all LoRAs of the language model."""

@@ -6,7 +6,8 @@ Faithful to the released code: the added loss is an entrywise sum of magnitudes,
 over the frozen A of all older tasks. Every task has gate 1 at test time. The released code can also penalise
 the norms of the new factors. The weight of that term is 0 in the paper's runs, so this file has no such term.
 
-Own reading: the target linears are the configuration's, and each LoRA has rank `rank`.
+Own reading: target linears, scale and dropout are the configuration's, and each LoRA has rank `rank`. The
+public ports to LLaVA weigh the penalty by 0.05 or 0.5.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from cram.model.linear import ExpertLinear
 from cram.model.stack import join_stacks
 from cram.model.state import Current, ForwardState
 from cram.routing.clip import ClipEncoder
+from cram.routing.pictures import through_tiles
 from cram.routing.prompts import PromptReader
 from cram.routing.query import Query, Route, Routes
 from cram_kernels import PackedExperts
@@ -120,7 +121,13 @@ class AttachedModel:
 
     def encode(self, instructions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Query:
         """The query of S samples from their instructions and images, for every family; see
-        `ClipEncoder.encode`."""
+        `ClipEncoder.encode`.
+
+        InternVL's processor stretches a picture to square tiles, and a forward reads nothing else. With such
+        a processor the pictures are read as it leaves them here, too.
+        """
+        if self.family.pixels == "tiles" and hasattr(self.processor, "image_token"):
+            images = [[through_tiles(each, self.processor) for each in sample] for sample in images]
         return self.encoder.encode(instructions, images)
 
     def answer(self, images: Any, question: str, **options: Any) -> Any:
@@ -129,13 +136,13 @@ class AttachedModel:
         Args:
             images: One image or several, opened or as paths; None for a question without a picture.
             question: The user's turn without image placeholders.
-            options: `max_new_tokens`, `expert` and `processor`; see `cram.learning.predict.answer_all`.
+            options: `max_new_tokens`, `expert` and `processor`; see `answers.predict.answer_all`.
 
         Returns:
-            A `cram.learning.predict.Answer`: `text`, `group`, and `gates` by expert.
+            A `cram.learning.answers.predict.Answer`: `text`, `group`, and `gates` by expert.
         """
         # Prompts belong to a room above this one, which is loaded by the first question.
-        predict = import_module("cram.learning.predict")
+        predict = import_module("cram.learning.answers.predict")
         return predict.answer(self._model, question, images, **options)
 
     def route(self, query: Query) -> Route:

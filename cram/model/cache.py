@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from cram.model.state import ForwardState
@@ -47,6 +48,26 @@ class _Filled(NamedTuple):
     version: int | None
 
 
+_KEPT = "cram_kept"
+
+
+class _Kept:
+    """What a traced decode step finds at its cache, because guards on a weak dictionary do not hold.
+
+    Attributes:
+        state: The state of the forwards that continue the cache; None in a copy of the cache.
+    """
+
+    def __init__(self, state: ForwardState | None) -> None:
+        self.state = state
+
+    def __deepcopy__(self, memo: Any) -> _Kept:
+        return _Kept(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, (None,)
+
+
 class CacheStates:
     """Remembers with each KV cache the state of the forward that filled it.
 
@@ -68,19 +89,26 @@ class CacheStates:
 
     def get(self, cache: Any) -> ForwardState | None:
         """The state under which a cache is continued, or None for no cache or an unknown one."""
+        if torch.compiler.is_compiling():
+            kept = getattr(cache, _KEPT, None)
+            return None if kept is None else kept.state
         return self._filled[cache].state if cache is not None and cache in self._filled else None
 
     def keep(self, cache: Any, state: ForwardState) -> None:
         """Remember the state of the forward that has just filled a cache."""
         known = self.get(cache)
         kept = known if known is not None and known is state else state.continued()
-        self._filled[cache] = _Filled(kept, _version(cache.get_seq_length()))
+        self._remember(cache, kept)
         if state in self.prompts:
             self.prompts[kept] = self.prompts[state]
 
     def adopt(self, cache: Any, state: ForwardState) -> None:
         """Let `state` continue a cache that was put together from rows of other caches."""
+        self._remember(cache, state)
+
+    def _remember(self, cache: Any, state: ForwardState) -> None:
         self._filled[cache] = _Filled(state, _version(cache.get_seq_length()))
+        setattr(cache, _KEPT, _Kept(state))
 
     def is_filled(self, cache: Any, tokens: int) -> bool:
         """Whether a forward of `tokens` tokens continues what a cache holds.
@@ -91,6 +119,9 @@ class CacheStates:
         """
         if cache is None:
             return False
+        if torch.compiler.is_compiling():
+            # A traced count has no version. A whole prompt is not traced; see `cram.model.hooks`.
+            return tokens == 1 and self.get(cache) is not None
         length = cache.get_seq_length()
         if not isinstance(length, Tensor):
             return bool(length > 0)

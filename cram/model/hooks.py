@@ -151,7 +151,14 @@ class ForwardHooks:
         cache = given_cache(kwargs)
         continued = cache if self._caches.is_filled(cache, embeds.shape[1]) else None
         training = module.training and (self.solo_in_training or self.in_training)
-        state = self._state(call, kwargs, embeds, continued, module.training, training)
+        # Queries and routes are made outside of traced graphs; a traced decode step only looks its state up.
+        arguments = (call, kwargs, embeds, continued, module.training, training)
+        if continued is not None:
+            state = self._state(*arguments)
+        else:
+            from cram.model.untraced import made
+
+            state = made(self._state, *arguments)
         self._current.state = state
         kwargs = {**kwargs, STATE: state}
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers)
@@ -171,9 +178,12 @@ class ForwardHooks:
         return args, kwargs
 
     def _after_language(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache = made_cache(output)
-        if cache is not None:
-            self._caches.keep(cache, self._current.state)
+        cache, state = made_cache(output), self._current.state
+        # A traced decode step leaves to its cache what is known of it.
+        if cache is not None and not (state.decoding and torch.compiler.is_compiling()):
+            from cram.model.untraced import done
+
+            done(self._caches.keep, cache, state)
 
     def _state(
         self,
@@ -194,6 +204,8 @@ class ForwardHooks:
                 else ForwardState(decoding=True)
             )
         query = None
+        if self.override is None and routed and self.method.uses_queries:
+            self._check_first(call, kwargs)
         if self.override is not None:
             route = self.override.route if routed else None
         else:
@@ -224,10 +236,11 @@ class ForwardHooks:
                 f"the KV cache must come from a routed prefill of this model, got another; {EXPLICIT}"
             )
         self.check_route(state.route, rows)
-        several = call is not None and call.input_ids is not None and call.input_ids.shape[1] > 1
-        if several and self.method.uses_queries:
-            assert call is not None
-            self._check_more(call, state, training_mode)
+        tokens = 1 if call is None or call.input_ids is None else call.input_ids.shape[1]
+        if self.method.uses_queries and (tokens > 1 or state.turn_is_open):
+            from cram.model.untraced import done
+
+            done(self._check_more, call, state, training_mode)
         return state
 
     def _check_more(self, call: Call, state: ForwardState, training_mode: bool) -> None:
@@ -251,6 +264,16 @@ class ForwardHooks:
                 f"{EXPLICIT}"
             )
         self._caches.prompts[state] = whole
+        state.turn_is_open = self._reader.leaves_turn_open(whole)
+
+    def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:
+        """Refuses to route a cache by a first token alone: it is a prompt that comes token by token."""
+        single = call is not None and call.input_ids is not None and call.input_ids.shape[1] == 1
+        if single and given_cache(kwargs) is not None:
+            raise ValueError(
+                f"the prompt must be in one prefill, got its first token alone; {EXPLICIT}, or leave out "
+                "prefill_chunk_size"
+            )
 
     def _query(self, call: Call | None, routed: bool) -> Query | None:
         """The automatic query of a prefill or training forward, where somebody wants it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from cram.report.columns import (
     shown_columns,
     spread_text,
 )
+from cram.report.examples import Example, by_task
 from cram.report.schema import Report, by_seed, validate_report
 from cram.report.summary import MethodSummary, Spread, summarise
+from cram.report.words import conclusion, description
 
 FIGURES = {
     "matrices": (
@@ -69,11 +71,12 @@ FIGURES = {
 }
 
 
-def write_page(run_folder: Path) -> Path:
+def write_page(run_folder: Path, examples: Sequence[Example] = ()) -> Path:
     """Write `report.html` (self-contained) and one PNG per picture into a run folder.
 
     Args:
         run_folder: Folder with a `report.json` that follows `cram.report.schema`.
+        examples: See `cram.report.examples.gather_examples`.
 
     Returns:
         The page's path.
@@ -95,11 +98,13 @@ def write_page(run_folder: Path) -> Path:
         plots.save_png(figure, run_folder / f"{name}.png")
     svgs = {name: plots.to_svg(figure) for name, figure in figures.items()}
     page = run_folder / "report.html"
-    page.write_text(_render(report, methods, svgs), encoding="utf-8")
+    page.write_text(_render(report, methods, svgs, examples), encoding="utf-8")
     return page
 
 
-def _render(report: Report, methods: list[MethodSummary], svgs: dict[str, str]) -> str:
+def _render(
+    report: Report, methods: list[MethodSummary], svgs: dict[str, str], examples: Sequence[Example]
+) -> str:
     environment = Environment(
         loader=PackageLoader("cram.report", "."),
         autoescape=True,
@@ -110,6 +115,8 @@ def _render(report: Report, methods: list[MethodSummary], svgs: dict[str, str]) 
     ordered, columns = in_order(methods), shown_columns(methods)
     return environment.get_template("page.html.jinja").render(
         stream=report["stream"],
+        conclusion=conclusion(methods, report.get("base")),
+        examples=by_task(examples),
         tasks=tasks,
         seeds=list(by_seed(report)),
         tables=[
@@ -120,7 +127,7 @@ def _render(report: Report, methods: list[MethodSummary], svgs: dict[str, str]) 
         told=[method.name for method in ordered if method.told_task],
         ablated=any(method.ablation for method in methods),
         notes=[{"name": method.name, "text": method.note} for method in ordered if method.note],
-        finals=_final_rows(ordered),
+        finals=_final_rows(ordered) + _base_rows(report.get("base")),
         figures=[_figure(name, svg, methods) for name, svg in svgs.items()],
         expert_rows=[_expert_row(m, task) for m in methods if m.ranks and not m.ablation for task in tasks],
         settings=json.dumps(report["settings"], indent=2) if "settings" in report else "",
@@ -152,6 +159,14 @@ def _final_rows(methods: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     ]
 
 
+def _base_rows(base: Mapping[str, float] | None) -> list[dict[str, Any]]:
+    """The row of the untrained base, if its accuracies are known."""
+    if base is None:
+        return []
+    cells = [{"text": decimals(value), "spread": "", "best": False} for value in base.values()]
+    return [{"name": "base, untrained", "cells": cells}]
+
+
 def _final(index: int, method: MethodSummary) -> Spread:
     return Spread(float(method.matrix[-1, index]), float(method.deviation[-1, index]))
 
@@ -175,6 +190,7 @@ def _figure(name: str, svg: str, methods: Sequence[MethodSummary]) -> dict[str, 
     return {
         "title": f"{title} ({method})" if method and several else title,
         "caption": caption,
+        "alt": description(name, methods),
         "svg": svg,
         "file": f"{name}.png",
     }

@@ -70,6 +70,20 @@ class Inference(TypedDict):
     tokens: int
 
 
+class Published(TypedDict):
+    """The accuracy of a task by the rule behind published numbers, where it is not the strict one.
+
+    Attributes:
+        rule: Name of the rule.
+        accuracy: By that rule.
+        difference: That accuracy minus the strict one.
+    """
+
+    rule: str
+    accuracy: float
+    difference: float
+
+
 class MethodReport(TypedDict):
     """One method's run over the whole stream.
 
@@ -90,15 +104,20 @@ class MethodReport(TypedDict):
     ranks: NotRequired[dict[str, dict[str, int]]]
     groups: NotRequired[dict[str, int]]
     routing: NotRequired[dict[str, Routing]]
+    published: NotRequired[dict[str, Published]]
     entry: NotRequired[Entry]
     stored: NotRequired[Stored]
     inference: NotRequired[Inference]
 
 
 class Report(TypedDict):
-    """The whole file. `stream` names the task stream. The page shows `settings` unchanged."""
+    """The whole file. `stream` names the task stream. The page shows `settings` unchanged.
+
+    `base[task]` is the accuracy of the untrained base on a task, the mean over the seeds.
+    """
 
     stream: str
+    base: NotRequired[dict[str, float]]
     methods: NotRequired[dict[str, MethodReport]]
     seeds: NotRequired[dict[str, dict[str, MethodReport]]]
     settings: NotRequired[dict[str, Any]]
@@ -119,14 +138,20 @@ def validate_report(data: object) -> Report:
     if not isinstance(top["stream"], str):
         raise ValueError(f"report.stream must be a string, got {top['stream']!r}")
     if "methods" in top:
-        _methods(top["methods"], "methods")
+        _base(top, _methods(top["methods"], "methods")[1])
         return cast(Report, top)
     seeds = _mapping(top["seeds"], "seeds")
     contents = {seed: _methods(methods, f"seeds.{seed}") for seed, methods in seeds.items()}
     first, *others = contents.values()
     if any(other != first for other in others):
         raise ValueError(f"seeds must all have the same methods and tasks in the same order, got {contents}")
+    _base(top, first[1])
     return cast(Report, top)
+
+
+def _base(top: dict[str, Any], tasks: list[str]) -> None:
+    if "base" in top:
+        _per_task(top["base"], tasks, "base")
 
 
 def by_seed(report: Report) -> dict[str, dict[str, MethodReport]]:
@@ -170,6 +195,15 @@ def _method(value: object, where: str) -> list[str]:
     return tasks
 
 
+def _published(value: Any, tasks: list[str], where: str) -> None:
+    for task, each in _tasks_only(value, tasks, where).items():
+        found = _object(each, f"{where}.{task}", Published)
+        if not isinstance(found["rule"], str):
+            raise ValueError(f"{where}.{task}.rule must be a name, got {found['rule']!r}")
+        for name in ("accuracy", "difference"):
+            _number(found[name], f"{where}.{task}.{name}")
+
+
 def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> None:
     if "groups" in method:
         _per_task(method["groups"], tasks, f"{where}.groups")
@@ -178,6 +212,8 @@ def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> Non
         for task, modules in ranks.items():
             for module, rank in _mapping(modules, f"{where}.ranks.{task}").items():
                 _number(rank, f"{where}.ranks.{task}.{module}")
+    if "published" in method:
+        _published(method["published"], tasks, f"{where}.published")
     if "routing" in method:
         for task, value in _tasks_only(method["routing"], tasks, f"{where}.routing").items():
             routing = _object(value, f"{where}.routing.{task}", Routing)

@@ -75,3 +75,12 @@ class CentroidMean:
         if self._sum is None or not self.count:
             raise ValueError("mean must follow at least one image, got none")
         return (self._sum / self.count).float()
+
+    def export(self) -> Tensor:
+        """Returns the sum [D_q] and, behind it, the count, float64; needs at least one image."""
+        assert self._sum is not None
+        return torch.cat([self._sum, self._sum.new_tensor([self.count])])
+
+    def restore(self, state: Tensor) -> None:
+        """Takes up an exported state [D_q + 1]."""
+        self._sum, self.count = state[:-1].to(torch.float64, copy=True), int(state[-1])

@@ -52,6 +52,12 @@ class Pixels:
         ]
 
 
+def through_tiles(image: Image.Image, processor: Any) -> Image.Image:
+    """A picture as a processor of tiles leaves it: resized to a grid of square tiles."""
+    made = processor(text=[processor.image_token], images=[image], return_tensors="pt")["pixel_values"]
+    return Pixels(made).pictures([range(len(made))], processor.image_processor)[0]
+
+
 def joined_tiles(tiles: Tensor) -> Tensor:
     """A picture [3, r * H, c * W] from its r * c tiles, row by row, with the thumbnail behind them
     [r * c + 1, 3, H, W]; a single tile is the picture.

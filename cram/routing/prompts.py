@@ -59,11 +59,24 @@ class Call:
         input_ids: [B, T], or None if the caller gave embeddings.
         mask: Real tokens [B, T] (bool), or None where nothing tells them from padding.
         images: What the vision tower saw, or None without images.
+        positions: Position ids [B, T] or [1, T] that the caller gave, or None.
+        packed: Whether the caller has said that a row holds several samples.
     """
 
     input_ids: Tensor | None
     mask: Tensor | None
     images: Images | None = None
+    positions: Tensor | None = None
+    packed: bool = False
+
+    def holds_packed_rows(self) -> bool:
+        """Whether a row holds several samples: its positions start anew among real tokens."""
+        if self.packed or self.positions is None:
+            return self.packed
+        anew = self.positions[:, 1:] <= self.positions[:, :-1]
+        if self.mask is not None and self.mask.shape == self.positions.shape:
+            anew &= self.mask[:, :-1].to(anew.device)  # behind left padding positions begin
+        return bool(anew.any())
 
     def followed_by(self, more: Call, samples: int) -> Call:
         """One row for each of S samples: their tokens here, and behind them those of `more`."""
@@ -112,7 +125,12 @@ class PromptReader:
         encoded = given.get("mm_encoder_outputs")
         image = encoded.get("image") if isinstance(encoded, Mapping) else None
         real = None if ids is None else real_tokens(mask, *ids.shape)
-        self._call = Call(ids, real, getattr(image, _CARRIED, None))
+        positions = given.get("position_ids")
+        if positions is not None and positions.dim() == 3:
+            # Qwen's rows: one of the text, which may be absent, and one per axis of a picture.
+            positions = positions[0] if len(positions) == 4 else None
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        self._call = Call(ids, real, getattr(image, _CARRIED, None), positions, packed)
 
     def after_tower(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -160,6 +178,11 @@ class PromptReader:
         if call is None or call.input_ids is None:
             raise ValueError(
                 f"automatic routing must see input_ids of the model's own forward, got none; {EXPLICIT}"
+            )
+        if call.holds_packed_rows():
+            raise ValueError(
+                "a row must be one whole sample, got packed rows, whose positions start anew; unpack them or "
+                "enter `model.cram.fixed` with one route for all"
             )
         ids = call.input_ids
         if not self.visual_tokens(call):
@@ -217,7 +240,20 @@ class PromptReader:
 
     def texts(self, input_ids: Tensor, mask: Tensor | None) -> list[str]:
         """The last user turn of each row of input_ids [B, T]; the whole prompt where no turn is marked."""
-        kinds = ("image", "vision_start", "vision_end")
+        rows, prompts = self._prompts(input_ids, mask)
+        turns = [self._family.user_turn(prompt) for prompt in prompts]
+        missing = [i for i, turn in enumerate(turns) if turn is None]
+        whole = iter(self._decode([rows[i] for i in missing], special=False) if missing else [])
+        return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
+
+    def leaves_turn_open(self, call: Call) -> bool:
+        """Whether a row of the inputs ends inside of a user turn, so that more of its question may follow."""
+        assert call.input_ids is not None
+        _, prompts = self._prompts(call.input_ids, call.mask)
+        return any(map(self._family.leaves_turn_open, prompts))
+
+    def _prompts(self, input_ids: Tensor, mask: Tensor | None) -> tuple[list[list[int]], list[str]]:
+        """Real tokens and decoded text of each row, without the tokens that stand for images."""
         tokenizer = self._loaded_tokenizer()
         kinds = ("image", "vision_start", "vision_end")
         drawn = [getattr(self._config, f"{kind}_token_id", None) for kind in kinds]
@@ -229,11 +265,7 @@ class PromptReader:
         if mask is not None:
             keep &= mask.to(keep.device)
         rows = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), keep.cpu(), strict=True)]
-        prompts = self._decode(rows, special=True)
-        turns = [self._family.user_turn(prompt) for prompt in prompts]
-        missing = [i for i, turn in enumerate(turns) if turn is None]
-        whole = iter(self._decode([rows[i] for i in missing], special=False) if missing else [])
-        return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
+        return rows, self._decode(rows, special=True)
 
     def _decode(self, rows: list[list[int]], special: bool) -> list[str]:
         decode = self._loaded_tokenizer().batch_decode

@@ -7,6 +7,8 @@ exactly the samples' ids.
     accuracy         share of answers equal to an accepted answer, ignoring case, blanks and a final point
     option_letter    share of answers that state the right option letter
     number           share of answers that hold exactly one number, equal to the right one
+    vqa_soft         mean agreement with several human answers (VQA, TextVQA)
+    box              share of answers that hold one box, which overlaps the right one by more than half
     anls             mean normalised Levenshtein similarity to the nearest accepted answer, 0 below 0.5
     caption          mean of BLEU-1..4, ROUGE-L and CIDEr / 10, x 100
     coco_caption     published convention: mean of BLEU-1..4, ROUGE-L and CIDEr, x 100, at most 250; no METEOR
@@ -20,10 +22,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from cram.scoring.boxes import OVERLAP, overlap, read_box
 from cram.scoring.captions import CIDER_MAXIMUM, caption_metrics
-from cram.scoring.published import RULES, PublishedRule, published_accuracy
+from cram.scoring.published import RULES, PublishedRule, Question, published_accuracy
+from cram.scoring.soft_vqa import soft_credit
 
 ANLS_THRESHOLD = 0.5
 NUMBER_TOLERANCE = 1e-6
@@ -47,6 +51,14 @@ class Sample(Protocol):
     @property
     def accepted(self) -> tuple[str, ...]:
         """Every accepted answer, at least one."""
+
+    @property
+    def instruction(self) -> str:
+        """The question."""
+
+    @property
+    def images(self) -> Sequence[Any]:
+        """The question's pictures, opened or as paths."""
 
 
 Scorer = Callable[[Sequence[str], Sequence[Sample]], float]
@@ -213,18 +225,42 @@ def _coco_caption(predictions: Sequence[str], samples: Sequence[Sample]) -> floa
 def _published(rule: PublishedRule) -> Scorer:
     def accuracy(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
         ids = [sample.id for sample in samples]
-        answers = [sample.answer for sample in samples]
+        questions = [_question(sample) for sample in samples]
         return published_accuracy(
-            rule, list(zip(ids, predictions, strict=True)), list(zip(ids, answers, strict=True))
+            rule, list(zip(ids, predictions, strict=True)), list(zip(ids, questions, strict=True))
         )
 
     return accuracy
+
+
+def _question(sample: Sample) -> Question:
+    first = sample.images[0] if sample.images else None
+    picture = first.name if isinstance(first, Path) else ""
+    # The published rules know one answer, except where humans have given several.
+    return Question((sample.answer, *sample.accepted[1:]), sample.instruction, picture)
+
+
+def _vqa_soft(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
+    credits = [
+        soft_credit(prediction, sample.accepted)
+        for prediction, sample in zip(predictions, samples, strict=True)
+    ]
+    return 100.0 * sum(credits) / len(credits)
+
+
+def _same_box(prediction: str, answer: str) -> float:
+    expected, found = read_box(answer), read_box(prediction)
+    if expected is None:
+        raise ValueError(f"an answer scored by 'box' must be a box [x1, y1, x2, y2], got {answer!r}")
+    return float(found is not None and overlap(found, expected) > OVERLAP)
 
 
 SCORERS: dict[str, Scorer] = {
     "accuracy": _best_of_accepted(_same_text),
     "option_letter": _best_of_accepted(_same_option),
     "number": _best_of_accepted(_same_number),
+    "vqa_soft": _vqa_soft,
+    "box": _best_of_accepted(_same_box),
     "anls": _best_of_accepted(anls_similarity),
     "caption": _caption,
     "coco_caption": _coco_caption,
@@ -234,7 +270,12 @@ SCORERS: dict[str, Scorer] = {
 
 # Strict scorer -> the published variants that score the same kind of answer.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "accuracy": tuple(RULES),
+    "accuracy": tuple(
+        name for name in RULES if not name.endswith(("_scienceqa", "_textvqa", "_grounding", "_sci"))
+    ),
+    "option_letter": ("mcitlib_scienceqa", "prism_scienceqa", "mcitlib_finvis"),
+    "vqa_soft": ("mcitlib_textvqa", "prism_textvqa"),
+    "box": ("mcitlib_grounding", "prism_grounding"),
     "anls": ("prism_anls",),
     "caption": ("coco_caption",),
 }

@@ -90,6 +90,19 @@ class Sampling:
                 raise RequestError(f"{name} must be {wanted}, got {getattr(self, name)!r:.100}")
 
 
+def check_mixture(mixture: Mapping[str, float] | None) -> None:
+    """Refuse scales with which nothing can be computed.
+
+    Raises:
+        RequestError: If a scale is not finite or too large.
+    """
+    for name, scale in (mixture or {}).items():
+        if not math.isfinite(scale) or abs(scale) > MAX_SCALE:
+            raise RequestError(
+                f"scale of {name!r:.100} must be finite and at most {MAX_SCALE:g} in size, got {scale}"
+            )
+
+
 @dataclass(frozen=True)
 class Decision:
     """Which experts answer a request.
@@ -98,7 +111,8 @@ class Decision:
         mode: "automatic", "mixture" or "base".
         bundle: Number of the expert version that answers.
         group: The instruction group, where the method has groups and chose one.
-        gates: Expert -> gate per decoder layer. None where a method makes its gates inside the layers.
+        gates: Expert -> gate per decoder layer, without experts whose gates are all 0. None where a method
+            makes its gates inside the layers.
     """
 
     mode: str
@@ -180,11 +194,7 @@ class Request:
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        for name, scale in (self.mixture or {}).items():
-            if not math.isfinite(scale) or abs(scale) > MAX_SCALE:
-                raise RequestError(
-                    f"scale of {name!r:.100} must be finite and at most {MAX_SCALE:g} in size, got {scale}"
-                )
+        check_mixture(self.mixture)
 
     def cancel(self) -> None:
         """No more tokens are computed for the request; its listener hears nothing more."""

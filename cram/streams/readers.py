@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -21,6 +20,8 @@ from cram.streams.types import Sample
 IMAGE_PLACEHOLDER = "<image>"
 # Larger than this is a damaged file; more data come in more tasks.
 MAX_JSON_BYTES = 4 << 30
+LINES = (".jsonl", ".ndjson")  # names of files that hold a JSON object a line
+
 
 # What a path can raise: a loop of links, a null byte, half a character, a name that is too long.
 PATH_ERRORS = (OSError, RuntimeError, ValueError)
@@ -29,12 +30,24 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 100, 100
 
 
 class StreamError(ValueError):
-    """A fault in the data of a stream. The message names the file, the row and the field."""
+    """A fault in the data of a stream. The message names the file, the row and the field.
+
+    Attributes:
+        file: The file.
+        row: The row, from 0, or None.
+        field: The field.
+        fault: What must be there and what was found.
+    """
 
     def __init__(self, file: Path, row: int | None, field: str, fault: str) -> None:
+        self.file, self.row, self.field, self.fault = file, row, field, fault
         place = str(file) if row is None else f"{file}, row {row}"
         # A file's name may hold line breaks.
         super().__init__(" ".join(f"{place}, field '{field}': {fault}".splitlines()))
+
+    def at_line(self, line: int) -> StreamError:
+        """The same fault with the number of its line in the file, from 1."""
+        return StreamError(self.file, self.row, self.field, f"{self.fault} (line {line})")
 
 
 def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> list[Sample]:
@@ -46,7 +59,7 @@ def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> li
     `image_root`. Image placeholders are removed from the instruction. Other keys of a row are ignored.
 
     Args:
-        file: JSON file that holds a list of rows.
+        file: JSON file that holds a list of rows, or JSON lines.
         image_root: Folder that every image must lie in.
         repeated_ids: True if ids may repeat, as in training files with several captions per image. Then the
             row number is added to a repeated id.
@@ -54,11 +67,17 @@ def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> li
     Raises:
         StreamError: For the first fault. Rows count from 0.
     """
-    rows = _load_rows(file)
+    return samples_of_rows(file, load_rows(file), image_root, repeated_ids)
+
+
+def samples_of_rows(
+    file: Path, rows: Sequence[Any], image_root: Path, repeated_ids: bool = False
+) -> list[Sample]:
+    """The samples of rows that were read from `file`; see `read_samples`."""
     seen: dict[str, int] = {}
     samples = []
     for index, data in enumerate(rows):
-        row = _Row(file, index, data)
+        row = Row(file, index, data)
         sample_id, instruction, answers = _read_text(row)
         if sample_id in seen:
             if not repeated_ids:
@@ -88,7 +107,7 @@ def add_references(samples: Sequence[Sample], file: Path) -> list[Sample]:
     Raises:
         StreamError: If the file is malformed or has no caption for a sample.
     """
-    data = _load_json(file)
+    data = load_json(file)
     if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
         raise StreamError(file, None, "images, annotations", f"must both be present, got {brief(data)}")
     for field in ("images", "annotations"):
@@ -96,11 +115,11 @@ def add_references(samples: Sequence[Sample], file: Path) -> list[Sample]:
             raise StreamError(file, None, field, f"must be a list, got {brief(data[field])}")
     captions: dict[str, list[str]] = defaultdict(list)
     for index, annotation in enumerate(data["annotations"]):
-        row = _Row(file, index, annotation)
+        row = Row(file, index, annotation)
         captions[row.identifier("image_id")].append(row.text("caption"))
     image_ids: dict[str, str] = {}
     for index, image in enumerate(data["images"]):
-        row = _Row(file, index, image)
+        row = Row(file, index, image)
         image_id = row.identifier("id")
         image_ids[image_id] = image_id
         if "file_name" in row.data:
@@ -123,8 +142,8 @@ def _with_references(
     )
 
 
-class _Row:
-    """One row of a file. The accessors name the place of a fault."""
+class Row:
+    """One row of a file. Its accessors and `error` name the place of a fault."""
 
     def __init__(self, file: Path, index: int, data: object) -> None:
         self.file, self.index = file, index
@@ -134,39 +153,51 @@ class _Row:
 
     @property
     def id_key(self) -> str:
+        """The key of the row's id in its layout."""
         return "id" if "conversations" in self.data else "question_id"
 
     def error(self, field: str, fault: str) -> StreamError:
+        """The error for a field of this row."""
         return StreamError(self.file, self.index, field, fault)
 
     def text(self, field: str) -> str:
+        """The non-empty text of a field."""
         value = self.data.get(field)
-        if not _is_text(value) or not value.strip():
+        if not is_text(value) or not value.strip():
             raise self.error(field, f"must be a non-empty string, got {brief(value)}")
         return value
 
     def identifier(self, field: str) -> str:
+        """The id in a field, as a text."""
         value = self.data.get(field)
-        if (type(value) is not int and not _is_text(value)) or value == "":
+        if (type(value) is not int and not is_text(value)) or value == "":
             raise self.error(field, f"must be a non-empty string or an integer, got {brief(value)}")
         return str(value)
 
     def answers(self, field: str) -> tuple[str, ...]:
+        """All accepted answers in a field, at least one."""
         value = self.data.get(field)
         values = value if isinstance(value, list) else [value]
         texts = tuple(str(item).strip() for item in values if _is_answer(item))
         if not texts or len(texts) != len(values):
             raise self.error(field, f"must be a non-empty answer or a list of them, got {brief(value)}")
+        for text in texts:
+            self.check_answer(field, text)
         return texts
+
+    def check_answer(self, field: str, text: str) -> None:
+        """Refuse an answer that holds an image placeholder."""
+        if IMAGE_PLACEHOLDER in text:
+            raise self.error(field, f"must have no {IMAGE_PLACEHOLDER}, got it in an answer")
 
 
 def _is_answer(value: object) -> bool:
     if isinstance(value, str):
-        return _is_text(value) and bool(value.strip())
+        return is_text(value) and bool(value.strip())
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _is_text(value: object) -> TypeGuard[str]:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether it is a string that UTF-8 can hold; JSON's escapes can name half a character."""
     if not isinstance(value, str):
         return False
@@ -177,14 +208,14 @@ def _is_text(value: object) -> TypeGuard[str]:
     return True
 
 
-def _read_text(row: _Row) -> tuple[str, str, tuple[str, ...]]:
-    reader: Callable[[_Row], tuple[str, tuple[str, ...]]]
+def _read_text(row: Row) -> tuple[str, str, tuple[str, ...]]:
+    reader: Callable[[Row], tuple[str, tuple[str, ...]]]
     reader = _read_conversation if "conversations" in row.data else _read_question
     instruction, answers = reader(row)
     return row.identifier(row.id_key), instruction, answers
 
 
-def _read_conversation(row: _Row) -> tuple[str, tuple[str, ...]]:
+def _read_conversation(row: Row) -> tuple[str, tuple[str, ...]]:
     turns = row.data["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise row.error("conversations", f"must be a list of objects, got {brief(turns)}")
@@ -194,55 +225,73 @@ def _read_conversation(row: _Row) -> tuple[str, tuple[str, ...]]:
     texts = []
     for index, turn in enumerate(turns):
         value = turn.get("value")
-        if not _is_text(value) or not value.strip():
+        if not is_text(value) or not value.strip():
             raise row.error(
                 f"conversations[{index}].value", f"must be a non-empty string, got {brief(value)}"
             )
         texts.append(value)
+    row.check_answer("conversations[1].value", texts[1])
     return texts[0], (texts[1].strip(),)
 
 
-def _read_question(row: _Row) -> tuple[str, tuple[str, ...]]:
-    return row.text("text"), row.answers("answer")
+def _read_question(row: Row) -> tuple[str, tuple[str, ...]]:
+    # CoIN's boxes stand under a name of their own.
+    boxes = "answer_bbox" in row.data and "answer" not in row.data
+    return row.text("text"), row.answers("answer_bbox" if boxes else "answer")
 
 
-def _strip_placeholders(row: _Row, instruction: str, num_images: int) -> str:
+def _strip_placeholders(row: Row, instruction: str, num_images: int) -> str:
     """Remove the image placeholders. If there are any, there must be one per image."""
-    placeholders = instruction.count(IMAGE_PLACEHOLDER)
+    text, placeholders = without_placeholders(instruction)
     if placeholders not in (0, num_images):
         raise row.error(
             "image",
             f"must have one image per placeholder, got {num_images} images for {placeholders} placeholders",
         )
-    text = re.sub(rf"\n?{IMAGE_PLACEHOLDER}\n?", "", instruction).strip()
     if not text:
         raise row.error("text", "must say something beside image placeholders, got nothing else")
+    if IMAGE_PLACEHOLDER in text:
+        raise row.error("text", f"must have {IMAGE_PLACEHOLDER} only before or after a text, got it inside")
     return text
 
 
-def _find_images(row: _Row, image_root: Path) -> tuple[Path, ...]:
+def without_placeholders(text: str) -> tuple[str, int]:
+    """The text without the image placeholders at its ends, and how many those are."""
+    text, count = text.strip(), 0
+    for cut in (str.removeprefix, str.removesuffix):
+        while (rest := cut(text, IMAGE_PLACEHOLDER)) != text:
+            text, count = rest.strip(), count + 1
+    return text, count
+
+
+def _find_images(row: Row, image_root: Path) -> tuple[Path, ...]:
     value = row.data.get("image")
     if value is None:
         return ()
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise row.error("image", f"must be a path, a list of paths or absent, got {brief(value)}")
-    return tuple(_find_image(row, image_root, name) for name in names)
+    return tuple(find_image(row, image_root, name) for name in names)
 
 
-def _find_image(row: _Row, image_root: Path, name: str) -> Path:
-    if "\0" in name or not _is_text(name):  # `is_file` would call such a file absent.
-        raise row.error("image", f"must be a path, got {brief(name)}")
+def find_image(row: Row, image_root: Path, name: str, field: str = "image") -> Path:
+    """The path of a picture that a row names.
+
+    Raises:
+        StreamError: If it is no path, lies outside of the image root, or is not an existing file.
+    """
+    if "\0" in name or not is_text(name):  # `is_file` would call such a file absent.
+        raise row.error(field, f"must be a path, got {brief(name)}")
     path = image_root / name
     try:
         real = path.resolve() if path.is_symlink() else _real_folder(path.parent) / path.name
         inside, exists = real.is_relative_to(_real_folder(image_root)), real.is_file()
     except PATH_ERRORS as error:
-        raise row.error("image", f"must be a path, got {brief(name)}: {one_line(error)}") from error
+        raise row.error(field, f"must be a path, got {brief(name)}: {one_line(error)}") from error
     if not inside:
-        raise row.error("image", f"must stay under the image root {image_root}, got {brief(name)}")
+        raise row.error(field, f"must stay under the image root {image_root}, got {brief(name)}")
     if not exists:
-        raise row.error("image", f"must be an existing file, got {name!r:.300} (looked for {path!s:.300})")
+        raise row.error(field, f"must be an existing file, got {name!r:.300} (looked for {path!s:.300})")
     return path
 
 
@@ -251,32 +300,67 @@ def _real_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _load_rows(file: Path) -> list[Any]:
-    rows = _load_json(file)
+def load_rows(file: Path) -> list[Any]:
+    """The rows of a JSON file that holds a list, or of JSON lines, by the file's name.
+
+    Raises:
+        StreamError: If the file cannot be read, is not JSON, or holds no row.
+    """
+    rows = _load_lines(file) if file.suffix in LINES else load_json(file)
     if not isinstance(rows, list) or not rows:
         raise StreamError(file, None, "(file)", f"must be a non-empty list of rows, got {brief(rows)}")
     return rows
 
 
-def _load_json(file: Path) -> Any:
+def _load_lines(file: Path) -> list[Any]:
+    rows: list[Any] = []
+    # Only "\n" ends a line: JSON strings may hold the other separators of `splitlines`.
+    for line in _read(file).split("\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line, parse_constant=_refuse_constant))
+            except (ValueError, RecursionError) as error:
+                raise StreamError(file, len(rows), "(row)", f"must be JSON, got {one_line(error)}") from error
+    return rows
+
+
+def load_json(file: Path) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        StreamError: If the file cannot be read or is not JSON.
+    """
+    text = _read(file)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise StreamError(file, None, "(file)", f"must be JSON, got {one_line(error)}") from error
+
+
+def _read(file: Path) -> str:
     try:
         # Opening a pipe would wait for its writer.
         if file.exists() and not file.is_file():
             raise StreamError(file, None, "(file)", "must be a readable file, got something that is no file")
         if (size := file.stat().st_size) > MAX_JSON_BYTES:
             raise StreamError(file, None, "(file)", f"must have at most {MAX_JSON_BYTES} bytes, got {size}")
-        with file.open(encoding="utf-8") as opened:
-            return json.load(opened, parse_constant=_refuse_constant)
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise StreamError(file, None, "(file)", f"must be a readable file, got {error.strerror}") from error
-    except StreamError:
-        raise
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise StreamError(file, None, "(file)", f"must be JSON, got {one_line(error)}") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"the constant {name}")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path names an existing folder; one that cannot be a path does not."""
+    try:
+        return path.is_dir()
+    except PATH_ERRORS:
+        return False
 
 
 def brief(value: object, limit: int = 80) -> str:

@@ -13,6 +13,10 @@
         references: captions.json  # optional, COCO captions of the test images
         repeated_ids: true         # optional, training ids may repeat
 
+A stream that others have published also says what was published: `source` and `training` (learning rate and
+the like) of the stream; `test_images`, `human_answers`, `test_suffix`, `counts`, `prompt` and `published` of
+a task. `cram check` compares the data with it.
+
 Everything is read and checked when the stream is loaded. So a fault in the last row of the last task is
 reported before the first task is trained. Only reading a stream file needs PyYAML.
 """
@@ -22,19 +26,20 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cram.scoring.scorers import SCORERS
-from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, one_line, read_samples
+from cram.streams.published import add_human_answers, with_suffix
+from cram.streams.readers import PATH_ERRORS, StreamError, add_references, brief, is_folder, one_line
+from cram.streams.splits import read_split
 from cram.streams.types import Sample, Stream, Task
+from cram.streams.yaml_file import line_of, load_yaml
 
 # Streams of pictures drawn on the spot, in `cram.streams.builtin`.
 BUILTIN = ("builtin", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-MAX_YAML_BYTES = 1 << 20
-MAX_YAML_LEVELS = 100
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 # Key of a stream file or of a task -> (type, True if the key is required).
@@ -42,6 +47,8 @@ STREAM_KEYS: dict[str, tuple[type, bool]] = {
     "name": (str, True),
     "root": (str, False),
     "images": (str, False),
+    "source": (str, False),
+    "training": (dict, False),
     "tasks": (list, True),
 }
 TASK_KEYS: dict[str, tuple[type, bool]] = {
@@ -53,6 +60,12 @@ TASK_KEYS: dict[str, tuple[type, bool]] = {
     "images": (str, False),
     "references": (str, False),
     "repeated_ids": (bool, False),
+    "test_images": (str, False),
+    "human_answers": (str, False),
+    "test_suffix": (dict, False),
+    "counts": (dict, False),
+    "prompt": (str, False),
+    "published": (str, False),
 }
 
 
@@ -86,6 +99,24 @@ def load_stream(
     return stream if limit is None else _thin_out(stream, limit, seed)
 
 
+def stream_content(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The stream file that a name or a path stands for, and what it says, checked without its data.
+
+    Raises:
+        StreamError: If a key is missing, unknown or of another type.
+        ValueError: If `source` is neither the name of a shipped stream file nor a file.
+    """
+    file = _stream_file(source)
+    return file, _checked(file, load_yaml(file))
+
+
+def stream_training(source: str | Path) -> dict[str, Any]:
+    """The published settings of a stream file, as fields of the configuration; none for other streams."""
+    if source in BUILTIN or not (str(source) in SHIPPED or Path(source).is_file()):
+        return {}
+    return dict(stream_content(source)[1].get("training", {}))
+
+
 def _stream_file(source: str | Path) -> Path:
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
@@ -96,7 +127,25 @@ def _stream_file(source: str | Path) -> Path:
 
 
 def _read_stream(file: Path, data_root: Path | None) -> Stream:
-    content = _load_yaml(file)
+    content = load_yaml(file)
+    try:
+        return _described_stream(file, content, data_root)
+    except StreamError as error:
+        if error.file != file:
+            raise
+        raise error.at_line(line_of(file, error.field)) from error
+
+
+def _described_stream(file: Path, content: Any, data_root: Path | None) -> Stream:
+    described = _checked(file, content)
+    entries = described["tasks"]
+    root = _root(file, described.get("root"), data_root)
+    images = described.get("images", ".")
+    tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
+    return Stream(described["name"], tuple(tasks))
+
+
+def _checked(file: Path, content: Any) -> dict[str, Any]:
     described = _check_keys(file, "", content, STREAM_KEYS)
     if not described["tasks"]:
         raise StreamError(file, None, "tasks", "must list at least one task, got none")
@@ -105,36 +154,7 @@ def _read_stream(file: Path, data_root: Path | None) -> Stream:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise StreamError(file, None, f"tasks[{index}].name", f"must be unique, got {name!r} again")
-    root = _root(file, described.get("root"), data_root)
-    images = described.get("images", ".")
-    tasks = [_read_task(file, f"tasks[{i}]", entry, root, images) for i, entry in enumerate(entries)]
-    return Stream(described["name"], tuple(tasks))
-
-
-def _load_yaml(file: Path) -> Any:
-    import yaml
-
-    # PyYAML lets through whatever its constructors raise at a value that is not what its tag says.
-    faults = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-    if (size := file.stat().st_size) > MAX_YAML_BYTES:
-        raise StreamError(file, None, "(file)", f"must have at most {MAX_YAML_BYTES} bytes, got {size}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        _check_depth(yaml.scan(text))
-        return yaml.safe_load(text)
-    except faults as error:
-        raise StreamError(file, None, "(file)", f"must be YAML, got {one_line(error)}") from error
-
-
-def _check_depth(tokens: Iterable[Any]) -> None:
-    """Refuse YAML of more levels than a stream can need; PyYAML's time grows with their square."""
-    depth = 0
-    for token in tokens:
-        kind = type(token).__name__
-        depth += kind.endswith("StartToken") and kind.startswith(("Flow", "Block"))
-        depth -= kind in ("FlowSequenceEndToken", "FlowMappingEndToken", "BlockEndToken")
-        if depth > MAX_YAML_LEVELS:
-            raise ValueError(f"more than {MAX_YAML_LEVELS} levels")
+    return described
 
 
 def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
@@ -151,20 +171,38 @@ def _check_task(file: Path, where: str, entry: object) -> dict[str, Any]:
         raise StreamError(
             file, None, f"{where}.max_new_tokens", f"must be at least 1, got {brief(task['max_new_tokens'])}"
         )
+    if task.get("published", task["scorer"]) not in SCORERS:
+        raise StreamError(
+            file, None, f"{where}.published", f"must be a scorer, got {brief(task['published'])}"
+        )
+    counts = task.get("counts", {})
+    if not counts.keys() <= {"train", "test"} or not all(type(n) is int and n > 0 for n in counts.values()):
+        raise StreamError(
+            file, None, f"{where}.counts", f"must be numbers of train and test, got {brief(counts)}"
+        )
+    suffix = task.get("test_suffix", {})
+    if not all(isinstance(text, str) for pair in suffix.items() for text in pair):
+        raise StreamError(file, None, f"{where}.test_suffix", f"must be texts by answer, got {brief(suffix)}")
     return task
 
 
 def _read_task(file: Path, where: str, entry: dict[str, Any], root: Path, images: str) -> Task:
     image_root = _inside(file, f"{where}.images", root, entry.get("images", images))
-    if not _is_folder(image_root):
+    if not is_folder(image_root):
         raise StreamError(file, None, f"{where}.images", f"must be a folder, got {brief(str(image_root))}")
-    train = read_samples(
+    train = read_split(
         _inside(file, f"{where}.train", root, entry["train"]), image_root, entry.get("repeated_ids", False)
     )
-    test = read_samples(_inside(file, f"{where}.test", root, entry["test"]), image_root)
+    seen_root = _inside(
+        file, f"{where}.test_images", root, entry.get("test_images", entry.get("images", images))
+    )
+    test = read_split(_inside(file, f"{where}.test", root, entry["test"]), seen_root)
     if "references" in entry:
         test = add_references(test, _inside(file, f"{where}.references", root, entry["references"]))
-    return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"])
+    if "human_answers" in entry:
+        test = add_human_answers(test, _inside(file, f"{where}.human_answers", root, entry["human_answers"]))
+    test = with_suffix(test, entry.get("test_suffix", {}))
+    return Task(entry["name"], train, test, entry["scorer"], entry["max_new_tokens"], entry.get("published"))
 
 
 def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
@@ -182,16 +220,9 @@ def _root(file: Path, described: str | None, data_root: Path | None) -> Path:
             raise StreamError(
                 file, None, "root", f"must be a folder, got {brief(described)}: {error}"
             ) from error
-    if not _is_folder(root):
+    if not is_folder(root):
         raise StreamError(file, None, "root", f"must be an existing folder, got {brief(str(root))}")
     return root
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except PATH_ERRORS:
-        return False
 
 
 def _inside(file: Path, field: str, root: Path, name: str) -> Path:
@@ -253,6 +284,7 @@ def _thin_out(stream: Stream, limit: int, seed: int) -> Stream:
             choose(task.test, f"{task.name}/test"),
             task.scorer,
             task.max_new_tokens,
+            task.published,
         )
         for task in stream.tasks
     )

@@ -6,11 +6,14 @@ Pillow is imported where an image is opened. So `import cram` and streams withou
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cram.streams.pictures import upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,6 +62,7 @@ class Task:
         test: Test samples.
         scorer: A name known to `cram.scoring.score`.
         max_new_tokens: Length limit of a generated answer.
+        published: The scorer behind published numbers of the task, or None.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Task:
     test: Sequence[Sample]
     scorer: str
     max_new_tokens: int
+    published: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,28 +87,42 @@ class Stream:
         if len(set(names)) != len(names):
             raise ValueError(f"task names of stream {self.name!r} must be unique, got {names}")
 
+    @staticmethod
+    def from_datasets(name: str, tasks: Mapping[str, Any], **options: Any) -> Stream:
+        """A stream from rows in memory, such as data sets of Hugging Face.
+
+        Args:
+            name: Name of the stream.
+            tasks: Task -> (training rows, test rows).
+            options: `scorer`, `max_new_tokens` and `image_root`; see
+                `cram.streams.messages.stream_from_datasets`.
+        """
+        # The readers stand on this module.
+        messages = import_module("cram.streams.messages")
+        made: Stream = messages.stream_from_datasets(name, tasks, **options)
+        return made
+
 
 def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Open one image as RGB.
+    """Open one image as the model sees it; see `cram.streams.pictures.upright_rgb`.
 
     The header is read before the pixels. So a small file that claims a huge picture is refused and not
     decoded.
 
     Raises:
-        ValueError: If the image has more than `max_pixels` pixels or cannot be decoded.
+        ValueError: If the image has more than `max_pixels` pixels, cannot be decoded or cannot be made RGB.
     """
     from PIL import Image
 
-    if not isinstance(image, Path):
-        return _to_rgb(image)
-    bombs = (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning)
+    name = image if isinstance(image, Path) else getattr(image, "filename", "") or "in memory"
     try:
-        return _read(image, max_pixels)
-    except bombs as error:
+        return _read(image, max_pixels) if isinstance(image, Path) else upright_rgb(image)
+    except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         fault = f"must have at most {max_pixels} pixels, got {error}"
     except DECODING_ERRORS as error:
-        fault = f"must be a readable picture, got: {error}"
-    raise ValueError(" ".join(f"image {image} {fault}".splitlines()))
+        told = str(error).startswith("must ")
+        fault = str(error) if told else f"must be a readable picture, got: {error}"
+    raise ValueError(" ".join(f"image {name} {fault}".splitlines()))
 
 
 class _TooLarge(Exception):
@@ -120,15 +139,9 @@ def _read(file: Path, max_pixels: int) -> Image.Image:
         width, height = opened.size
         if width * height > max_pixels:
             raise _TooLarge(f"{width} x {height}")
-        return _to_rgb(opened)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # Two steps: Pillow warns if a palette's transparency is dropped in one step.
-    transparent_palette = image.mode == "P" and "transparency" in image.info
-    return (image.convert("RGBA") if transparent_palette else image).convert("RGB")
+        return upright_rgb(opened)
 
 
 def open_images(sample: Sample) -> list[Image.Image]:
-    """Open every image of a sample as RGB, in order. A sample without images gives an empty list."""
+    """Open every image of a sample, in order. A sample without images gives an empty list."""
     return [open_image(image) for image in sample.images]

@@ -2,6 +2,8 @@
 
     U_p = (X A_p^T) o w_p in planes, for every p in one launch    Y_p += U_p Bt_p, for every p in one launch
 
+Where `tiles.STREAM` says so, the base products are part of the two launches (`kernels.stream`).
+
 The second launch starts before the first has ended (sm_90); nothing stands between them. The first call of a
 kind describes both launches and keeps them with their compiled kernels; later calls of the same shapes,
 dtypes and alignments fill in their tensors. Nothing here waits for the device or reads a tensor, so a CUDA
@@ -11,7 +13,7 @@ graph can capture it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from cram_kernels.expert_lora import tiles
 from cram_kernels.expert_lora.kernels.expand import expand
 from cram_kernels.expert_lora.kernels.gating import Gating, gating, pitch_of
 from cram_kernels.expert_lora.kernels.shrink import shrink
+from cram_kernels.expert_lora.kernels.stream import join, stream
 from cram_kernels.launch import Launch, Prepared, hooked
 
 # Up to here EXPAND adds the planes of a split SHRINK itself; beyond, FOLD does.
@@ -34,16 +37,19 @@ SKIP_RANK = 128
 MOST_PLANS = 1024
 
 
-class Plan:
-    """The two launches of one kind of call."""
-
-    __slots__ = ("expand", "planes", "shrink")
-
-    def __init__(self, planes: tuple[Any, ...], first: Prepared, second: Prepared) -> None:
-        self.planes, self.shrink, self.expand = planes, first, second
+Memory = tuple[torch.Size, torch.dtype]
 
 
-_PLANS: dict[Any, Plan] = {}
+class Plan(NamedTuple):
+    """The two launches of one kind of call, and the memory that the first writes for the second."""
+
+    memory: tuple[Memory, ...]
+    first: Prepared
+    second: Prepared
+
+
+# None: a launch reads a tensor that is made for each call, such as a copy.
+_PLANS: dict[Any, Plan | None] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,12 +105,20 @@ def decode(
         arch: Architecture, see `cram_kernels.launch.architecture`.
         bits: Dropout mask on x, or None.
     """
-    ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    inputs = (x, gates, segments, *a, *bt, *owners)
+    tile, given, own = tiles.stream_tile(arch, x.dtype, *x.shape), (), ()
+    if tile is not None:
+        given = tuple(bias for bias in biases if bias is not None and bias.shape[0])
+        tile = tile if bits is None and _streams(x, weights, given) else None
+    if tile is None:
+        ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    else:
+        ys, own = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights], (*weights, *given)
+    inputs = (x, gates, segments, *a, *bt, *owners, *own)
     key = None
     if bits is None and not dispatch.interpreted() and not hooked():
         key = (
             arch,
+            tile,
             scale,
             x.device,
             x.shape,
@@ -112,27 +126,35 @@ def decode(
             gates.shape,
             gates.is_contiguous(),
             None if segments is None else (segments.dtype, segments.is_contiguous()),
-            *[weight.shape[0] for weight in weights],
+            *[y.shape[1] for y in ys],
             *[(f.shape[0], f.dtype, f.is_contiguous(), f.data_ptr() & 15 == 0) for f in (*a, *bt)],
-            *[o.data_ptr() & 15 == 0 for o in owners],
+            *[o.data_ptr() & 15 == 0 for o in (*owners, *own)],
             x.dtype,
             x.data_ptr() & 15 == 0,
         )
         plan = _PLANS.get(key)
         if plan is not None:
-            shape, dtype = plan.planes
-            planes = torch.empty(shape, dtype=dtype, device=x.device)
-            tensors = (*inputs, planes, *ys)
-            plan.shrink.run(tensors)
-            plan.expand.run(tensors)
+            memory = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in plan.memory]
+            tensors = (*inputs, *memory, *ys)
+            plan.first.run(tensors)
+            plan.second.run(tensors)
             return ys
     gate = gating(gates, owners, segments, scale)
-    planes, first, second = _described(x, a, bt, ys, gate, arch, bits)
-    if key is not None:
-        _keep(key, (*inputs, planes, *ys), planes, first, second)
+    if tile is None:
+        memory, first, second = _described(x, a, bt, ys, gate, arch, bits)
+    else:
+        memory, first, second = _streamed(x, weights, given, a, bt, ys, gate, tile, arch)
+    if key is not None and key not in _PLANS:
+        _keep(key, (*inputs, *memory, *ys), memory, first, second)
     first.run()
     second.run()
     return ys
+
+
+def _streams(x: Tensor, weights: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+    """Whether base products can share a launch with SHRINK: weights row by row, all with a bias or none."""
+    rows = all(weight.is_contiguous() and weight.dtype == x.dtype for weight in weights)
+    return rows and len(given) in (0, len(weights)) and all(bias.is_contiguous() for bias in given)
 
 
 def _described(
@@ -143,8 +165,8 @@ def _described(
     gate: Gating,
     arch: int,
     bits: Tensor | None,
-) -> tuple[Tensor, Launch, Launch]:
-    """Return the planes of U and the two launches."""
+) -> tuple[list[Tensor], Launch, Launch]:
+    """Return the planes of U and the two launches behind the base products."""
     # Casts and copies are launches: none may stand between SHRINK and the EXPAND that starts early.
     downs, ups = operands(a, x), operands(bt, x)
     pitch, early = pitch_of([down.shape[0] for down in downs]), starts_early(arch)
@@ -153,13 +175,37 @@ def _described(
     skip = pitch > SKIP_RANK
     first = shrink(x, downs, planes, gate, tile, bits=bits, skip=skip, gated=True, dependents=early)
     into = tiles.expand_tile(arch, x.dtype, x.shape[0])
-    return planes, first, expand(planes, ups, ys, gate, into, dependent=early)
+    return [planes], first, expand(planes, ups, ys, gate, into, direct=True, dependent=early)
 
 
-def _keep(key: Any, tensors: Sequence[Tensor | None], planes: Tensor, first: Launch, second: Launch) -> None:
+def _streamed(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    bt: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    gate: Gating,
+    tile: tiles.ShrinkTile,
+    arch: int,
+) -> tuple[list[Tensor], Launch, Launch]:
+    """Return the planes of U and of Y, and the two launches that make Y."""
+    downs, ups = operands(a, x), operands(bt, x)
+    shape, early = (tile.split_k, len(ys), x.shape[0]), starts_early(arch)
+    pitch, most = pitch_of([down.shape[0] for down in downs]), max(y.shape[1] for y in ys)
+    u, y = (torch.empty(*shape, width, dtype=torch.float32, device=x.device) for width in (pitch, most))
+    first = stream(x, weights, downs, y, u, gate, tile, dependents=early)
+    into = tiles.expand_tile(arch, x.dtype, x.shape[0])
+    return [u, y], first, join(u, y, ups, ys, biases or None, into, dependent=early)
+
+
+def _keep(
+    key: Any, tensors: Sequence[Tensor | None], memory: Sequence[Tensor], first: Launch, second: Launch
+) -> None:
     """Keep both launches, unless one reads a tensor that was made for this call."""
     ready = first.prepared(tensors), second.prepared(tensors)
+    if len(_PLANS) >= MOST_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = None
     if ready[0] is not None and ready[1] is not None:
-        if len(_PLANS) >= MOST_PLANS:
-            _PLANS.clear()
-        _PLANS[key] = Plan((planes.shape, planes.dtype), ready[0], ready[1])
+        _PLANS[key] = Plan(tuple((each.shape, each.dtype) for each in memory), ready[0], ready[1])

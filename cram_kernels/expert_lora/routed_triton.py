@@ -126,7 +126,7 @@ def _forward(
                 z = planes[0] if whole else torch.empty_like(u[0])
             fold(planes, z if keep and not whole else None, u[0], gate, [a.shape[0]]).run()
         into = tiles.expand_tile(arch, x.dtype, x.shape[0])
-        expand(u, ups, [y], gate, into, dependent=early, gated=not folded).run()
+        expand(u, ups, [y], gate, into, direct=not folded, dependent=early, gated=not folded).run()
         return y, z, kept, gates
 
 

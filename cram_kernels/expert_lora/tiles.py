@@ -91,6 +91,18 @@ SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
     (80, False): [(64, 16, 16, 64, 8, 4, 2), (8192, 32, 64, 32, 4, 4, 2), (None, 32, 64, 32, 1, 4, 2)],
 }
 
+# A decode step whose base products run in one launch with SHRINK (`kernels.stream`): largest T of the bucket
+# -> (BLOCK_T, BLOCK_R, BLOCK_K, SPLIT_K, warps, stages). Beyond the last row, the library multiplies by W.
+# Off: it saves a launch, about 2 us, where it streams W as fast as the library does, which only a GPU can say
+# (`python -m benchmarks experiments` asks).
+StreamRow = tuple[int | None, int, int, int, int, int, int]
+STREAM: dict[tuple[int, bool], list[StreamRow]] = {
+    (90, True): [],
+    (90, False): [],
+    (80, True): [],
+    (80, False): [],
+}
+
 # Largest T of the bucket -> (BLOCK_T, most BLOCK_R, BLOCK_D, warps, stages).
 ExpandRow = tuple[int | None, int, int, int, int, int]
 EXPAND: dict[tuple[int, bool], list[ExpandRow]] = {
@@ -152,7 +164,7 @@ ORDER: dict[tuple[int, bool], list[OrderRow]] = {
 }
 
 
-Row = TypeVar("Row", ShrinkRow, ExpandRow, GramRow, OrderRow)
+Row = TypeVar("Row", ShrinkRow, StreamRow, ExpandRow, GramRow, OrderRow)
 
 
 @lru_cache(4096)
@@ -163,6 +175,20 @@ def shrink_tile(arch: int, dtype: torch.dtype, tokens: int, rank: int, width: in
     most = max(1, min(split_k, width // LEAST_SPAN))
     wanted = max(1, -(-PROCESSORS[_known(arch)] // programs))
     return ShrinkTile(block_t, block_r, block_k, min(most, wanted), warps, stages)
+
+
+@lru_cache(4096)
+def stream_tile(arch: int, dtype: torch.dtype, tokens: int, width: int) -> ShrinkTile | None:
+    """Return the tile of a decode step's W and A in one launch; None where the library takes W."""
+    rows = STREAM[_table(arch, dtype)]
+    fitting = [row for row in rows if row[0] is None or tokens <= row[0]]
+    return streamed(fitting[0], width) if fitting else None
+
+
+def streamed(row: StreamRow, width: int) -> ShrinkTile:
+    """Return the tile of a row of `STREAM` for weights of so many columns."""
+    _, block_t, block_r, block_k, split_k, warps, stages = row
+    return ShrinkTile(block_t, block_r, block_k, max(1, min(split_k, width // LEAST_SPAN)), warps, stages)
 
 
 @lru_cache(4096)
@@ -193,5 +219,8 @@ def _known(arch: int) -> int:
 
 
 def _row(table: dict[tuple[int, bool], list[Row]], arch: int, dtype: torch.dtype, tokens: int) -> Row:
-    rows = table[(90 if arch in LARGE_SHARED else 80, dtype.itemsize == 2)]
-    return next(row for row in rows if row[0] is None or tokens <= row[0])
+    return next(row for row in table[_table(arch, dtype)] if row[0] is None or tokens <= row[0])
+
+
+def _table(arch: int, dtype: torch.dtype) -> tuple[int, bool]:
+    return 90 if arch in LARGE_SHARED else 80, dtype.itemsize == 2

@@ -57,6 +57,9 @@ Trained trained_rows(const Layer& layer, int64_t tokens, int64_t first) {
   return found;
 }
 
+// Columns of dX that are computed at a time where the base's is computed here.
+constexpr int64_t kGradientColumns = 256;
+
 struct Needs {
   bool x, gates, a, b;
 };
@@ -72,15 +75,17 @@ struct Backward {
   const Keep* keep;
   const int64_t tokens, tail;
   const Matrix dy, x, z, down, up, dx, da, db;
+  const Matrix base;  // W0 where dX of the base is computed here, else dX holds it
   const int64_t kept_from;  // the row of Z's first column
-  const bool pairs;
+  const Unit unit;
   const Gating gate;
   const Trained trained;
   const std::optional<Trained> everyone;  // all rows and the tokens that use them, for a shared A
   const int64_t rows, threads;
   const Blocks blocks;
+  Panels packed_bt{}, packed_a{};  // for tiles
   Factors dz, dz_t, u_t;
-  std::vector<float> products;  // Z o V [T, R]
+  float* const products;  // Z o V [T, R]
   float* dgates;
   const ShrinkTile shrink;
   const ExpandTile expand_x, expand_kept, gram_a, gram_b;
@@ -91,35 +96,39 @@ struct Backward {
     return need.gates ? 0 : need.a && !need.x ? (layer.shared() ? 0 : tail) : layer.rows;
   }
 
-  static ExpandTile expand_tile(bool pairs, const Matrix& w, bool half) {
-    return pairs ? pairs_expand(w.half, half) : wide_expand(w.half, half);
+  static ExpandTile expand_tile(Unit unit, const Matrix& w, bool half) {
+    return unit == Unit::pairs ? pairs_expand(w.half, half) : wide_expand(w.half, half);
   }
 
   Backward(
       const Layer& layer, Needs need, const Keep* keep, int64_t tail, const Tensor& dy_in, const Tensor& x_in,
-      const Tensor& z_in, const Gradients& to)
+      const Tensor& z_in, const Gradients& to, const Matrix& base, Arena& arena)
       : layer(layer), need(need), keep(keep), tokens(tokens_of(dy_in)), tail(tail), dy(matrix(dy_in, "dy")),
         x(matrix(x_in, "x")), z(matrix(z_in, "z")), down(matrix(layer.a, "a")), up(matrix(layer.bt, "bt")),
-        dx(matrix(to.x, "dx")), da(matrix(to.a, "da")), db(matrix(to.b, "db")),
-        kept_from(layer.rows - z_in.size(1)), pairs(dy.half && has_pairs()),
+        dx(matrix(to.x, "dx")), da(matrix(to.a, "da")), db(matrix(to.b, "db")), base(base),
+        kept_from(layer.rows - z_in.size(1)), unit(unit_for(dy.half)),
         gate(gating(layer, tokens, first_wanted(layer, need, tail), need.x, need.gates)),
         trained(trained_rows(layer, tokens, need.a || need.b ? tail : layer.rows)),
         everyone(layer.shared() && need.a ? std::optional(trained_rows(layer, tokens, 0)) : std::nullopt),
         rows(static_cast<int64_t>(gate.rows.size())),
         threads(threads_for(layer, tokens, std::max(rows, trained.rows))),
-        blocks(shrink_blocks(tokens, rows, everyone.has_value())), dz(tokens, need.x ? gate.live : 0, pairs),
-        dz_t(rows_of_da(), static_cast<int64_t>(of_a().tokens.size()), pairs),
-        u_t(need.b ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), pairs),
-        products(need.gates ? tokens * layer.rows : 0),
+        blocks(shrink_blocks(tokens, rows, everyone.has_value(), unit)),
+        dz(arena, tokens, need.x ? gate.live : 0, unit),
+        dz_t(arena, rows_of_da(), static_cast<int64_t>(of_a().tokens.size()), unit),
+        u_t(arena, need.b ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), unit),
+        products(reinterpret_cast<float*>(arena.take(need.gates ? 4 * tokens * layer.rows : 0))),
         dgates(static_cast<float*>(to.gates.mutable_data_ptr())),
-        shrink(pairs ? pairs_shrink(up.half) : wide_shrink(dy.half, up.half)),
-        expand_x(expand_tile(pairs, down, dx.half)), expand_kept(expand_tile(pairs, down, false)),
-        gram_a(expand_tile(pairs, x, da.half)), gram_b(expand_tile(pairs, dy, db.half)),
-        step_in(column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
-        block_tokens(token_step(tokens, divided(layer.d_in, step_in), threads)) {
-    expands = need.x && gate.live ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
+        shrink(unit == Unit::pairs ? pairs_shrink(up.half) : wide_shrink(dy.half, up.half)),
+        expand_x(expand_tile(unit, down, dx.half)), expand_kept(expand_tile(unit, down, false)),
+        gram_a(expand_tile(unit, x, da.half)), gram_b(expand_tile(unit, dy, db.half)),
+        step_in(base.data ? kGradientColumns : column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
+        block_tokens(base.data ? tokens : token_step(tokens, divided(layer.d_in, step_in), threads, unit)) {
+    expands = base.data || (need.x && gate.live) ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
     grams_a = rows_of_da() ? divided(layer.d_in, step_in) : 0;
     grams_b = need.b && trained.rows ? divided(layer.d_out, step_out) : 0;
+    if (unit != Unit::tiles) return;
+    packed_bt = panels(arena, rows, layer.d_out);
+    if (expands && !base.data) packed_a = panels(arena, layer.d_in, gate.live);
   }
 
   const Trained& of_a() const { return everyone ? *everyone : trained; }
@@ -127,9 +136,17 @@ struct Backward {
   int64_t rows_of_da() const { return !need.a ? 0 : everyone ? layer.a_rows : trained.rows; }
 
   void run() {
-    two_phases(
-        threads, blocks.count(), [this](int64_t index) { first(index); },
-        expands + grams_a + grams_b + (need.gates ? 1 : 0), [this](int64_t index) { second(index); });
+    const int64_t packs = packed_bt.tiles + divided(packed_a.tiles, kPackedTiles);
+    const std::array<int64_t, 3> counts{packs, blocks.count(), expands + grams_a + grams_b + (need.gates ? 1 : 0)};
+    in_phases(threads, counts, [this](size_t phase, int64_t index) {
+      phase == 0 ? pack(index) : phase == 1 ? first(index) : second(index);
+    });
+  }
+
+  void pack(int64_t index) const {
+    if (index < packed_bt.tiles) return pack_rows(rows_of(up, gate.rows, rows), layer.d_out, index, packed_bt);
+    const Range tiles = block(index - packed_bt.tiles, kPackedTiles, packed_a.tiles);
+    pack_columns(rows_of(down, gate.down, gate.live), 0, layer.d_in, tiles.begin, tiles.end, packed_a);
   }
 
   // V of some tokens and rows, and all that it is multiplied into.
@@ -139,7 +156,11 @@ struct Backward {
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
     float* values = scratch(sums + layer.rows + layer.a_rows);
     float *kept = values + sums, *summed = kept + layer.rows;
-    if (width > 0) project(shrink, dy, layer.d_out, up, gate.rows, ts, js, nullptr, values, nullptr);
+    if (unit == Unit::tiles) {
+      project_tiles(dy, layer.d_out, packed_bt, rows, ts, nullptr, values, nullptr);
+    } else if (width > 0) {
+      project(shrink, dy, layer.d_out, up, gate.rows, ts, js, nullptr, values, nullptr);
+    }
     const int32_t* of_row = gate.rows.data() + js.begin;
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* factor = gate.of(t) + js.begin;
@@ -147,8 +168,13 @@ struct Backward {
       const int32_t place = trained.place[t];
       const bool factors_b = need.b && place >= 0 && index % blocks.row_blocks() == 0;
       if (need.gates || factors_b) z.copy(t, layer.rows - kept_from, kept);
-      for (int64_t j = 0; need.gates && j < width; ++j) {
-        products[t * layer.rows + of_row[j]] = kept[of_row[j] - kept_from] * row[j];
+      if (need.gates && gate.plain && width) {
+        float* to = products + t * layer.rows + of_row[0];
+        for (int64_t j = 0; j < width; ++j) to[j] = kept[of_row[0] - kept_from + j] * row[j];
+      } else {
+        for (int64_t j = 0; need.gates && j < width; ++j) {
+          products[t * layer.rows + of_row[j]] = kept[of_row[j] - kept_from] * row[j];
+        }
       }
       if (need.x) dz.set(t, js.begin, std::min(js.end, gate.live), row, factor);
       if (everyone) {
@@ -178,15 +204,32 @@ struct Backward {
     const int64_t across = divided(layer.d_in, step_in);
     if (index < expands) {
       const Range ts = block(index / across, block_tokens, tokens);
-      const Range columns = block(index % across, step_in, layer.d_in);
-      return expand(expand_x, expand_kept, dz, down, gate.down.data(), ts, columns, dx, keep);
+      const Range cs = block(index % across, step_in, layer.d_in);
+      if (base.data) return whole_gradient(cs);
+      return expand(expand_x, expand_kept, dz, down, gate.down.data(), packed_a, ts, cs, dx, keep);
     }
     index -= expands;
     if (index < grams_a) return gram(gram_a, dz_t, of_a(), rows_of_da(), x, block(index, step_in, layer.d_in), da, keep);
     index -= grams_a;
-    const Range columns = block(index, step_out, layer.d_out);
-    if (index < grams_b) return gram(gram_b, u_t, trained, trained.rows, dy, columns, db, nullptr);
+    const Range cs = block(index, step_out, layer.d_out);
+    if (index < grams_b) return gram(gram_b, u_t, trained, trained.rows, dy, cs, db, nullptr);
     sum_gates();
+  }
+
+  // dX of the base and of the experts in some columns, summed in float32, rounded once.
+  void whole_gradient(Range cs) const {
+    const int64_t width = cs.end - cs.begin;
+    float* sums = scratch(tokens * width * (keep ? 2 : 1));
+    tile_expand_long({{dy.data, dy.stride, tokens, true, nullptr}, layer.d_out, base.at(0, cs.begin), base.stride, true,
+                      nullptr, width, sums, width, false, false});
+    if (gate.live) {
+      tile_expand_long({dz.rows(0, tokens), gate.live, down.at(0, cs.begin), down.stride, down.half, gate.down.data(),
+                        width, sums + (keep ? tokens * width : 0), width, false, !keep});
+    }
+    if (gate.live && keep) {
+      keep->add(sums + tokens * width, 0, tokens, cs.begin, width, sums, width, false);
+    }
+    for (int64_t t = 0; t < tokens; ++t) dx.write(t, cs.begin, width, sums + t * width);
   }
 
   // to [r, columns of the block] = factors [r, busy tokens] times those tokens' rows of `from`.
@@ -199,6 +242,10 @@ struct Backward {
       float* memory = scratch(tokens * width);
       dropped->copy(of.data, of.stride, of.half, 0, tokens, columns.begin, width, memory);
       of = {reinterpret_cast<char*>(memory), width, of.half};
+    }
+    if (factors.unit == Unit::tiles) {
+      return tile_expand_long({factors.rows(0, count), factors.count, of.data, of.stride, of.half, busy.tokens.data(),
+                               width, to.at(0, columns.begin), to.stride, to.half, false});
     }
     tile({factors.at(0), count, of.data, of.stride, busy.tokens.data(), factors.count, width,
           to.at(0, columns.begin), to.stride, false});
@@ -229,6 +276,14 @@ struct Backward {
   }
 };
 
+// Up to some tokens (crossovers_table.h) dX of the base is computed here too.
+bool is_few_gradient(const Tensor& dy, const Tensor& weight) {
+  const ScalarType type = dy.scalar_type();
+  const bool half = type == ScalarType::BFloat16;
+  return half && unit_for(half) == Unit::tiles && tokens_of(dy) && tokens_of(dy) <= most_tokens(half).gradient &&
+      weight.is_contiguous() && weight.scalar_type() == type;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
     Tensor dy_in, std::optional<Tensor> x_in, Tensor z_in, Tensor weight, Tensor a, Tensor bt, Tensor owner,
     Tensor gates, double scale, int64_t tail, int64_t dropped, int64_t row_word, int64_t pair_word, bool need_x,
@@ -241,8 +296,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
   STD_TORCH_CHECK(
       z.size(0) == tokens && z.size(1) <= layer.rows && z.size(1) >= (need_gates ? layer.rows : need_b ? trained : 0),
       "z must be [T, rows from the first that is read], got ", z.size(1), " columns");
+  const bool few = need_x && is_few_gradient(dy, weight) && layer.rows;
   const Gradients to{
-      need_x ? dense(base_gradient(dy, weight)) : empty(0, 0, dy.scalar_type()),
+      !need_x ? empty(0, 0, dy.scalar_type())
+              : few ? empty_rows_of(dy, layer.d_in) : dense(base_gradient(dy, weight)),
       empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
       empty(!need_a ? 0 : layer.shared() ? layer.a_rows : trained, layer.d_in, a.scalar_type()),
       empty(need_b ? trained : 0, layer.d_out, bt.scalar_type())};
@@ -256,7 +313,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
       "the gradient of a must be given x [T, D_in]");
   const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
   const Needs need{need_x, need_gates, need_a, need_b};
-  Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to).run();
+  Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to, few ? matrix(weight, "weight") : Matrix{},
+           Arena::of_thread()).run();
   return {to.x, to.gates, to.a, to.b};
 }
 

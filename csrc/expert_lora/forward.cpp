@@ -24,40 +24,72 @@
 namespace cram {
 namespace {
 
-// Up to so many tokens the base linear is computed here too: its weight is read faster than by torch's linear, and y is
-// written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
-constexpr int64_t kFewTokens = 64, kFewHalfTokens = 32, kFewBytes = 1 << 20, kFewColumns = 128;
+// Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by torch's
+// linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
+constexpr int64_t kFewBytes = 1 << 20, kFewColumns = 128;
 
 // What a forward reads and writes. Without `base`, y holds the base linear's output already.
 struct Operands {
   Matrix x, down, up, y, base, bias, kept;
 };
 
-// One layer's tasks: SHRINK blocks, then blocks of y.
+// One layer's tasks: for tiles what is packed, then SHRINK blocks, then blocks of y.
 class Forward {
  public:
-  Forward(const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep)
-      : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), pairs_(to.x.half && has_pairs()),
+  Forward(
+      const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep, Unit unit, Arena& arena)
+      : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), unit_(unit),
         gate_(gating(layer, tokens, first, true, true)), rows_(static_cast<int64_t>(gate_.rows.size())),
         threads_(threads_for(layer, tokens, few() ? layer.d_out : rows_)),
-        blocks_(shrink_blocks(tokens, rows_, keep != nullptr)), u_(tokens, gate_.live, pairs_),
-        step_(few() ? kFewColumns : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
-        block_tokens_(few() ? tokens : token_step(tokens, across_, threads_)) {}
+        blocks_(joins() ? Blocks{tokens, tokens, rows_, 2 * kTile}
+                                 : shrink_blocks(tokens, rows_, keep != nullptr, unit)),
+        u_(arena, tokens, gate_.live, unit), step_(few() ? kFewColumns : column_step(tokens, layer.d_out, threads_)),
+        across_(divided(layer.d_out, step_)),
+        block_tokens_(few() ? tokens : token_step(tokens, across_, threads_, unit)) {
+    if (!tiles()) return;
+    if (few()) x_ = panels(arena, tokens, layer.d_in);
+    if (!joins()) down_ = panels(arena, rows_, layer.d_in);
+    if (!few()) up_ = panels(arena, layer.d_out, gate_.live);
+  }
 
   int64_t threads() const { return threads_; }
+  int64_t packs() const { return x_.tiles + down_.tiles + divided(up_.tiles, kPackedTiles); }
   int64_t projects() const { return rows_ ? blocks_.count() : 0; }
   int64_t expands() const { return few() || gate_.live ? divided(tokens_, block_tokens_) * across_ : 0; }
+
+  void pack(int64_t index) {
+    if (index < x_.tiles) {
+      return pack_rows({to_.x.data, to_.x.stride, tokens_, true, nullptr}, layer_.d_in, index, x_);
+    }
+    index -= x_.tiles;
+    if (index < down_.tiles) return pack_rows(rows_of(to_.down, gate_.down, rows_), layer_.d_in, index, down_);
+    const Range tiles = block(index - down_.tiles, kPackedTiles, up_.tiles);
+    pack_columns(rows_of(to_.up, gate_.rows, gate_.live), 0, layer_.d_out, tiles.begin, tiles.end, up_);
+  }
 
   void project_block(int64_t index) {
     const Range ts = block(index / blocks_.row_blocks(), blocks_.token_step, tokens_);
     const Range js = block(index % blocks_.row_blocks(), blocks_.row_step, rows_);
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
     float* values = scratch(sums + (keep_ ? (ts.end - ts.begin) * layer_.d_in : 0));
-    project(shrink(to_.down), to_.x, layer_.d_in, to_.down, gate_.down, ts, js, keep_, values, values + sums);
+    if (!tiles()) {
+      project(shrink(to_.down), to_.x, layer_.d_in, to_.down, gate_.down, ts, js, keep_, values, values + sums);
+    } else if (joins()) {
+      Rows down = rows_of(to_.down, gate_.down, width);
+      down.listed += js.begin;
+      tile_shrink_few(x_, tokens_, down, layer_.d_in, values, width);
+    } else {
+      project_tiles(to_.x, layer_.d_in, down_, rows_, ts, keep_, values, values + sums);
+    }
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* row = values + (t - ts.begin) * width;
       u_.set(t, js.begin, std::min(js.end, gate_.live), row, gate_.of(t) + js.begin);
-      if (to_.kept.data) to_.kept.set(t, gate_.rows.data() + js.begin, first_, width, row);
+      if (!to_.kept.data) continue;
+      if (gate_.plain && gate_.rows[js.begin] >= first_) {
+        to_.kept.write(t, gate_.rows[js.begin] - first_, width, row);
+      } else {
+        to_.kept.set(t, gate_.rows.data() + js.begin, first_, width, row);
+      }
     }
   }
 
@@ -65,31 +97,24 @@ class Forward {
     const Range ts = block(index / across_, block_tokens_, tokens_);
     const Range columns = block(index % across_, step_, layer_.d_out);
     if (few()) return whole_block(columns);
-    expand(expand_tile(to_.y.half), nullptr, u_, to_.up, gate_.rows.data(), ts, columns, to_.y, nullptr);
+    expand(expand_tile(to_.y.half), nullptr, u_, to_.up, gate_.rows.data(), up_, ts, columns, to_.y, nullptr);
   }
 
  private:
   bool few() const { return to_.base.data; }
-  ShrinkTile shrink(const Matrix& w) const { return pairs_ ? pairs_shrink(w.half) : wide_shrink(to_.x.half, w.half); }
+  bool tiles() const { return unit_ == Unit::tiles; }
+  bool joins() const { return tiles() && few() && !keep_; }  // SHRINK reads the base's packed x
+  bool pairs() const { return unit_ == Unit::pairs; }
+  ShrinkTile shrink(const Matrix& w) const { return pairs() ? pairs_shrink(w.half) : wide_shrink(to_.x.half, w.half); }
   ExpandTile expand_tile(bool half_y) const {
-    return pairs_ ? pairs_expand(to_.up.half, half_y) : wide_expand(to_.up.half, half_y);
+    return pairs() ? pairs_expand(to_.up.half, half_y) : wide_expand(to_.up.half, half_y);
   }
 
   // The base linear, the experts and the bias summed in float32, rounded once.
   void whole_block(Range columns) {
-    static const std::vector<int32_t> counted = [] {
-      std::vector<int32_t> rows(kFewColumns);
-      std::iota(rows.begin(), rows.end(), 0);
-      return rows;
-    }();
     const int64_t width = columns.end - columns.begin;
     float* sums = scratch(tokens_ * width);
-    shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
-                      counted.data(), width, to_.x.stride, sums, width});
-    if (gate_.live) {
-      expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
-                          width, sums, width, true});
-    }
+    tiles() ? sum_tiles(columns, sums) : sum_base_and_experts(columns, sums);
     float added[kFewColumns] = {};
     if (to_.bias.data) Matrix{to_.bias.at(0, columns.begin), width, to_.bias.half}.copy(0, width, added);
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -99,43 +124,67 @@ class Forward {
     }
   }
 
+  void sum_base_and_experts(Range columns, float* sums) const {
+    static const std::vector<int32_t> counted = [] {
+      std::vector<int32_t> rows(kFewColumns);
+      std::iota(rows.begin(), rows.end(), 0);
+      return rows;
+    }();
+    const int64_t width = columns.end - columns.begin;
+    shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
+                      counted.data(), width, to_.x.stride, sums, width});
+    if (!gate_.live) return;
+    expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
+                        width, sums, width, true});
+  }
+
+  void sum_tiles(Range columns, float* sums) const {
+    const int64_t width = columns.end - columns.begin;
+    const Rows base{to_.base.at(columns.begin, 0), to_.base.stride, width, true, nullptr};
+    tile_shrink_few(x_, tokens_, base, layer_.d_in, sums, width);
+    if (!gate_.live) return;
+    const Rows up = rows_of(to_.up, gate_.rows, gate_.live);
+    Panels packed{nullptr, tiles_of(width), steps_of(gate_.live)};
+    packed.data = panel_memory(packed.bytes());
+    pack_columns(up, columns.begin, width, 0, packed.tiles, packed);
+    tile_expand({u_.rows(0, tokens_), packed, 0, width, sums, width, false, true});
+  }
+
   const Layer& layer_;
   const Operands to_;
   const int64_t tokens_, first_;  // first_: the row of Z's first column
   const Keep* const keep_;
-  const bool pairs_;
+  const Unit unit_;
   const Gating gate_;
   const int64_t rows_, threads_;
   const Blocks blocks_;
   Factors u_;
   const int64_t step_, across_, block_tokens_;
+  Panels x_{}, down_{}, up_{};  // for tiles: x where the base is here, A, and Bt
 };
 
-// All layers in one parallel region: every SHRINK, then every block of y.
+// All layers in one parallel region: what is packed, every SHRINK, then every block of y.
 void run(std::vector<Forward>& layers) {
-  int64_t threads = 1, projects = 0, expands = 0;
+  using Count = int64_t (Forward::*)() const;
+  using Work = void (Forward::*)(int64_t);
+  constexpr std::array<Count, 3> kCounts{&Forward::packs, &Forward::projects, &Forward::expands};
+  constexpr std::array<Work, 3> kWork{&Forward::pack, &Forward::project_block, &Forward::expand_block};
+  int64_t threads = 1;
+  std::array<int64_t, 3> counts{};
   for (const Forward& each : layers) {
     threads = std::max(threads, each.threads());
-    projects += each.projects();
-    expands += each.expands();
+    for (size_t phase = 0; phase < counts.size(); ++phase) counts[phase] += (each.*kCounts[phase])();
   }
-  auto project_block = [&](int64_t index) {
+  in_phases(threads, counts, [&](size_t phase, int64_t index) {
     auto at = layers.begin();
-    for (; index >= at->projects(); ++at) index -= at->projects();
-    at->project_block(index);
-  };
-  auto expand_block = [&](int64_t index) {
-    auto at = layers.begin();
-    for (; index >= at->expands(); ++at) index -= at->expands();
-    at->expand_block(index);
-  };
-  two_phases(threads, projects, project_block, expands, expand_block);
+    for (int64_t count; index >= (count = ((*at).*kCounts[phase])()); ++at) index -= count;
+    ((*at).*kWork[phase])(index);
+  });
 }
 
 bool is_few(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = x.scalar_type();
-  const bool fast = type == ScalarType::BFloat16 && torch_multiplies_halves();
-  const int64_t tokens = tokens_of(x), most = fast ? kFewHalfTokens : kFewTokens;
+  const int64_t tokens = tokens_of(x), most = most_tokens(type == ScalarType::BFloat16).base;
   return tokens && tokens <= most && x.numel() * static_cast<int64_t>(x.element_size()) <= kFewBytes &&
       weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
 }
@@ -151,6 +200,8 @@ std::vector<Tensor> forward(
     const Tensor* z) {
   const int64_t tokens = tokens_of(x);
   const Matrix none{}, from = matrix(x, "x");
+  const Unit unit = unit_for(from.half);
+  Arena& arena = Arena::of_thread();
   std::vector<Tensor> made;
   std::vector<Forward> passes;
   passes.reserve(layers.size());
@@ -165,7 +216,7 @@ std::vector<Tensor> forward(
     const Operands operands{
         from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to, few ? matrix(weight, "weight") : none,
         few && bias ? matrix(*bias, "bias") : none, z ? matrix(*z, "z") : none};
-    passes.emplace_back(layer, operands, tokens, std::min(first, layer.rows), keep);
+    passes.emplace_back(layer, operands, tokens, std::min(first, layer.rows), keep, unit, arena);
   }
   if (!passes.empty()) run(passes);
   return made;

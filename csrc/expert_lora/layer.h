@@ -4,8 +4,11 @@
 
 #pragma once
 
+#include "crossovers.h"
 #include "dropout.h"
+#include "memory.h"
 #include "products.h"
+#include "tiles.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -61,7 +64,9 @@ struct Matrix {
 
   // Columns [column, column + count) of one row.
   void write(int64_t row, int64_t column, int64_t count, const float* values) const {
-    if (half) {
+    if (half && has_tiles()) {
+      round_halves(values, count, reinterpret_cast<Half*>(at(row, column)));
+    } else if (half) {
       Half* to = reinterpret_cast<Half*>(at(row, column));
       for (int64_t c = 0; c < count; ++c) narrow(values[c], to + c);
     } else {
@@ -119,21 +124,29 @@ inline Matrix matrix(const Tensor& tensor, const char* name) {
   return {static_cast<char*>(tensor.data_ptr()), stride, is_half(tensor, name)};
 }
 
-// Factors of an EXPAND, in its panels.
+// Factors of an EXPAND: in its panels, or for tiles a row per token, whole tiles of them.
 struct Factors {
-  std::vector<float> memory;
   int64_t count;
-  bool pairs;
+  Unit unit;
+  int64_t stride;  // of a token's row for tiles
+  char* memory;
 
-  Factors(int64_t tokens, int64_t count, bool pairs) : count(count), pairs(pairs) {
-    const int64_t elements = panel_index(divided(tokens, kPanel) * kPanel, 0, count, pairs);
-    memory.resize(pairs ? elements / 2 : elements);
+  Factors(Arena& arena, int64_t tokens, int64_t count, Unit unit)
+      : count(count), unit(unit), stride(steps_of(count) * kDepth) {
+    const int64_t panels = panel_index(divided(tokens, kPanel) * kPanel, 0, count, unit == Unit::pairs);
+    const int64_t elements = unit == Unit::tiles ? tiles_of(tokens) * kTile * stride : panels;
+    const int64_t bytes = elements * (unit == Unit::lanes ? 4 : 2);
+    memory = arena.take(bytes);
+    std::memset(memory, 0, bytes);
   }
 
   // A token's factors [begin, end): values times gates, exactly 0 where the gate is.
   void set(int64_t token, int64_t begin, int64_t end, const float* values, const float* gates) {
-    float* wide = memory.data() + (pairs ? 0 : panel_index(token, 0, count, false));
-    Half* half = reinterpret_cast<Half*>(memory.data()) + (pairs ? panel_index(token, 0, count, true) : 0);
+    if (begin >= end) return;
+    if (unit == Unit::tiles) return gate_halves(values, gates, end - begin, row(token) + begin);
+    const bool pairs = unit == Unit::pairs;
+    float* wide = reinterpret_cast<float*>(memory) + (pairs ? 0 : panel_index(token, 0, count, false));
+    Half* half = reinterpret_cast<Half*>(memory) + (pairs ? panel_index(token, 0, count, true) : 0);
     for (int64_t k = begin; k < end; ++k) {
       const float gate = gates[k - begin], value = gate == 0 ? 0 : values[k - begin] * gate;
       if (pairs) {
@@ -145,15 +158,21 @@ struct Factors {
   }
 
   void set(int64_t token, int64_t k, float value) {
+    if (unit == Unit::tiles) return narrow(value, row(token) + k);
     const float one = 1;
     set(token, k, k + 1, &value, &one);
   }
 
   const void* at(int64_t token) const {
-    const int64_t index = panel_index(token, 0, count, pairs);
-    const Half* half = reinterpret_cast<const Half*>(memory.data());
-    return pairs ? static_cast<const void*>(half + index) : memory.data() + index;
+    if (unit == Unit::tiles) return row(token);
+    const int64_t index = panel_index(token, 0, count, unit == Unit::pairs);
+    return memory + index * (unit == Unit::pairs ? 2 : 4);
   }
+
+  Rows rows(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin, true, nullptr}; }
+
+ private:
+  Half* row(int64_t token) const { return reinterpret_cast<Half*>(memory) + token * stride; }
 };
 
 inline const Tensor& checked(const Tensor& tensor, int64_t dimensions, const char* name) {
@@ -202,6 +221,8 @@ struct Gating {
   std::vector<float> factors;  // [S, rows]
   int64_t segments, tokens;    // tokens of a segment
 
+  bool plain;                  // rows are all in order, none left out
+
   const float* of(int64_t token) const { return factors.data() + token / tokens * static_cast<int64_t>(rows.size()); }
 };
 
@@ -227,7 +248,11 @@ inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool bef
   for (int64_t r = first; dead && r < count; ++r) {
     if (!used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
   }
-  for (int32_t r : found.rows) found.down.push_back(static_cast<int32_t>(r % layer.a_rows));
+  found.plain = true;
+  for (int32_t r : found.rows) {
+    found.plain &= r == found.rows[0] + static_cast<int32_t>(found.down.size());
+    found.down.push_back(static_cast<int32_t>(r % layer.a_rows));
+  }
   found.segments = segments;
   found.tokens = tokens / segments;
   found.factors.resize(segments * found.rows.size());
@@ -247,7 +272,8 @@ struct Blocks {
   int64_t count() const { return token_blocks() * row_blocks(); }
 };
 
-inline Blocks shrink_blocks(int64_t tokens, int64_t rows, bool whole) {
+inline Blocks shrink_blocks(int64_t tokens, int64_t rows, bool whole, Unit unit) {
+  if (unit == Unit::tiles) return {tokens, tokens <= kShrinkTokens ? 2 * kTile : kShrinkTokens, rows, std::max<int64_t>(rows, 1)};
   const int64_t step = tokens <= kShrinkTokens ? tokens : kShrinkTokens / 2;
   return {tokens, step, rows, whole || tokens > 8 * step ? std::max<int64_t>(rows, 1) : kRows};
 }
@@ -280,9 +306,37 @@ inline void project(
         depth, z, count});
 }
 
+// The same for tiles, on all listed rows, which are packed.
+inline void project_tiles(
+    const Matrix& x, int64_t depth, const Panels& w, int64_t count, Range tokens, const Keep* keep, float* z,
+    float* memory) {
+  Rows rows{x.at(tokens.begin, 0), x.stride, tokens.end - tokens.begin, true, nullptr};
+  if (keep) {
+    keep->copy(rows.data, rows.stride, true, tokens.begin, rows.count, 0, depth, memory);
+    rows = {memory, depth, rows.count, true, nullptr};
+  }
+  tile_shrink(rows, depth, w, count, z, count);
+}
+
+inline Rows rows_of(const Matrix& w, const std::vector<int32_t>& listed, int64_t count) {
+  return {w.data, w.stride, count, w.half, listed.data()};
+}
+
+inline Panels panels(Arena& arena, int64_t columns, int64_t depth) {
+  Panels made{nullptr, tiles_of(columns), steps_of(depth)};
+  made.data = arena.take(made.bytes());
+  return made;
+}
+
+// Column tiles that are packed in one task.
+constexpr int64_t kPackedTiles = 8;
+
 // Token blocks of an EXPAND: long ones read w less often, but all threads must find some.
-inline int64_t token_step(int64_t tokens, int64_t across, int64_t threads) {
+inline int64_t token_step(int64_t tokens, int64_t across, int64_t threads, Unit unit) {
   const int64_t wanted = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(across, 1));
+  if (unit == Unit::tiles) {
+    return std::clamp(divided(divided(tokens, wanted), 2 * kTile) * 2 * kTile, 2 * kTile, 8 * kTile);
+  }
   return std::clamp(divided(divided(tokens, wanted), kPanel) * kPanel, 4 * kPanel, kTokens);
 }
 
@@ -292,20 +346,23 @@ inline int64_t column_step(int64_t tokens, int64_t columns, int64_t threads) {
   return std::max<int64_t>(128, divided(divided(columns, 4 * threads), 128) * 128);
 }
 
-// y [tokens of the block, columns of the block] += u w, dropped where `keep` says so.
+// y [tokens of the block, columns of the block] += u w, dropped where `keep` says so; for tiles w is packed.
 inline void expand(
-    ExpandTile tile, ExpandTile unadded, const Factors& u, const Matrix& w, const int32_t* rows, Range tokens,
-    Range columns, const Matrix& y, const Keep* keep) {
-  Expand call{u.at(tokens.begin), tokens.end - tokens.begin, w.at(0, columns.begin), w.stride, rows, u.count,
-              columns.end - columns.begin, y.at(tokens.begin, columns.begin), y.stride, true};
-  if (!keep) return tile(call);
-  float* sums = scratch(call.tokens * call.columns);
-  void* to = call.y;
-  call.y = sums;
-  call.y_stride = call.columns;
-  call.add = false;
-  unadded(call);
-  keep->add(sums, tokens.begin, call.tokens, columns.begin, call.columns, to, y.stride, y.half);
+    ExpandTile tile, ExpandTile unadded, const Factors& u, const Matrix& w, const int32_t* rows, const Panels& packed,
+    Range tokens, Range columns, const Matrix& y, const Keep* keep) {
+  const int64_t count = tokens.end - tokens.begin, width = columns.end - columns.begin;
+  void* const to = y.at(tokens.begin, columns.begin);
+  float* const sums = keep ? scratch(count * width) : nullptr;
+  if (u.unit == Unit::tiles) {
+    TileExpand call{u.rows(tokens.begin, tokens.end), packed, columns.begin, width, to, y.stride, y.half, true};
+    if (keep) call.y = sums, call.y_stride = width, call.half_y = false, call.add = false;
+    tile_expand(call);
+  } else {
+    Expand call{u.at(tokens.begin), count, w.at(0, columns.begin), w.stride, rows, u.count, width, to, y.stride, true};
+    if (keep) call.y = sums, call.y_stride = width, call.add = false;
+    (keep ? unadded : tile)(call);
+  }
+  if (keep) keep->add(sums, tokens.begin, count, columns.begin, width, to, y.stride, y.half);
 }
 
 // Threads worth waking for so many tokens and rows.

@@ -274,7 +274,6 @@ def test_progress_is_written_at_every_tenth_off_a_terminal(capsys: pytest.Captur
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "--model", "builtin", "--stream", "builtin", "--out"],
         ["compare", "--out"],
         ["demo", "--out"],
     ],

@@ -16,6 +16,16 @@ from cram.families import FAMILIES
         ("llava", "<|im_start|>user\n<image>\nHow?<|im_end|>\n<|im_start|>assistant\n", "How?"),
         ("llava", "[INST] <image>\nHow? [/INST]", "How?"),
         ("llava", "no marker at all", None),
+        ("llava", "USER: <image>\nWho says ASSISTANT: here? ASSISTANT:", "Who says ASSISTANT: here?"),
+        ("llava", "USER: Is USER: a role? ASSISTANT: yes</s>", "Is USER: a role?"),
+        ("llava", "USER: a ASSISTANT: b</s> USER: Is USER: a role? ASSISTANT:", "Is USER: a role?"),
+        (
+            "llava",
+            "<|im_start|>user\nIs USER: a role?<|im_end|>\n<|im_start|>assistant\n",
+            "Is USER: a role?",
+        ),
+        ("llava", "USER: What is [INST] for? ASSISTANT:", "What is [INST] for?"),
+        ("llava", "<s>[INST] a [/INST] b</s>[INST] c [/INST]", "c"),
         (
             "qwen2_5_vl",
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
@@ -36,3 +46,16 @@ def test_user_turn(family: str, prompt: str, turn: str | None) -> None:
 
 def test_placeholders_are_removed_from_a_whole_prompt() -> None:
     assert FAMILIES["llava"].without_placeholders(" <image>\nWhat? ") == "What?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_open"),
+    [
+        ("USER: How", True),
+        ("USER: How? ASSISTANT:", False),
+        ("How many?", False),
+        ("<|im_start|>user\nHow", True),
+    ],
+)
+def test_a_question_that_goes_on(prompt: str, is_open: bool) -> None:
+    assert FAMILIES["llava"].leaves_turn_open(prompt) == is_open

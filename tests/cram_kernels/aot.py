@@ -46,6 +46,10 @@ PARKED_BYTES, PARKING_REGISTERS = 32, 128
 _PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([\w.:]+)")
 _LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?\.(?:v(\d)\.)?[bsuf](\d+)\b")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
+# A copy that is waited for while later ones are on their way.
+_AHEAD = re.compile(r"\bcp\.async\.wait_group\s+(0x[0-9a-f]+|\d+)\s*;")
+# A factor of the dropout mask's hash, as a signed and as an unsigned number.
+_HASH = (str(0x7FEB352D), hex(0x7FEB352D))
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) ")
 
 
@@ -59,6 +63,7 @@ class Case:
         narrow: Names of the kernels that cannot load all that is large by 16 bytes.
         wgmma: Names of the kernels whose tiles are large enough for sm_90's asynchronous products.
         excused: Kernel -> why its instructions may take longer than its bytes on an H200.
+        pipelined: Kernel -> loops that load the next steps' operands while they compute.
     """
 
     label: str
@@ -66,6 +71,7 @@ class Case:
     narrow: tuple[str, ...] = ()
     wgmma: tuple[str, ...] = ()
     excused: dict[str, str] = field(default_factory=dict)
+    pipelined: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +90,7 @@ class Compiled:
     late: list[str]
     front: bool
     excused: str = ""
+    pipelined: int = 0
     error: str = ""
     # Runtime argument -> type, with ":16" where the JIT knows divisibility by 16.
     signature: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +98,9 @@ class Compiled:
     stack: int = 0
     shared: int = 0
     local: bool = False
+    # Loops with loads in flight for later steps; whether the dropout mask is made.
+    loops_ahead: int = 0
+    hashes: bool = False
     waits: bool = False
     signals: bool = False
     # Arguments read in front of the wait; loads there in the PTX and in the machine code.
@@ -169,6 +179,14 @@ def violations(kernel: Compiled) -> list[str]:
             f"issuing must hide behind bytes ({kernel.bytes_us:.1f} us), got {kernel.issue_us:.1f} us",
         ),
         (
+            kernel.loops_ahead >= kernel.pipelined,
+            f"{kernel.pipelined} loops must load ahead, got {kernel.loops_ahead}",
+        ),
+        (
+            not kernel.hashes or kernel.kernel == "_dropout_bits",
+            "the dropout mask must be hashed by _dropout_bits alone",
+        ),
+        (
             kernel.signals == kernel.front,
             f"a kernel must release iff a dependent launch follows ({kernel.front}), got {kernel.signals}",
         ),
@@ -184,6 +202,8 @@ def read_ptx(ptx: str) -> dict[str, Any]:
         "mma": sorted({".".join(parts) for parts in _PRODUCT.findall(ptx)}),
         "loads": {str(width): loads[width] for width in sorted(loads)},
         "local": bool(re.search(r"\.local\b", ptx)),
+        "loops_ahead": sum(int(left, 0) > 0 for left in _AHEAD.findall(ptx)),
+        "hashes": any(word in ptx for word in _HASH),
         "waits": "griddepcontrol.wait" in ptx,
         "signals": "griddepcontrol.launch_dependents" in ptx,
     }
@@ -292,6 +312,7 @@ def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, A
         late=list(launch.late),
         front=front,
         excused=case.excused.get(name, ""),
+        pipelined=case.pipelined.get(name, 0),
     )
     warm = _Warm(launch.kernel)
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cram_kernels.centroid_gates.kernels import launches as gates_launches
-from cram_kernels.expert_lora import routed_triton, tiles
+from cram_kernels.expert_lora import routed_triton, tiles, wide
 from cram_kernels.expert_lora import triton as expert_lora
 from cram_kernels.expert_lora.decode import PLANES_TOKENS
 from cram_kernels.launch import Launch
@@ -32,8 +32,12 @@ TOKENS = (1, 16, 64, 512, 2048, 8192)
 RANKS = (16, 43, 64, 78, 128, 256)
 # What cannot load by 16 bytes: an expert's rows start anywhere, and the dropout bits are not loaded at all.
 NARROW = ("_expert_sums", "_dropout_bits")
+# Loops whose operands come from memory: SHRINK's, and the two over the query.
+PIPELINED = {"_shrink": 1, "_stream": 2, "_routed_shrink": 3, "_gates": 2}
 # The streams that the benchmark and the product run: ten and nine experts of uneven ranks.
-STREAMS = {78: (10, 9, 10, 8, 7, 10, 6, 9, 5, 4), 43: (10, 4, 5, 4, 4, 4, 4, 4, 4)}
+STREAMS = {78: (10, 9, 10, 8, 7, 10, 6, 9, 5, 4), 43: (10, 4, 5, 4, 4, 4, 4, 4, 4), 512: (8,) * 64}
+# A row of `tiles.STREAM`, which has none: what runs if the experiments say so.
+STREAM_ROW = (64, 16, 64, 128, 2, 4, 3)
 # Why the instructions of a launch may take longer than its bytes on an H200.
 FLOAT32 = "products in float32 run on the scalar units"
 TWO_BRANCHES = "its programs take one of two branches, and the text holds both"
@@ -73,6 +77,9 @@ class Call:
     mapped: bool = False
     stack: int = 1
     routed: bool = False
+    # Base products in one launch with SHRINK; one product over [x | U].
+    streamed: bool = False
+    wide: bool = False
     samples: int = 8
     # Where the gates start in their storage.
     offset: int = 0
@@ -82,7 +89,7 @@ class Call:
     def label(self) -> str:
         """Precision and shape, for a reader."""
         extra = f"{' train' * self.train}{' dropout' * bool(self.dropout)}{' mapped' * self.mapped}"
-        extra += " routed" * self.routed
+        extra += " routed" * self.routed + " streamed" * self.streamed + " wide" * self.wide
         names = f"{str(self.dtype)[6:]}/{str(self.expert_dtype)[6:]}"
         return f"{names} T={self.tokens} D={self.width} R={self.rank} x{self.stack}{extra}"
 
@@ -91,11 +98,12 @@ def shipped(arch: int, full: bool) -> Iterator[Case]:
     """Yield the cases of an architecture: the fewest that meet every row of the tables, or all sizes."""
     for call in product_of_sizes() if full else chosen(arch):
         large = ("_shrink", "_routed_shrink", "_expand") if call.tokens >= 2048 else ()
-        yield Case(call.label, tuple(recorded(call, arch)), NARROW, large, excuses(call))
+        yield Case(call.label, tuple(recorded(call, arch)), NARROW, large, excuses(call), PIPELINED)
     sizes = GATES if full or arch == 90 else GATES[1:2]
     for size, masked in product(sizes, (False, True) if full else (True,)):
         for launch in gates_launches(*size, masked=masked):
-            yield Case(f"gates {size}{' members' * masked}", (launch,), NARROW, excused=GATES_EXCUSED)
+            label = f"gates {size}{' members' * masked}"
+            yield Case(label, (launch,), NARROW, excused=GATES_EXCUSED, pipelined=PIPELINED)
 
 
 def excuses(call: Call) -> dict[str, str]:
@@ -135,6 +143,7 @@ def chosen(arch: int) -> Iterator[Call]:
         yield Call(tokens, train=True)
     yield Call(16, train=False, rank=78)
     yield Call(16, train=False, rank=78, routed=True)
+    yield Call(16, train=False, rank=78, streamed=True)
     yield Call(64, train=True, dtype=FP32, expert_dtype=FP32)
     yield Call(2048, train=True, dtype=FP32, expert_dtype=FP32)
     if arch == 90:
@@ -145,6 +154,9 @@ def chosen(arch: int) -> Iterator[Call]:
         yield Call(1, train=False, width=18944, rank=43)
         yield Call(16, train=False, rank=256, stack=3, mapped=True)
         yield Call(16, train=False, rank=78, stack=3)
+        yield Call(64, train=False, rank=256, stack=3, mapped=True, streamed=True)
+        yield Call(8192, train=False, rank=78, wide=True)
+        yield Call(8192, train=True, rank=512)
         yield Call(1024, train=True, rank=43)
         yield Call(8192, train=True, rank=78)
         yield Call(8192, train=False, rank=78, dropout=0.05)
@@ -187,8 +199,17 @@ def recorded(call: Call, arch: int) -> list[Launch]:
         empty(samples * count + call.offset)[call.offset :].view(samples, count).requires_grad_(call.train)
     )
     segments = empty(call.tokens, dtype=torch.int64) if call.mapped else None
-    with recording(arch) as launches, torch.set_grad_enabled(call.train):
-        if call.routed:
+    tile = tiles.streamed(STREAM_ROW, call.width) if call.streamed else None
+    with (
+        recording(arch) as launches,
+        torch.set_grad_enabled(call.train),
+        mock.patch.object(tiles, "stream_tile", lambda *_: tile),
+    ):
+        if call.wide:
+            (_, bias, experts), outputs = layers[0], []
+            rows = empty(call.tokens, call.width + wide.room(experts), dtype=call.dtype)
+            wide.wide_expert_lora(rows, wide.widened(weight, experts), bias, experts, gates, segments)
+        elif call.routed:
             query, centroids = empty(samples, 768), empty(count, 768)
             route = (query.requires_grad_(call.train), centroids, 1.0, None)
             outputs = [
@@ -229,6 +250,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         mock.patch.object(Launch, "prepared", lambda launch, tensors: None),
         mock.patch.object(expert_lora, "architecture", lambda device: arch),
         mock.patch.object(routed_triton, "architecture", lambda device: arch),
+        mock.patch.object(wide, "architecture", lambda device: arch),
         # The "meta" device has no autocast to turn off.
         mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
     ):

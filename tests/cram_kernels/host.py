@@ -1,7 +1,7 @@
 """What a call costs the host: the whole path of a launch, with a driver that launches nothing.
 
     python -m tests.cram_kernels.host            microseconds a call, for a linear and for a stack of three
-    python -m tests.cram_kernels.host --json     what a decode call does: launches, operations, compilations
+    python -m tests.cram_kernels.host --json     what calls do in order: launches, operations; compilations
 
 Triton's JIT, its caches and the package's own Python run as on a GPU with kernels compiled for sm_90; only
 the launcher, which takes 3.4 us in C, is replaced by a function that counts. Tensors are tiny and lie on the
@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -32,7 +31,8 @@ from tests.cram_kernels.aot import _Target
 
 LAUNCHER_US = 3.4
 WIDTH, RANKS = 64, (10, 9, 10, 8, 7, 10, 6, 9, 5, 4)
-LAUNCHED: Counter[str] = Counter()
+# Kernels launched and operations called, in their order.
+SEEN: list[str] = []
 
 
 class NullDriver(_Target):
@@ -50,7 +50,7 @@ class NullDriver(_Target):
         name = metadata.name
 
         def launch(*arguments: Any) -> None:
-            LAUNCHED[name] += 1
+            SEEN.append(name)
 
         return launch
 
@@ -60,10 +60,14 @@ def null_device() -> Iterator[Any]:
     """Yield the implementation, with CPU tensors taken for tensors of an sm_90 device."""
     from triton.runtime.driver import driver
 
+    from cram_kernels.expert_lora import routed_triton
     from cram_kernels.expert_lora import triton as implementation
 
     driver.set_active(NullDriver(90))
-    with mock.patch.object(implementation, "architecture", lambda device: 90):
+    with (
+        mock.patch.object(implementation, "architecture", lambda device: 90),
+        mock.patch.object(routed_triton, "architecture", lambda device: 90),
+    ):
         yield implementation
 
 
@@ -92,34 +96,61 @@ def microseconds(call: Callable[[], Any], calls: int = 30, rounds: int = 300) ->
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operations that reach the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
+    """Notes the operations that reach the device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen[str(function.overloadpacket)] += 1
+        SEEN.append(str(function.overloadpacket))
         return function(*args, **(kwargs or {}))
 
 
-def decoding(implementation: Any, layers: int, tokens: int = 8) -> dict[str, Any]:
-    """Return what the third decode call of a kind does, on new tensors."""
+def third(call: Callable[[Tensor, Tensor], Any], x: Tensor, gates: Tensor) -> dict[str, Any]:
+    """Return what the third call of a kind does, on new tensors."""
     from triton.runtime.jit import JITFunction
 
-    x, stack, gates = inputs(tokens, layers)
     for _ in range(2):
-        implementation.stacked_expert_lora(x, stack, gates, None, 0.0, 0)
+        call(x, gates)
     x, gates = x.clone(), gates.clone()
-    LAUNCHED.clear()
+    SEEN.clear()
     asked: list[Any] = []
-    with mock.patch.object(JITFunction, "run", lambda *a, **k: asked.append(a)), Recorder() as recorder:
-        implementation.stacked_expert_lora(x, stack, gates, None, 0.0, 0)
-    return {"launches": dict(LAUNCHED), "operations": dict(recorder.seen), "asked": len(asked)}
+    with mock.patch.object(JITFunction, "run", lambda *a, **k: asked.append(a)), Recorder():
+        call(x, gates)
+    return {"seen": SEEN.copy(), "asked": len(asked)}
+
+
+def decoding(implementation: Any, layers: int, strided: bool = False) -> dict[str, Any]:
+    """Return what a decode call does; `strided`: the factors B must be copied first."""
+    x, stack, gates = inputs(8, layers)
+    for _, _, pack in stack if strided else ():
+        pack.bt = pack.bt.t().contiguous().t()
+    return third(lambda x, g: implementation.stacked_expert_lora(x, stack, g, None, 0.0, 0), x, gates)
+
+
+def routing(strided: bool = False) -> dict[str, Any]:
+    """Return what a decode call does that computes its own gates."""
+    from cram_kernels.expert_lora.routed_triton import routed_expert_lora
+
+    x, ((weight, bias, pack),), _ = inputs(8)
+    if strided:
+        pack.bt = pack.bt.t().contiguous().t()
+    centroids = torch.randn(len(RANKS), 32)
+    return third(
+        lambda x, query: routed_expert_lora(x, weight, bias, pack, query, centroids, 1.0, None, None, 0.0, 0),
+        x,
+        torch.randn(1, 32),
+    )
+
+
+def streaming(implementation: Any) -> dict[str, Any]:
+    """Return what a decode call of a stack does whose base products are part of its launches."""
+    from cram_kernels.expert_lora import tiles
+
+    tile = tiles.streamed((64, 16, 64, 128, 2, 4, 3), WIDTH)
+    with mock.patch.object(tiles, "stream_tile", lambda *_: tile):
+        return decoding(implementation, 3)
 
 
 def training(implementation: Any) -> dict[str, Any]:
-    """Return the launches of the second training step of a kind, and how often the JIT was asked."""
+    """Return what the second training step of a kind launches, and how often the JIT was asked."""
     from triton.runtime.jit import JITFunction
 
     x, stack, gates = inputs(96, 1, trained=1)
@@ -129,11 +160,23 @@ def training(implementation: Any) -> dict[str, Any]:
         implementation.stacked_expert_lora(x, stack, gates, None, 0.1, 3)[0].sum().backward()
 
     step()
-    LAUNCHED.clear()
+    SEEN.clear()
     asked: list[Any] = []
     with mock.patch.object(JITFunction, "run", lambda *a, **k: asked.append(a)):
         step()
-    return {"launches": dict(LAUNCHED), "asked": len(asked)}
+    return {"seen": SEEN.copy(), "asked": len(asked)}
+
+
+@torch.no_grad()
+def everything(implementation: Any) -> dict[str, dict[str, Any]]:
+    """Return what each kind of call does, by name."""
+    found = {f"linear{' strided' * s}": decoding(implementation, 1, s) for s in (False, True)}
+    found |= {f"stack{' strided' * s}": decoding(implementation, 3, s) for s in (False, True)}
+    found |= {f"routed{' strided' * s}": routing(s) for s in (False, True)}
+    found["streamed"] = streaming(implementation)
+    with torch.enable_grad():
+        found["training"] = training(implementation)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,9 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with null_device() as implementation:
         if arguments.json:
-            with torch.no_grad():
-                found = {str(layers): decoding(implementation, layers) for layers in (1, 3)}
-            print(json.dumps(found | {"training": training(implementation)}))
+            print(json.dumps(everything(implementation)))
             return
         report(implementation)
 

@@ -16,7 +16,8 @@ from tests.cram_kernels.aot import ROOT
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (Linux)")
 # Base products (with their views of the weight) and memory from the caching allocator; no copy, fill or read.
-CAPTURED = {"aten.mm", "aten.addmm", "aten.linear", "aten.t", "aten.empty", "aten.view", "aten._unsafe_view"}
+ALLOCATIONS = {"aten.empty", "aten.new_empty"}
+CAPTURED = {"aten.mm", "aten.addmm", "aten.linear", "aten.t", "aten.view", "aten._unsafe_view", *ALLOCATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +32,53 @@ def found() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("layers", ["1", "3"])
-def test_decode_takes_two_launches(layers: str, found: dict[str, Any]) -> None:
-    """A stack of three takes as many as one linear."""
-    assert found[layers]["launches"] == {"_shrink": 1, "_expand": 1}
+def launches(found: dict[str, Any]) -> list[str]:
+    """Names of the kernels in the order of their launches."""
+    return [name for name in found["seen"] if name.startswith("_")]
 
 
-@pytest.mark.parametrize("layers", ["1", "3"])
-def test_decode_can_be_captured(layers: str, found: dict[str, Any]) -> None:
-    """No operation waits for the device, reads a tensor or copies one; memory is for U and each Y alone."""
-    operations = found[layers]["operations"]
-    assert operations.keys() <= CAPTURED, operations
-    assert operations["aten.empty"] == 1
+@pytest.mark.parametrize(
+    ("call", "pair"),
+    [
+        ("linear", ["_shrink", "_expand"]),
+        ("stack", ["_shrink", "_expand"]),
+        ("routed", ["_routed_shrink", "_expand"]),
+        ("streamed", ["_stream", "_join"]),
+    ],
+)
+def test_decode_takes_two_launches(call: str, pair: list[str], found: dict[str, Any]) -> None:
+    """A stack of three takes as many as one linear, and so does a linear that routes."""
+    assert launches(found[call]) == pair
 
 
-@pytest.mark.parametrize("call", ["1", "3", "training"])
+# What a call allocates beside its base products: U in planes; gates, and what backward would keep; each Y.
+@pytest.mark.parametrize(("call", "allocated"), [("linear", 1), ("stack", 1), ("routed", 4), ("streamed", 5)])
+def test_decode_can_be_captured(call: str, allocated: int, found: dict[str, Any]) -> None:
+    """No operation waits for the device, reads a tensor, fills one or copies one."""
+    operations = [name for name in found[call]["seen"] if not name.startswith("_")]
+    assert set(operations) <= CAPTURED, operations
+    assert sum(name in ALLOCATIONS for name in operations) == allocated, operations
+    assert call != "streamed" or not set(operations) - ALLOCATIONS
+
+
+@pytest.mark.parametrize("call", ["linear", "stack", "routed"])
+def test_nothing_stands_between_a_launch_and_the_one_that_starts_early(
+    call: str, found: dict[str, Any]
+) -> None:
+    """The second would read, before its wait, what an operation between the two has not written yet."""
+    seen = found[f"{call} strided"]["seen"]
+    first, second = launches(found[f"{call} strided"])
+    assert "aten.clone" in seen, seen  # B is copied
+    between = seen[seen.index(first) + 1 : seen.index(second)]
+    assert set(between) <= ALLOCATIONS, seen
+
+
+@pytest.mark.parametrize("call", ["linear", "stack", "routed", "streamed", "training"])
 def test_known_calls_do_not_ask_the_compiler(call: str, found: dict[str, Any]) -> None:
     assert found[call]["asked"] == 0
 
 
 def test_launches_of_a_training_step(found: dict[str, Any]) -> None:
-    """Forward 4 with dropout; backward 7, of which one gates Z for dBt."""
-    assert sum(found["training"]["launches"].values()) == 11, found["training"]
+    """Forward 4 with dropout; backward 7, of which one gates Z for dBt. The mask is hashed once."""
+    names = launches(found["training"])
+    assert len(names) == 11 and names.count("_dropout_bits") == 1, names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,26 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: Path) -> None:
 
 def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notebook,) = EXAMPLES.glob("*.ipynb")
+    cells = json.loads(notebook.read_text())["cells"]
+    assert all(cell.get("outputs", []) == [] for cell in cells), "a notebook is kept without its outputs"
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            code = (
+                "".join(cell["source"])
+                .replace("limit=256", "limit=16")
+                .replace("max_steps=40", "max_steps=4")
+            )
+            exec(compile(code, f"{notebook.name}, cell {number}", "exec"), scope)
+    assert len(scope["report"]["methods"]["cram"]["matrix"]) == len(scope["loaded"].expert_names) == 2
+    assert "base -> " in capsys.readouterr().out
 
 
 def test_own_data_are_learnt_and_asked(

@@ -17,7 +17,7 @@ by s again. Left out on purpose: re-orthogonalising the projected rows and shrin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,10 @@ class Instantiation:
         return len(self.selected)
 
 
-def instantiate_expert(
-    buffers: Mapping[str, Factors], history: Mapping[str, Sequence[Tensor]], config: CramConfig
-) -> dict[str, Factors]:
-    """Factors (a [r, D_in], b [D_out, r]) of the new expert per module; see ``instantiate_modules``."""
-    return {name: (made.a, made.b) for name, made in instantiate_modules(buffers, history, config).items()}
+def mean_novelty(made: Iterable[Instantiation]) -> float:
+    """The mean novelty over all kept directions of all modules; 1.0 where nothing was kept."""
+    kept = [module.novelty[index] for module in made for index in module.selected]
+    return sum(kept) / len(kept) if kept else 1.0
 
 
 @torch.no_grad()

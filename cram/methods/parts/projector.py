@@ -35,6 +35,7 @@ class MixedProjector:
     Attributes:
         modules: Path inside the projector -> adapted linear.
         prototypes: mu [E, D_v], one row per task. The row of a task without images is zero.
+        mean: The mean over the images of the task in training; the newest prototype.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class MixedProjector:
             projector.set_submodule(path, adapted)
         reused = cram.encoder.reuses_vision_tower
         self.prototypes = torch.zeros(0, cram.encoder.image_dim if reused else linears[0][1].in_features)
-        self._mean = CentroidMean()
+        self.mean = CentroidMean()
         self._seen: Tensor | None = None
         self._weights: Tensor | None = None
         self._hooks = [
@@ -70,10 +71,12 @@ class MixedProjector:
         for path, linear in self.modules.items():
             linear.append(*weights[path], scale=self._cram.config.scale, trained=True)
         self.prototypes = F.pad(self.prototypes, (0, 0, 0, 1))
-        self._mean = CentroidMean()
+        self.mean = CentroidMean()
 
     def end_task(self) -> None:
         """Ends the training of the newest LoRA."""
+        if self.mean.count:
+            self.prototypes[-1] = self.mean.mean()
         for linear in self.modules.values():
             assert linear.experts is not None
             linear.experts = linear.experts.freeze()
@@ -127,8 +130,8 @@ class MixedProjector:
         features = x.detach().float().mean(1) if seen is None else seen
         training = module.training and self._cram.in_training
         if training:
-            self._mean.update(features)
-            self.prototypes[-1] = self._mean.mean()
+            self.mean.update(features)
+            self.prototypes[-1] = self.mean.mean()
         else:
             self._weights = mixing_weights(features, self.prototypes, self._temperature)
         self._use(-1 if training else 0, x.device)

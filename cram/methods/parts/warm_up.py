@@ -17,6 +17,7 @@ class WarmUp:
     Attributes:
         task: Name of the task.
         group: Instruction group of the newest batch. None before the first batch.
+        mean: The mean of the images' features.
     """
 
     def __init__(self, cram: AttachedModel) -> None:
@@ -24,7 +25,7 @@ class WarmUp:
         self._cram = cram
         self.task = ""
         self.group: int | None = None
-        self._centroid = CentroidMean()
+        self.mean = CentroidMean()
 
     def begin(self, task: str = "") -> None:
         """Start the buffer: in every module a LoRA of rank `config.buffer_rank` acts alone.
@@ -37,22 +38,22 @@ class WarmUp:
                 "the warm-up must begin after the last one has ended and its expert is frozen, "
                 "got a buffer or an expert in training"
             )
-        self.task, self.group, self._centroid = task, None, CentroidMean()
+        self.task, self.group, self.mean = task, None, CentroidMean()
         self._cram.set_solo(new_lora(self._cram.modules, self._cram.config.buffer_rank), trained=True)
 
     def observe(self, group: int, query: Query) -> None:
         """Count a training batch and its group."""
         self.group = group
-        self._centroid.update(query.image, query.has_image)
+        self.mean.update(query.image, query.has_image)
 
     @property
     def has_images(self) -> bool:
         """True if an image was counted."""
-        return self._centroid.count > 0
+        return self.mean.count > 0
 
     def centroid(self) -> Tensor:
         """Return the mean [D_q] of the images' features. Without an image it is zero."""
-        return self._centroid.mean() if self.has_images else torch.zeros(self._cram.encoder.image_dim)
+        return self.mean.mean() if self.has_images else torch.zeros(self._cram.encoder.image_dim)
 
     def factors(self) -> dict[str, Factors]:
         """Return the buffer's factors (a [r, D_in], b [D_out, r]) per module, detached.

@@ -12,7 +12,8 @@ product is added behind (`tiles.ORDER`).
 
 WAIT: the kernel in front is the SHRINK that writes U, and this one starts before it has ended; everything but
 U was written by kernels before that one. The wait must not stand in a loop: Triton 3.6 and 3.7 move loads of
-a pipelined loop in front of it. Where one step covers every rank, F is loaded before the wait.
+a pipelined loop in front of it. Where one step covers every rank, F is loaded before the wait, in two parts:
+80 packed rows are 64 and 16, not 128.
 
 GATED: the planes are Z, and the gates are applied here, because the kernel in front writes those too.
 
@@ -42,10 +43,13 @@ from cram_kernels.expert_lora.kernels.gating import (
     used,
 )
 from cram_kernels.expert_lora.tiles import ExpandTile
-from cram_kernels.launch import Launch, cdiv, nbytes
+from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 
-# WAIT: not at all; before every load; behind the load of F.
-NEVER, FIRST, BEHIND_F = (tl.constexpr(way) for way in range(3))
+# WAIT, and how the packed rows are walked: in a loop without waiting, or waiting in front of it; at once, F
+# loaded before U, waiting between the two or not.
+NEVER, FIRST, BEHIND_F, AT_ONCE = (tl.constexpr(way) for way in range(4))
+# Packed rows of one product where they are walked at once: more take the registers of the planes.
+MOST_AT_ONCE = tl.constexpr(64)
 
 
 class Strides(NamedTuple):
@@ -58,17 +62,58 @@ class Strides(NamedTuple):
 
 
 @triton.jit
-def _added(
+def output_of(block, widths, BLOCK_D: tl.constexpr):
+    """Return which of up to three results a block of columns belongs to, and its place there."""
+    OUTS: tl.constexpr = len(widths)
+    out = 0
+    if OUTS > 1:
+        tiles = tl.cdiv(widths[0], BLOCK_D)
+        out = (block >= tiles).to(tl.int32)
+        block -= out * tiles
+    if OUTS > 2:
+        tiles = tl.where(out == 0, block + 1, tl.cdiv(widths[1], BLOCK_D))
+        beyond = (block >= tiles).to(tl.int32)
+        block -= beyond * tiles
+        out += beyond
+    return out, block
+
+
+@triton.jit
+def _rows_of(factor, columns, wanted, d, known, width):
+    """Return rows `columns` of F at columns d, zeros where they are not wanted."""
+    places = factor + columns.to(tl.int64)[:, None] * width + d[None, :]
+    return tl.load(places, mask=wanted[:, None] & known[None, :], other=0.0)
+
+
+@triton.jit
+def _summed(u, given, rows, valid, columns, rank, strides, dtype, PLANES: tl.constexpr, GATED: tl.constexpr):
+    """Return U at rows and columns: the planes added in order, and gated where they are not gated yet."""
+    stored = valid[:, None] & (columns < strides.row)[None, :]
+    places = u + rows.to(tl.int64)[:, None] * strides.row + columns[None, :]
+    total = tl.load(places, mask=stored, other=0.0)
+    for plane in tl.static_range(1, PLANES):
+        total += tl.load(places + plane * tl.cast(strides.plane, tl.int64), mask=stored, other=0.0)
+    if GATED:
+        gates, segments, owner, samples, experts, per_gate, scale = given
+        inside = columns < rank
+        w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+        total = gated(total, w)
+    return total.to(dtype)
+
+
+@triton.jit
+def _times(acc, left, tile):
+    """Return acc + U F of a step whose F was loaded before U was known."""
+    tile = tl.where(used(left, 0)[:, None], tile, 0.0)
+    return tl.dot(left, tile.to(left.dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def add_product(
     acc,
     u,
     factor,
-    gates,
-    segments,
-    owner,
-    samples,
-    experts,
-    per_gate,
-    scale,
+    given,
     rows,
     valid,
     d,
@@ -79,35 +124,32 @@ def _added(
     dtype,
     PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    WAIT: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Return acc + U F of one projection; with PREFETCH it waits for U, and BLOCK_R covers every rank."""
-    for first in range(0, BLOCK_R if PREFETCH else strides.row, BLOCK_R):
-        columns = first + tl.arange(0, BLOCK_R)
-        inside, stored = columns < rank, columns < strides.row
-        places = factor + columns.to(tl.int64)[:, None] * width + d[None, :]
-        if PREFETCH:
-            # What SHRINK does not write is loaded while it runs.
-            tile = tl.load(places, mask=inside[:, None] & known[None, :], other=0.0)
+    """Return acc + U F of one projection; `given` is what gates are found by, for GATED."""
+    if WAIT >= BEHIND_F:
+        # BLOCK_R covers every rank, in two powers of two. What SHRINK does not write is loaded while it runs.
+        MAIN: tl.constexpr = BLOCK_R if BLOCK_R < MOST_AT_ONCE else MOST_AT_ONCE
+        REST: tl.constexpr = BLOCK_R - MAIN
+        first = tl.arange(0, MAIN)
+        tile = _rows_of(factor, first, first < rank, d, known, width)
+        if REST > 0:
+            rest = MAIN + tl.arange(0, REST)
+            last = _rows_of(factor, rest, rest < rank, d, known, width)
+        if WAIT == BEHIND_F:
             gdc_wait()
-        u_places = u + rows.to(tl.int64)[:, None] * strides.row + columns[None, :]
-        total = tl.load(u_places, mask=valid[:, None] & stored[None, :], other=0.0)
-        for plane in tl.static_range(1, PLANES):
-            more = u_places + plane * tl.cast(strides.plane, tl.int64)
-            total += tl.load(more, mask=valid[:, None] & stored[None, :], other=0.0)
-        if GATED:
-            w = row_gates(
-                gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside
-            )
-            total = gated(total, w)
-        left = total.to(dtype)
-        live = used(left, 0)
-        if PREFETCH:
-            tile = tl.where(live[:, None], tile, 0.0)
-        else:
-            tile = tl.load(places, mask=(live & inside)[:, None] & known[None, :], other=0.0)
-        acc = tl.dot(left, tile.to(dtype), acc, input_precision="ieee")
+        left = _summed(u, given, rows, valid, first, rank, strides, dtype, PLANES, GATED)
+        acc = _times(acc, left, tile)
+        if REST > 0:
+            left = _summed(u, given, rows, valid, rest, rank, strides, dtype, PLANES, GATED)
+            acc = _times(acc, left, last)
+    else:
+        for start in range(0, strides.row, BLOCK_R):
+            columns = start + tl.arange(0, BLOCK_R)
+            left = _summed(u, given, rows, valid, columns, rank, strides, dtype, PLANES, GATED)
+            tile = _rows_of(factor, columns, used(left, 0) & (columns < rank), d, known, width)
+            acc = tl.dot(left, tile.to(dtype), acc, input_precision="ieee")
     return acc
 
 
@@ -141,16 +183,7 @@ def _expand(
     OUTS: tl.constexpr = len(ys)
     if WAIT == FIRST:
         gdc_wait()
-    block, out = tl.program_id(0), 0
-    if OUTS > 1:
-        tiles = tl.cdiv(widths[0], BLOCK_D)
-        out = (block >= tiles).to(tl.int32)
-        block -= out * tiles
-    if OUTS > 2:
-        tiles = tl.where(out == 0, block + 1, tl.cdiv(widths[1], BLOCK_D))
-        beyond = (block >= tiles).to(tl.int32)
-        block -= beyond * tiles
-        out += beyond
+    out, block = output_of(tl.program_id(0), widths, BLOCK_D)
     y, width = stacked(ys, out), stacked(widths, out)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -161,17 +194,11 @@ def _expand(
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for place in tl.static_range(1 if OUTS > 1 else len(factors)):
         p = out if OUTS > 1 else place
-        acc = _added(
+        acc = add_product(
             acc,
             u + p * tl.cast(strides.stack, tl.int64),
             stacked(factors, p),
-            gates,
-            segments,
-            stacked(owners, p),
-            samples,
-            experts,
-            per_gate,
-            scale,
+            (gates, segments, stacked(owners, p), samples, experts, per_gate, scale),
             rows,
             valid,
             d,
@@ -182,7 +209,7 @@ def _expand(
             dtype,
             PLANES,
             BLOCK_R,
-            WAIT == BEHIND_F,
+            WAIT,
             GATED,
         )
     if bits is not None:
@@ -205,6 +232,7 @@ def expand(
     bits: Tensor | None = None,
     biases: Sequence[Tensor] | None = None,
     adds: bool = True,
+    direct: bool = False,
     dependent: bool = False,
     gated: bool = False,
 ) -> Launch:
@@ -219,13 +247,13 @@ def expand(
         bits: Dropout mask on what is added, see `dropout_bits`; None for none.
         biases: One [D_p] for each of `ys`, added where `adds` is False; None for none.
         adds: Add to `ys`; otherwise write them.
-        dependent: Start before the SHRINK in front has ended.
+        direct: `u` is what the SHRINK in front writes for few tokens: F is loaded before it.
+        dependent: Start before that SHRINK has ended.
         gated: `u` is not gated yet, and that SHRINK writes the gates too.
     """
     tokens, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
     planes, _, _, pitch = u.shape
-    block_r = block_of(pitch, most=tile.block_r)
-    wait = NEVER if not dependent else BEHIND_F if pitch <= block_r else FIRST
+    block_r, wait = walk(pitch, tile, direct=direct, dependent=dependent)
     late = ("u", "gates") if gated else ("u",)
     return Launch(
         kernel=_expand,
@@ -238,7 +266,7 @@ def expand(
             "BLOCK_D": tile.block_d,
             "EVEN_D": all(width % tile.block_d == 0 for width in widths),
             "ADDS": adds,
-            "WAIT": wait.value,
+            "WAIT": wait,
             "GATED": gated,
         },
         warps=tile.warps,
@@ -250,6 +278,15 @@ def expand(
         ),
         steps=cdiv(pitch, block_r),
     )
+
+
+def walk(pitch: int, tile: ExpandTile, *, direct: bool, dependent: bool) -> tuple[int, int]:
+    """Return BLOCK_R and WAIT of a launch over `pitch` packed rows; arguments as in `expand`."""
+    if direct and pitch <= tile.block_r:
+        full, rest = divmod(pitch, MOST_AT_ONCE.value)
+        block_r = full * MOST_AT_ONCE.value + (power_of_two(rest) if rest else 0)
+        return block_r, (BEHIND_F if dependent else AT_ONCE).value
+    return block_of(pitch, most=tile.block_r), (FIRST if dependent else NEVER).value
 
 
 def _arguments(

@@ -37,7 +37,7 @@ ELEMENTS, WARPS = 4096, 4
 def _fold(
     planes,  # [PLANES, STACK, T, pitch]
     z,  # [STACK, T, pitch] or None, written
-    u,  # [STACK, T, pitch], written
+    u,  # [STACK, T, pitch], rows u_stride elements apart, written
     gates,  # float32 [S, E]
     segments,  # integers [T], the row of gates of each token, or None
     owners,  # one [r_p] a projection: the expert of each packed row
@@ -48,6 +48,7 @@ def _fold(
     tokens,
     ranks,  # encoded
     pitch,
+    u_stride,
     STACK: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -57,7 +58,8 @@ def _fold(
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     projection = tl.program_id(2)
     valid, inside = rows < tokens, columns < decoded(stacked(ranks, projection))
-    places = (projection.to(tl.int64) * tokens + rows)[:, None] * pitch + columns[None, :]
+    lines = (projection.to(tl.int64) * tokens + rows)[:, None]
+    places = lines * pitch + columns[None, :]
     stored = valid[:, None] & (columns < pitch)[None, :]
     total = tl.load(planes + places, mask=stored, other=0.0).to(tl.float32)
     for plane in tl.static_range(1, PLANES):
@@ -68,7 +70,7 @@ def _fold(
     w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
     if z is not None:
         tl.store(z + places, total.to(z.dtype.element_ty), mask=stored)
-    tl.store(u + places, gated(total, w).to(u.dtype.element_ty), mask=stored)
+    tl.store(u + lines * u_stride + columns[None, :], gated(total, w).to(u.dtype.element_ty), mask=stored)
 
 
 def fold(planes: Tensor, z: Tensor | None, u: Tensor, gating: Gating, ranks: Sequence[int]) -> Launch:
@@ -77,7 +79,7 @@ def fold(planes: Tensor, z: Tensor | None, u: Tensor, gating: Gating, ranks: Seq
     Args:
         planes: [PLANES, STACK, T, pitch], contiguous; float32, or Z itself as one plane.
         z: [STACK, T, pitch], contiguous; written, or None.
-        u: As z; written.
+        u: As z, or for one projection rows of any stride; written.
         gating: Gates and one owner a projection.
         ranks: Packed rows of each projection.
     """
@@ -95,6 +97,7 @@ def fold(planes: Tensor, z: Tensor | None, u: Tensor, gating: Gating, ranks: Seq
             "tokens": tokens,
             "ranks": encoded(ranks),
             "pitch": pitch,
+            "u_stride": u.stride(1),
         },
         constants={
             "STACK": stack,

@@ -26,6 +26,12 @@ def python(code: str, name: str = "part", **options: object) -> Part:
     return Part(name, (sys.executable, "-c", code), 5.0, **options)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _no_archive_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the caller has $OUT set, the command would leave its archives there."""
+    monkeypatch.delenv("OUT", raising=False)
+
+
 @pytest.fixture
 def harmless(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Stage]:
     """Stages that take the place of the real ones."""

@@ -17,7 +17,7 @@ from cram.base.mixture import FORMATS, MIXTURE, draw_example
 from cram.base.model import IMAGE, IMAGE_TOKENS
 from cram.base.pretrain import Losses, accuracy_by_kind
 from cram.console import ProgressBar
-from cram.learning.answers import answer_task
+from cram.learning.answers.generate import answer_task
 from cram.learning.batches import Budget, EncodedSplit
 from cram.loading import Sources
 from cram.methods import METHODS

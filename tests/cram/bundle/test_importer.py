@@ -331,7 +331,6 @@ def test_a_bundle_with_an_import_is_loaded_and_learns_another_task(plain: Path, 
 def train(model: Any, config: CramConfig) -> None:
     """Train the first task of the tiny stream on a loaded bundle."""
     from cram.console import ProgressBar
-    from cram.learning.batch_route import batch_route
     from cram.learning.batches import Budget, EncodedSplit, pad_id
     from cram.learning.training import train_task
 
@@ -341,7 +340,6 @@ def train(model: Any, config: CramConfig) -> None:
         model,
         method,
         split.example,
-        lambda indices: batch_route(method, task.name),
         task=task.name,
         num_samples=len(task.train),
         padding=pad_id(processor.tokenizer),

@@ -16,7 +16,7 @@ from cram.atomic import read_json
 from cram.bundle.format import read_description
 from cram.cli import main
 from cram.commands.export import routed_gates
-from cram.learning.predict import Turn
+from cram.learning.answers.predict import Turn
 from tests.cram import factories, runs
 from tests.cram.bundle.loras import ATTENTION, WEIGHTS, Published, language, publish
 from tests.cram.runs import files

@@ -17,9 +17,9 @@ import torch
 from cram import ContinualLearner
 from cram.atomic import read_json
 from cram.console import ProgressBar
-from cram.learning.answers import end_ids, generate_answers
+from cram.learning.answers.evaluate import evaluate_run
+from cram.learning.answers.generate import end_ids, generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, encode_sample, pad_id, training_batch
-from cram.learning.evaluate import evaluate_run
 from cram.learning.learner import task_seed
 from cram.learning.training import answer_loss, batch_order, learning_rate, total_steps
 from cram.methods import METHODS

@@ -18,7 +18,6 @@ from cram import ContinualLearner, attach, detach, load, save
 from cram.atomic import read_json
 from cram.compare.entries import BUDGETS
 from cram.console import ProgressBar
-from cram.learning.batch_route import batch_route
 from cram.learning.batches import EncodedSplit
 from cram.learning.learner import task_seed
 from cram.learning.training import train_task
@@ -59,7 +58,6 @@ def train(made: ContinualLearner, index: int) -> None:
         made.model,
         made.method,
         split.example,
-        lambda indices: batch_route(made.method, task.name),
         task=task.name,
         num_samples=len(task.train),
         padding=made._padding,

@@ -126,11 +126,37 @@ def test_at_least_99_percent_of_a_stream_take_the_route_of_the_original_pictures
     same = right = 0
     for first in range(0, len(samples), 20):
         part = samples[first : first + 20]
-        ours, theirs = cram.route(read(model, processor, cram, part)), cram.route(explicit(cram, part))
+        original = cram.encoder.encode([question for question, _ in part], [shown for _, shown in part])
+        ours, theirs = cram.route(read(model, processor, cram, part)), cram.route(original)
         experts = ours.gates[0].argmax(1) == theirs.gates[0].argmax(1)
         same += int((experts & (ours.groups == theirs.groups)).sum())
         right += int((theirs.gates[0].argmax(1) == torch.tensor(kinds[first : first + 20])).sum())
     assert right == len(samples) and same >= 0.99 * len(samples)
+
+
+def striped(kind: int, seed: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of one kind with a stripe of another kind at any place: what is cut off decides the route."""
+    generator = np.random.default_rng(seed)
+    pixels, other = (np.array(picture(k, seed, (24, 24))) for k in (kind, (kind + 1) % 3))
+    width = int(generator.integers(4, 13))
+    first = int(generator.integers(0, 24 - width))
+    pixels[:, first : first + width] = other[:, first : first + width]
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_pictures_of_any_shape_take_the_route_of_their_explicit_query(name: str) -> None:
+    model, processor, cram = routed(name)
+    sizes = np.random.default_rng(5).integers(20, 160, (60, 2)).tolist()
+    samples = [(QUESTIONS[n % 3 == 1], [striped(n % 3, 10 + n, tuple(sizes[n]))]) for n in range(60)]
+    furthest = 0.0
+    for first in range(0, len(samples), 20):
+        part = samples[first : first + 20]
+        ours, theirs = cram.route(read(model, processor, cram, part)), cram.route(explicit(cram, part))
+        assert torch.equal(ours.groups, theirs.groups)
+        furthest = max(furthest, float((ours.gates - theirs.gates).abs().max()))
+    # Qwen's processor rounds both sides to whole patches, the others leave nothing to differ but sums.
+    assert furthest < (0.15 if name.startswith("qwen") else 1e-5)
 
 
 @pytest.mark.parametrize("name", factories.MODELS)
@@ -179,6 +205,46 @@ def test_a_prompt_in_parts_takes_the_route_of_the_whole_prompt_or_is_refused() -
     assert 0 < whole < 4
 
 
+def test_no_length_of_parts_changes_a_route_silently() -> None:
+    model, processor, cram = routed("llava")
+    refused = 0
+    for question in QUESTIONS[:2]:
+        inputs = processor(text=[f"USER: {question} ASSISTANT:"], return_tensors="pt")
+        expected = answers(model, inputs)
+        route = cram.state.route
+        length = inputs["input_ids"].shape[1]
+        for parts in (1, 2, 7, length // 2 + 1, length - 2, length - 1):
+            try:
+                found = answers(model, inputs, prefill_chunk_size=parts)
+            except ValueError as error:
+                assert "prompt must be in one prefill" in str(error) and "model.cram.fixed" in str(error)
+                refused += 1
+                continue
+            assert found == expected and torch.equal(cram.state.route.gates, route.gates)
+    assert 2 <= refused < 12
+
+
+def test_a_question_that_comes_token_by_token_is_refused() -> None:
+    model, processor, cram = routed("llava")
+    ids = processor(text=[f"USER: {QUESTIONS[1]} ASSISTANT:"], return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=r"must be in one prefill, got its first token alone"):
+        answers(model, {"input_ids": ids}, prefill_chunk_size=1)
+    # "<s>USER: Wr", "it": two words into the question nothing tells its group yet.
+    cache = made_cache(model(input_ids=ids[:, :9], use_cache=True))
+    model(input_ids=ids[:, 9:11], **continuing(model, cache))
+    with pytest.raises(ValueError, match=r"got tokens behind a KV cache that change its route"):
+        for place in range(11, ids.shape[1]):
+            model(input_ids=ids[:, place : place + 1], **continuing(model, cache))
+
+
+def test_a_prompt_that_ends_inside_of_a_question_generates() -> None:
+    model, processor, cram = routed("llava")
+    inputs = processor(text=[f"USER: {QUESTIONS[1]}"], return_tensors="pt")
+    found = answers(model, inputs)
+    with cram.fixed(cram.state.route):
+        assert answers(model, inputs) == found
+
+
 def test_another_question_behind_a_cache_is_refused() -> None:
     model, processor, cram = routed("qwen2_5_vl")
     cache = made_cache(model(**batch_of(processor, SAMPLES[:1]), use_cache=True))
@@ -192,6 +258,20 @@ def test_guesses_of_assisted_generation_keep_the_route() -> None:
     model, processor, cram = routed("internvl")
     batch = batch_of(processor, SAMPLES[2:3])
     assert answers(model, batch, prompt_lookup_num_tokens=3) == answers(model, batch)
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_packed_rows_are_refused(name: str) -> None:
+    model, processor, cram = routed(name)
+    ids = batch_of(processor, [(QUESTIONS[0], [])])["input_ids"]
+    packed = torch.cat([ids, ids], dim=1)
+    positions = torch.arange(ids.shape[1]).repeat(2)[None]
+    with pytest.raises(ValueError, match=r"must be one whole sample, got packed rows.*model\.cram\.fixed"):
+        model(input_ids=packed, position_ids=positions)
+    with cram.forced("old"):
+        model(input_ids=packed, position_ids=positions)
+    whole = torch.arange(ids.shape[1])[None]
+    assert torch.equal(model(input_ids=ids, position_ids=whole).logits, model(input_ids=ids).logits)
 
 
 def test_a_video_is_refused() -> None:

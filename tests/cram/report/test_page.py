@@ -47,6 +47,29 @@ def test_page_says_the_numbers_with_their_definitions(run_folder: Path) -> None:
     assert sum(tag == "svg" for tag, name, _ in page.attributes if name == "viewbox") == len(PICTURES)
 
 
+def test_page_begins_with_its_conclusion(run_folder: Path) -> None:
+    page = Page((run_folder / "report.html").read_text(encoding="utf-8"))
+    words = " ".join(page.text.split())
+    sentence = "After the last task, cram scores 90.0 % on average over all 3 tasks"
+    assert words.index(sentence) < words.index("Task order") < words.index("Last (%)")
+
+
+def test_wide_things_scroll_by_keyboard_and_pictures_are_described(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text(encoding="utf-8")
+    regions = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label="([^"]+)">', text)
+    assert len(regions) == text.count("<table") + text.count("<svg")
+    assert all(name.endswith(", scrolls sideways") for name in regions)
+    described = re.findall(r'<div role="img" aria-label="([^"]+)"><svg', text)
+    assert len(described) == text.count("<svg") and all(re.search(r"\d", alt) for alt in described)
+    assert "@media (max-width:" in text and ".scroll:focus-visible" in text
+
+
+def test_the_untrained_base_has_a_row(tmp_path: Path) -> None:
+    base = dict(zip(TASKS, (1.5, 2.0, 4.0), strict=True))
+    words = " ".join(write(tmp_path, {**single_seed(), "base": base}).text.split())
+    assert "base, untrained1.502.004.00" in words and "the untrained base scores 2.5 %." in words
+
+
 def test_page_is_self_contained(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text(encoding="utf-8")
     links = [v for _, name, v in Page(text).attributes if name in ("src", "href", "xlink:href", "data")]

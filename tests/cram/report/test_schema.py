@@ -51,6 +51,8 @@ def test_faults_of_a_comparison_are_named(damage: Damage, message: str) -> None:
         (lambda r: r.update(stream=3), "report.stream must be a string, got 3"),
         (lambda r: r.update(extra=1), "unknown ['extra']"),
         (lambda r: r.update(seeds={}), "exactly one of 'methods' and 'seeds'"),
+        (lambda r: r.update(base={"count": 1.0}), "base must have every task, got none for"),
+        (lambda r: r.update(base=dict.fromkeys(TASKS, "1")), "base.colour-ring must be a finite number"),
         (lambda r: r.update(methods={}), "methods must be a non-empty object"),
         (lambda r: r["methods"]["cram"].pop("bwt"), "methods.cram must have the keys"),
         (lambda r: r["methods"]["cram"].update(bwt=float("nan")), "methods.cram.bwt must be a finite number"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cram.learning.answers import GREEDY
+from cram.learning.answers.generate import GREEDY
 from cram.serve.request import Collector, Prompt, Request, Sampling
 from tests.cram.factories import image, prompt
 

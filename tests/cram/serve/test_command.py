@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,6 +47,19 @@ def free_port() -> int:
     return port
 
 
+def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+                assert json.load(reply)["status"] == "ok"
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+
+
 def test_a_run_is_served_until_sigterm_and_answers_in_flight_end(trained: Path) -> None:
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -54,15 +68,7 @@ def test_a_run_is_served_until_sigterm_and_answers_in_flight_end(trained: Path) 
     merged = subprocess.STDOUT
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=merged, env=environment) as process:
         try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None and time.monotonic() < deadline
-                try:
-                    with urllib.request.urlopen(f"{base}/health", timeout=5) as reply:
-                        assert json.load(reply)["status"] == "ok"
-                        break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.1)
+            wait_until_healthy(port, process)
             body = {
                 "model": "cram",
                 "messages": [{"role": "user", "content": "Which colour"}],
@@ -114,6 +120,38 @@ def test_bundle_and_run_exclude_each_other() -> None:
     words = ["serve", "--run", "a", "--bundle", "b"]
     with pytest.raises(SystemExit):
         parser_for(words).parse_args(words)
+
+
+@pytest.mark.slow
+def test_a_server_that_was_killed_comes_back_with_its_last_bundle(trained: Path, tmp_path: Path) -> None:
+    for place, name in (("01-colour", "one"), ("02-letter", "two"), ("02-letter", "later")):
+        shutil.copytree(trained / "run" / "tasks" / place / "bundle", tmp_path / name)
+    port, command = free_port(), [sys.executable, "-m", "cram", "serve", "--bundles", str(tmp_path)]
+    base = ["--model", str(trained / "llava"), "--clip", str(trained / "clip"), "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CRAM_ADMIN_TOKEN": "open"}
+
+    def restarted() -> list[str]:
+        """Names of the models of a new server, which is killed after it has loaded the bundle `one`."""
+        with subprocess.Popen(
+            [*command, *base, "--bundle", str(tmp_path / "two")], env=environment
+        ) as process:
+            try:
+                wait_until_healthy(port, process)
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as reply:
+                    names = [each["id"] for each in json.load(reply)["data"]]
+                headers = {"Content-Type": "application/json", "Authorization": "Bearer open"}
+                address = f"http://127.0.0.1:{port}/v1/cram/bundle"
+                urllib.request.urlopen(urllib.request.Request(address, b'{"name": "one"}', headers)).close()
+            finally:
+                process.kill()
+        return names[2:]
+
+    assert restarted() == ["cram:colour", "cram:letter"]
+    assert restarted() == ["cram:colour"]
+    file = next((tmp_path / "one" / "experts" / "colour").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(urllib.error.HTTPError):  # The damaged one is refused on request, too.
+        restarted()
 
 
 @pytest.mark.slow

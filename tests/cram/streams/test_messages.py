@@ -78,7 +78,7 @@ def test_a_stream_from_rows_in_memory() -> None:
 
 FAULTS: dict[str, tuple[Any, str]] = {
     "not an object": ([1], r"must be an object, got \[1\]"),
-    "no known keys": ({"text": "x"}, r"must have messages, conversations, or prompt and completion"),
+    "no known keys": ({"text": "x"}, r"must have messages, conversations, prompt and completion, or text"),
     "a system message": (
         {"messages": [{"role": "system", "content": "Be brief."}, *said(ASK)]},
         r"got \['system', 'user', 'assistant'\]",
@@ -109,7 +109,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no answer": ({"messages": said(ASK, " ")}, "field 'answer': must be a non-empty text"),
     "a lost picture": (
         {"messages": said(ASK), "image": "gone.png"},
-        "must be existing files, got 'gone.png'",
+        "must be an existing file, got 'gone.png'",
     ),
     "outside": ({"messages": said(ASK), "image": "../x.png"}, "must stay under the image root"),
     "no picture at all": ({"messages": said(ASK), "image": 7}, "must be pictures or paths, got 7"),
@@ -139,7 +139,7 @@ def test_faults_of_whole_files(root: Path) -> None:
     with pytest.raises(StreamError, match="got no root"):
         samples_of([{"messages": said(ASK), "image": "1.png"}], Path("x"), None)
     (root / "x.jsonl").write_text('{"messages": []}\n{')
-    with pytest.raises(StreamError, match="must be JSON or JSON lines"):
+    with pytest.raises(StreamError, match=r"row 1, field .*must be JSON"):
         read_messages(root / "x.jsonl", root)
     with pytest.raises(StreamError, match="must be a readable file"):
         read_messages(root / "gone.jsonl", root)

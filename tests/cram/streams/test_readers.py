@@ -37,7 +37,7 @@ def test_llava_rows(root: Path) -> None:
         root,
         [
             conversation("x", "a/1.png", "<image>\nWhat is it?\nAnswer briefly.", " a cat "),
-            conversation("y", ["a/1.png", "a/2.png"], "Compare <image>\n<image>\nwell", "same"),
+            conversation("y", ["a/1.png", "a/2.png"], "<image>\n<image>\nCompare well", "same"),
             conversation("z", None, "1 + 1?", "2"),
         ],
     )
@@ -46,7 +46,7 @@ def test_llava_rows(root: Path) -> None:
         source=f"{root / 'data.json'}, row 0",
     )  # fmt: skip
     assert two.images == (root / "images/a/1.png", root / "images/a/2.png")
-    assert "<image>" not in two.instruction and two.instruction.endswith("well")
+    assert two.instruction == "Compare well"
     assert none.images == () and none.instruction == "1 + 1?"
 
 
@@ -98,6 +98,17 @@ HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ([question(text="<image><image>x")], "row 0, field 'image'", "got 1 images for 2 placeholders"),
         ([question(image=None, text="<image> x")], "row 0, field 'image'", "got 0 images for 1 placeholders"),
         ([question(text="<image>\n")], "row 0, field 'text'", "must say something beside image placeholders"),
+        (
+            [question(text="see <image> here")],
+            "row 0, field 'text'",
+            "only before or after a text, got it inside",
+        ),
+        ([question(answer=["one", "an <image>"])], "row 0, field 'answer'", "must have no <image>"),
+        (
+            [conversation("x", "a/1.png", "q", "an <image>")],
+            "row 0, field 'conversations[1].value'",
+            "must have no <image>",
+        ),
         ([question(answer="absent")], "row 0, field 'answer'", "must be a non-empty answer"),
         ([question(answer=" ")], "row 0, field 'answer'", "must be a non-empty answer"),
         ([question(answer=[])], "row 0, field 'answer'", "must be a non-empty answer"),

@@ -14,12 +14,16 @@ from tests.csrc.narrowed import ANY, AVX512, narrowed_library, require_target
 
 PAIRS = '__builtin_cpu_supports("avx512bf16")'
 TORCH = "answer = ask_torch()"
+TILES, NO_TILES = "const reason = ask()", 'const reason = "none"'
 # What the library must believe, by the set that it then takes; none of them multiplies pairs.
 BELIEFS: dict[str, dict[str, str]] = {
-    "avx512": {AVX512: "true", 'target("avx512f,avx2': 'target("avx2', PAIRS: "false"},
-    "avx2": {AVX512: "false", PAIRS: "false", TORCH: "answer = false"},
-    "baseline": {ANY: f"false && {ANY}", TORCH: "answer = false"},
+    "avx512": {AVX512: "true", 'target("avx512f,avx2': 'target("avx2', PAIRS: "false", TILES: NO_TILES},
+    "avx2": {AVX512: "false", PAIRS: "false", TORCH: "answer = false", TILES: NO_TILES},
+    "baseline": {ANY: f"false && {ANY}", TORCH: "answer = false", TILES: NO_TILES},
+    # The instruction of the tile unit is a loop; packing and everything around it are those of the library.
+    "tiles": {"{half_base, half_gradient}": "{64, 64}"},
 }
+FLAGS = {"tiles": ["-DCRAM_TILE_MODEL"]}
 # T, D_in, D_out, S; among them one token, and more tokens than a chunk of summed rows has.
 SHAPES = ((24, 20, 28, 4), (1, 257, 1111, 1), (70, 129, 600, 7), (300, 40, 80, 3))
 
@@ -40,7 +44,9 @@ def test_every_instruction_set(target: str, tmp_path: Path) -> None:
     require_target(target)
     name, folder = f"cram_{target}_lora", build.HERE / "expert_lora"
     files = [f"expert_lora/{path.name}" for path in sorted(folder.glob("*.cpp"))]
-    torch.ops.load_library(str(narrowed_library(tmp_path, name, BELIEFS[target], files, "-O1")))
+    torch.ops.load_library(
+        str(narrowed_library(tmp_path, name, BELIEFS[target], files, "-O1", *FLAGS.get(target, [])))
+    )
     operations = getattr(torch.ops, name)
     for shape in SHAPES:
         for dtype, expert_dtype in (

@@ -1,0 +1,81 @@
+"""Tests the newest state of a run again, on the run's own stream or on another stream."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cram.atomic import write_json
+from cram.attach import attach
+from cram.bundle.bundle import load
+from cram.bundle.runs import newest_bundle, read_run
+from cram.config import read_config
+from cram.console import ProgressBar
+from cram.learning.answers.generate import published_line, run_test
+from cram.learning.answers.journal import remove_parts
+from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
+from cram.learning.checkpoint import Termination
+from cram.learning.parallel.processes import by_first, is_first
+from cram.learning.run_folder import manifest_digest
+from cram.routing.clip import ClipEncoder
+from cram.streams.types import Stream
+
+
+def evaluate_run(
+    run: Path, stream: Stream, model: nn.Module, processor: Any, encoder: ClipEncoder, progress: bool = True
+) -> dict[str, float]:
+    """Test the newest state of a run on every task of a stream.
+
+    Predictions and `result.json` (accuracies, routing) go to `eval/<stream>/` in the run folder. Predictions
+    are written as they are made; a stopped evaluation goes on from them. Several processes share the work.
+
+    Args:
+        run: The run folder.
+        stream: The tasks to test on.
+        model: The run's base model, not attached.
+        processor: The model's processor.
+        encoder: The CLIP that routes.
+        progress: True if progress and accuracies are printed.
+
+    Returns:
+        Task -> accuracy.
+
+    Raises:
+        ValueError: If the run has no trained task, if its newest bundle is damaged or belongs to another
+        base,
+            or if a method that needs the true task has not learnt a task of the stream.
+    """
+    identity = read_run(run)["identity"]
+    bundle, learnt = newest_bundle(run)
+    config = read_config({**identity["config"], "method": identity["method"]})
+    method = attach(model, config, encoder, processor).method
+    load(model, bundle)
+    state = by_first(lambda: manifest_digest(bundle))
+    out = run / "eval" / stream.name
+    started = time.monotonic()
+    accuracies: dict[str, float] = {}
+    routing, published = {}, {}
+    samples, shown = sum(len(task.test) for task in stream.tasks), progress and is_first()
+    with ProgressBar(f"test on {stream.name}", samples, shown) as bar, Termination():
+        for task in stream.tasks:
+            split = EncodedSplit(processor, task.test, Budget(CACHE_BYTES))
+            file = out / "predictions" / f"{task.name}.jsonl"
+            result = run_test(model, processor, method, task, split, file, bar, state)
+            accuracies[task.name] = result.accuracy
+            if result.routing is not None:
+                routing[task.name] = result.routing
+            if result.published is not None:
+                published[task.name] = result.published
+    record = {"learnt": learnt, "accuracies": accuracies, "routing": routing, "published": published}
+    seconds = round(time.monotonic() - started, 3)
+    by_first(lambda: write_json(out / "result.json", {**record, "seconds": seconds}))
+    by_first(lambda: remove_parts(out / "predictions"))
+    if shown:
+        for name, accuracy in accuracies.items():
+            print(f"{name:24} {accuracy:6.2f}")
+        for name, each in published.items():
+            print(published_line(name, each))
+    return accuracies

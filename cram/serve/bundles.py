@@ -1,0 +1,165 @@
+"""Which bundle a server serves: one that is named, the newest of a watched folder, the last good one.
+
+After every change the name of the served bundle is written to `served.json` beside the bundles, so that a
+server that was killed comes back with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cram.atomic import read_json, recover_folder, write_json
+from cram.bundle.bundle import load
+from cram.bundle.format import MANIFEST
+from cram.bundle.runs import newest_bundle
+from cram.serve.engine.engine import Engine
+from cram.serve.engine.versions import Version
+from cram.serve.request import RequestError
+
+LOG = logging.getLogger("cram.serve")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SERVED = "served.json"
+# What a bundle that is refused can raise.
+REFUSALS = (ValueError, OSError, RuntimeError, SafetensorError)
+Stamp = tuple[Path, int]
+
+
+def bundles_at_start(root: Path, given: Path | None) -> list[Path]:
+    """The bundles to try at start, the best first.
+
+    Args:
+        root: The bundle folder. The bundle of it that was served last comes first.
+        given: The bundle to take otherwise; None for the other bundles of the folder, the newest first.
+    """
+    last = []
+    if (root / SERVED).is_file():
+        try:
+            last = [folder_of(root, read_json(root / SERVED, 10_000).get("name"))]
+        except (ValueError, OSError, AttributeError) as error:
+            LOG.warning("%s is not used: %s", SERVED, error)
+    others = [folder for folder, _ in sorted(stamps(root), key=lambda each: -each[1])]
+    return [*last, *([given] if given is not None else [each for each in others if each not in last])]
+
+
+def stamps(root: Path) -> list[Stamp]:
+    """The complete bundles of a folder, each with the time of its manifest in ns."""
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if folder.is_dir() and not folder.is_symlink() and NAME.fullmatch(folder.name):
+            recover_folder(folder)
+            if (folder / MANIFEST).is_file():
+                found.append((folder, (folder / MANIFEST).stat().st_mtime_ns))
+    return found
+
+
+def newest_of_run(run: Path) -> list[Stamp]:
+    """The newest bundle of a run, with the time of its manifest in ns; empty before the first task."""
+    try:
+        bundle, _ = newest_bundle(run)
+        return [(bundle, (bundle / MANIFEST).stat().st_mtime_ns)]
+    except (ValueError, OSError):
+        return []
+
+
+def folder_of(root: Path, name: Any) -> Path:
+    """The bundle of a name.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RequestError('the body must be {"name": the name of a bundle}, got another')
+    folder = root / name
+    if folder.is_symlink() or not folder.is_dir():
+        raise RequestError(f"name must be that of a folder among the bundles, got {name!r}")
+    return folder
+
+
+class Bundles:
+    """Changes the bundle of a running engine.
+
+    Args:
+        engine: The engine.
+        model: Its model.
+        root: The folder whose bundles may be loaded by name; None for no such changes.
+        watched: Lists the bundles of which a new one is loaded by itself; None for none.
+        first: The bundle that the engine begins with.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Any,
+        root: Path | None = None,
+        watched: Callable[[], list[Stamp]] | None = None,
+        first: Path | None = None,
+    ) -> None:
+        self._engine, self._model, self._root, self.watched = engine, model, root, watched
+        self._folders: dict[int, Path | None] = {engine.versions.current.number: first}
+        self._seen = set(watched()) if watched is not None else set()
+        self._record(engine.versions.current)
+
+    def use(self, name: Any) -> Version:
+        """Make the bundle of a name current; waits for the engine.
+
+        Raises:
+            RequestError: If there is no such bundle, or it is refused; the experts are as they were.
+        """
+        if self._root is None:
+            raise RequestError("the server must be started with a bundle folder, got none")
+        return self._load(folder_of(self._root, name))
+
+    def roll_back(self) -> Version:
+        """Make the experts before the current ones current again; waits for the engine.
+
+        Raises:
+            RequestError: If there are none.
+        """
+        try:
+            version: Version = self._engine.roll_back().result()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        self._record(version)
+        return version
+
+    def poll(self) -> None:
+        """Load the newest bundle that has come since the last call; a refused one is not tried again."""
+        assert self.watched is not None
+        new = sorted(set(self.watched()) - self._seen, key=lambda each: each[1])
+        self._seen.update(new)
+        if new:
+            try:
+                self._load(new[-1][0])
+            except RequestError as error:
+                LOG.error("%s", error)
+
+    def _load(self, folder: Path) -> Version:
+        change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
+        try:
+            version = change.result()
+        except REFUSALS as error:
+            LOG.error("bundle %s was refused: %s", folder.name, error)
+            raise RequestError(without_paths(f"bundle {folder.name} was refused: {error}", folder)) from None
+        self._folders[version.number] = folder
+        self._record(version)
+        LOG.warning("bundle %s is current, version %d", folder.name, version.number)
+        return version
+
+    def _record(self, version: Version) -> None:
+        folder = self._folders.get(version.number)
+        if self._root is not None and folder is not None and folder.parent == self._root:
+            write_json(self._root / SERVED, {"name": folder.name})
+
+
+def without_paths(text: str, folder: Path) -> str:
+    """The text with the server's folders left out."""
+    for each in (folder.parent, folder.parent.resolve()):
+        text = text.replace(f"{each}/", "")
+    return text

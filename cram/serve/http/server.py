@@ -1,0 +1,125 @@
+"""The routes that answer, list and observe."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from cram.serve.engine.engine import Engine
+from cram.serve.http.body import Settings, read_json
+from cram.serve.http.chat import ChatReader, ChatRequest
+from cram.serve.http.errors import failed, failure
+from cram.serve.http.fields import AUTOMATIC, BASE
+from cram.serve.http.mailbox import Mailbox
+from cram.serve.http.replies import Replies, decided, event
+from cram.serve.request import Collector, Delta, Failed, Request, Started
+
+
+class Server:
+    """The routes of one engine.
+
+    Args:
+        engine: The engine.
+        processor: The model's processor.
+        settings: Bounds and rights.
+    """
+
+    def __init__(self, engine: Engine, processor: Any, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._tokenizer = processor.tokenizer
+        self._reader = ChatReader(processor, engine.cram.family, settings.max_pixels)
+
+    def routes(self) -> list[Route]:
+        """The routes."""
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/cram/route", self.route, methods=["POST"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+        ]
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """Answers a conversation."""
+        asked = await self._read(http)
+        heard = Collector(asked.sampling.n)
+        mailbox = Mailbox(heard)
+        request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
+        self._engine.submit(request)
+        replies = Replies(asked.model, self._tokenizer)
+        try:
+            first = await mailbox.next_unless(http)
+            if isinstance(first, Failed):
+                return failed(first)
+            if asked.stream:
+                assert isinstance(first, Started)
+                chunks = self._chunks(request, mailbox, replies, first, asked.usage)
+                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+                return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+            while not heard.done.is_set() or mailbox.waiting:
+                if isinstance(found := await mailbox.next_unless(http), Failed):
+                    return failed(found)
+            return JSONResponse(replies.whole(heard))
+        except (ClientDisconnect, asyncio.CancelledError):
+            request.cancel()
+            raise
+
+    async def _chunks(
+        self, request: Request, mailbox: Mailbox, replies: Replies, started: Started, counts: bool
+    ) -> AsyncIterator[str]:
+        try:
+            for chunk in replies.first(started, request.sampling.n):
+                yield event(chunk)
+            left = request.sampling.n
+            while left:
+                found = await mailbox.next()
+                if isinstance(found, Failed):
+                    yield event(failure(found.message, f"{found.fault}_error"))
+                    return
+                assert isinstance(found, Delta)
+                yield event(replies.piece(found))
+                left -= found.finish is not None
+            if counts:
+                yield event(replies.last(mailbox.heard))
+            yield event("[DONE]")
+        finally:
+            # Also where the client has gone: the engine then computes nothing more for it.
+            request.cancel()
+
+    async def route(self, http: HttpRequest) -> Response:
+        """Which experts would answer a conversation."""
+        asked = await self._read(http)
+        decision = await asyncio.wrap_future(self._engine.decide(asked.prompt, asked.mixture))
+        return JSONResponse(decided(decision, self._engine.versions.current.names))
+
+    async def models(self, http: HttpRequest) -> Response:
+        """The automatic mixture, the base and each expert alone."""
+        experts = [f"{AUTOMATIC}:{name}" for name in self._engine.versions.current.names]
+        listed = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "cram"}
+            for name in (AUTOMATIC, BASE, *experts)
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def health(self, http: HttpRequest) -> Response:
+        """Whether the engine works."""
+        alive = self._engine.alive
+        waiting, flying = self._engine.load
+        state = {"status": "ok" if alive else "stopped", "waiting": waiting, "in_flight": flying}
+        return JSONResponse(state, 200 if alive else 503)
+
+    async def metrics(self, http: HttpRequest) -> Response:
+        """Counts for Prometheus."""
+        return PlainTextResponse(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _read(self, http: HttpRequest) -> ChatRequest:
+        body = await read_json(http, self._settings)
+        # Before images are decoded, which costs more than anything else that a refused request does.
+        self._engine.check_room()
+        return await asyncio.to_thread(self._reader.read, body)

@@ -1,0 +1,166 @@
+"""`cram serve --engine vllm`: export a bundle, check vLLM, and start `vllm serve` with everything set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cram.base import base_folder
+from cram.bundle.runs import newest_bundle, read_run
+from cram.loading import BUILTIN
+from cram.serve.vllm.export import Adapter, export_groups
+from cram.serve.vllm.plugin.seams import check_version, installed_version
+
+ENGINES = ("cram", "vllm")
+MIDDLEWARE = "cram.serve.vllm.front.middleware.CramMiddleware"
+BASE = "base"
+# Options of the engine in process; vLLM has its own for each.
+OWN_OPTIONS = ("rows", "queue", "max_tokens", "context", "gate_floor", "drain")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How `vllm serve` is started.
+
+    Attributes:
+        command: Program and arguments.
+        variables: What its environment has beside this one's.
+    """
+
+    command: list[str]
+    variables: dict[str, str]
+
+    def __str__(self) -> str:
+        """One line for a shell."""
+        return shlex.join([*(f"{name}={value}" for name, value in self.variables.items()), *self.command])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose and start vLLM."""
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: cram)")
+    text = "with --engine vllm: folder of the exported adapters (default: beside the bundle)"
+    parser.add_argument("--export", metavar="DIR", help=text)
+    parser.add_argument("--print", action="store_true", help="with --engine vllm: show the command alone")
+    text = "with --engine vllm: what follows `--` goes to `vllm serve`"
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help=text)
+
+
+def chosen(arguments: argparse.Namespace) -> bool:
+    """Whether vLLM answers.
+
+    Raises:
+        ValueError: If an option of vLLM comes with the engine in process.
+    """
+    if arguments.engine == "vllm":
+        return True
+    given = [name for name in ("export", "print", "flags") if getattr(arguments, name)]
+    if given:
+        raise ValueError(f"--engine vllm must stand with {given[0]}, got --engine {arguments.engine}")
+    return False
+
+
+def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> None:
+    """Export, then become `vllm serve`, or print the command.
+
+    Args:
+        arguments: Those of `cram serve`.
+        parser_defaults: The same where nothing is given.
+
+    Raises:
+        ValueError: If an option has no meaning for vLLM, or as `export_groups`.
+        RuntimeError: If vLLM is of another version.
+        ModuleNotFoundError: If there is no vLLM.
+    """
+    for name in OWN_OPTIONS:
+        if getattr(arguments, name) != getattr(parser_defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} must stand without --engine vllm, whose own flags follow `--`, got it"
+            )
+    model, clip, bundle = sources(arguments)
+    out = Path(arguments.export) if arguments.export else bundle.with_name(f"{bundle.name}-vllm")
+    start = planned(model, bundle, out, export_groups(bundle, out), arguments, clip)
+    if arguments.dtype != parser_defaults.dtype and "--dtype" not in arguments.flags:
+        start.command.extend(["--dtype", arguments.dtype])
+    if arguments.print:
+        print(start)
+        return
+    program = shutil.which(
+        "vllm", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    )
+    if program is None or installed_version() is None:
+        raise ModuleNotFoundError("vllm must be installed beside this package, got none")
+    check_version(installed_version())
+    print(f"adapters in {out}\nserving on http://{arguments.host}:{arguments.port}/v1", flush=True)
+    os.execve(program, [program, *start.command[1:]], {**os.environ, **start.variables})
+
+
+def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
+    """The base model, the CLIP that routes (None for the one that the bundle names), and the bundle.
+
+    Raises:
+        ValueError: If there is neither a bundle with its base nor a run.
+    """
+    if arguments.run is not None:
+        settings = read_run(Path(arguments.run))["settings"]
+        bundle = newest_bundle(Path(arguments.run).resolve())[0]
+    elif arguments.bundle is not None and arguments.model is not None:
+        settings, bundle = {"model": arguments.model, "clip": None}, Path(arguments.bundle).resolve()
+    else:
+        raise ValueError("--run, or --bundle with --model, must be given for --engine vllm, got neither")
+    model, clip = arguments.model or settings["model"], arguments.clip or settings["clip"]
+    if BUILTIN in (clip, model) and clip in (None, BUILTIN):
+        clip = str(base_folder() / "clip")
+    return str(base_folder() / "llava") if model == BUILTIN else model, clip, bundle
+
+
+def planned(
+    model: str,
+    bundle: Path,
+    out: Path,
+    adapters: Sequence[Adapter],
+    arguments: argparse.Namespace,
+    clip: str | None,
+) -> Start:
+    """The command that serves exported adapters.
+
+    Raises:
+        ValueError: If `$VLLM_PLUGINS` leaves the plugin out.
+    """
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "cram" not in allowed.split(","):
+        raise ValueError(f"VLLM_PLUGINS must contain cram, got {allowed!r}")
+    modules = [f"{adapter.name}={(out / adapter.name).resolve()}" for adapter in adapters]
+    flags, more = _split(arguments.flags)
+    command = ["vllm", "serve", model, "--served-model-name", BASE]
+    command += ["--host", arguments.host, "--port", str(arguments.port), "--enable-lora"]
+    command += ["--max-lora-rank", str(max(adapter.group.slot for adapter in adapters))]
+    slots = len(adapters) + len(more)
+    # Room in memory for a bundle that replaces this one while requests of this one are answered.
+    command += ["--max-loras", str(slots), "--max-cpu-loras", str(2 * slots + 2)]
+    command += ["--middleware", MIDDLEWARE, *flags, "--lora-modules", *modules, *more]
+    variables = {"CRAM_BUNDLE": str(bundle.resolve()), "CRAM_EXPORT": str(out.resolve())}
+    optional = {"CRAM_CLIP": clip, "CRAM_BUNDLES": arguments.bundles, "CRAM_DEVICE": arguments.device}
+    return Start(command, variables | {name: str(value) for name, value in optional.items() if value})
+
+
+def _split(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags without `--lora-modules`, and its values: vLLM takes the last such flag alone."""
+    kept: list[str] = []
+    modules: list[str] = []
+    taken = False
+    for flag in flags:
+        if flag == "--lora-modules":
+            taken = True
+        elif taken and not flag.startswith("--"):
+            modules.append(flag)
+        else:
+            taken = False
+            kept.append(flag)
+    return kept, modules

@@ -1,0 +1,46 @@
+"""Pictures as the model sees them: upright, in RGB with eight bits per channel, without transparency.
+
+A conversion of Pillow alone changes what many pictures show: a photograph stays on its side, grey of 16 bits
+is clipped to white, and what is transparent becomes black.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What has several frames and is no animation: the pages of a document.
+_PAGED = ("TIFF",)
+_SIXTEEN_BITS = "I;16"
+_WIDE = {"I": "32-bit integers", "F": "floating-point numbers"}
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB.
+
+    The orientation of EXIF is applied. Grey of 16 bits is scaled to 8. Transparency is composed on white. Of
+    an animation the first frame is taken.
+
+    Raises:
+        ValueError: If the picture has several pages, or a channel has more than 16 bits.
+        OSError: If its data cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    pages = getattr(image, "n_frames", 1)
+    if image.format in _PAGED and pages > 1:
+        raise ValueError(f"must be one picture, got {pages} pages; save each page as a file")
+    if image.mode in _WIDE:
+        raise ValueError(f"must have 8 or 16 bits per channel, got {_WIDE[image.mode]}; scale it to 8 bits")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith(_SIXTEEN_BITS):
+        grey = np.asarray(turned).astype(np.float64) * (255 / 65535)
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    shown = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")

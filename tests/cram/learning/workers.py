@@ -1,0 +1,89 @@
+"""What each of several gloo processes runs in the tests; spawned processes find it by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cram.learning.answers.evaluate import evaluate_run
+from cram.learning.learner import ContinualLearner
+from tests.cram import factories, runs
+from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
+
+
+def together(worker: Any, folder: Path, *arguments: Any, processes: int = 2) -> None:
+    """Run a worker in several processes, each as `worker(rank, folder, *arguments)` in one group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(_join, (processes, str(folder), worker, arguments), nprocs=processes)
+
+
+def _join(rank: int, processes: int, folder: str, worker: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    try:
+        worker(rank, Path(folder), *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def learn(rank: int, folder: Path, method: str, options: dict[str, Any]) -> None:
+    """A run of two tasks."""
+    runs.learner(folder / "run", method, **options).run()
+
+
+def learn_and_test(rank: int, folder: Path, options: dict[str, Any]) -> None:
+    """A run, then an evaluation of it."""
+    learn(rank, folder, "cram", options)
+    model, encoder = factories.fresh()
+    evaluate_run(folder / "run", runs.two_tasks(), model, factories.llava_processor(), encoder, False)
+
+
+def train_with_trainer(rank: int, folder: Path, options: dict[str, Any]) -> None:
+    """Two tasks by CramTrainer, half of each step's samples in each process."""
+    model = fresh(runs.config(dropout=0.0))
+    begin = model.cram.method.begin_task
+
+    def begin_seeded(task: str, total_steps: int) -> None:
+        torch.manual_seed(rank)  # The first process's values are everybody's.
+        begin(task, total_steps)
+
+    model.cram.method.begin_task = begin_seeded
+    found: dict[str, list[float]] = {}
+    for task in same_group():
+        made = trainer(model, task, folder / task.name, ddp_backend="gloo", **options)
+        made.train()
+        for name in ("loss", "cross_entropy", "penalty"):
+            found.setdefault(name, []).extend(logged(made, name))
+    if rank == 0:
+        torch.save({**found, "experts": experts(model)}, folder / "found")
+
+
+def learn_sharded(rank: int, folder: Path, options: dict[str, Any]) -> None:
+    """A run of two tasks on a base that is divided between the processes; the second task is resumed."""
+    made = sharded_learner(folder, options)
+    made.learn(0)
+    made.evaluate(0)
+    sharded_learner(folder, options).run()
+
+
+def sharded_learner(folder: Path, options: dict[str, Any]) -> ContinualLearner:
+    """A learner whose base is divided."""
+    model, encoder = factories.fresh()
+    return ContinualLearner(
+        model,
+        factories.llava_processor(),
+        runs.two_tasks(),
+        runs.config(**options),
+        out=folder / "run",
+        encoder=encoder,
+        progress=False,
+        sharded=True,
+    )

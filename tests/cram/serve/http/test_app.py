@@ -1,0 +1,246 @@
+"""The HTTP server, over a real socket, with a client that knows nothing of this package."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cram.bundle.bundle import save
+from cram.serve.engine.limits import Limits
+from tests.cram.factories import QUESTIONS, image, routed_llava
+from tests.cram.serve.http.running import data_url, messages, serving
+from tests.cram.serve.serving import llava_prompt, offline
+
+body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
+Settings = body.Settings
+
+TOKEN = "open-sesame"
+
+
+def test_answers_models_and_dry_runs() -> None:
+    with serving() as (client, model, processor, engine):
+        status, reply = client.chat(messages=messages(QUESTIONS[0], 0), logprobs=True, top_logprobs=2, n=2)
+        assert status == 200, reply
+        assert [choice["finish_reason"] for choice in reply["choices"]] == ["length", "length"]
+        assert reply["cram"]["mode"] == "automatic" and reply["cram"]["group"] == 0
+        assert sum(reply["cram"]["gates"].values()) == pytest.approx(1, abs=1e-5)
+        assert len(reply["choices"][1]["logprobs"]["content"]) == 8
+        assert reply["usage"]["completion_tokens"] == 16
+        status, listed, _ = client.send("/v1/models")
+        assert " ".join(each["id"] for each in listed["data"]) == "cram base cram:old cram:other cram:new"
+        dry = client.send("/v1/cram/route", {"model": "cram", "messages": messages(QUESTIONS[0], 0)})[1]
+        assert dry["group"] == 0 and dry["experts"] == ["old", "other", "new"]
+        for name, gate in dry["gates"].items():
+            assert gate == pytest.approx(reply["cram"]["gates"][name], abs=1e-5)
+        assert client.send("/health")[1]["status"] == "ok"
+        text = client.send("/metrics")[1]
+        assert 'cram_requests_total{outcome="started"} 1' in text and "cram_tokens_total 16" in text
+        lora = [{"id": "other", "scale": 1.5}]
+        texts = set()
+        for who in ({}, {"model": "base"}, {"model": "cram:old"}, {"lora": lora}):
+            given = {"messages": messages(QUESTIONS[0], 0), "max_tokens": 12, **who}
+            texts.add(client.chat(**given)[1]["choices"][0]["message"]["content"])
+        assert len(texts) == 4
+    # The model may run elsewhere once the server has stopped.
+    asked = llava_prompt(processor, QUESTIONS[0], 0)
+    text = processor.tokenizer.decode(offline(model, asked, 8), skip_special_tokens=True)
+    assert reply["choices"][0]["message"]["content"] == text.lstrip()
+
+
+def test_a_stream_says_what_the_whole_answer_says() -> None:
+    with serving() as (client, *_):
+        asked = {"messages": messages(QUESTIONS[1], 1, 3), "n": 2, "temperature": 1.0, "seed": 3}
+        _, whole = client.chat(**asked)
+        streamed = {"model": "cram", "max_tokens": 8, "stream": True, **asked}
+        streamed["stream_options"] = {"include_usage": True}
+        _, text, headers = client.send("/v1/chat/completions", streamed)
+    assert headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in text.strip().split("\n\n")]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert chunks[0]["cram"] == whole["cram"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    for index, choice in enumerate(whole["choices"]):
+        pieces = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert "".join(p["delta"].get("content", "") for p in pieces) == choice["message"]["content"]
+        assert pieces[-1]["finish_reason"] == choice["finish_reason"]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages must be 1 to"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "role must be"),
+    ({"messages": [{"role": "user", "content": "<image> x"}]}, "must not contain"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "valid Unicode"),
+    (
+        {"messages": [{"role": "system", "content": "x"}, *messages("x")]},
+        "no system message",
+    ),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with the user's"),
+    ({"model": "gpt"}, "one that /v1/models lists"),
+    ({"model": "cram:nobody"}, "lora must name experts among"),
+    ({"lora": [{"id": "old", "scale": 1e9}]}, "scale of 'old' must be finite"),
+    ({"lora": [{"id": "old"}]}, "list of {id, scale}"),
+    ({"temperature": 3}, "temperature must be in [0, 2]"),
+    ({"temperature": "hot"}, "temperature must be a number"),
+    ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"guess": 1}, "'guess' is not a known field"),
+    ({"max_tokens": 4096}, "max_tokens must be at most"),
+    ({"max_tokens": 1000}, "prompt and answer must fit into 512 tokens"),
+    ({"top_logprobs": 2}, "top_logprobs must come with logprobs"),
+]
+
+
+def picture(url: str) -> dict[str, Any]:
+    """A message with one picture."""
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+PICTURES = [
+    ("http://127.0.0.1:1/x.png", "must be a data URL"),
+    ("file:///etc/passwd", "must be a data URL"),
+    ("data:image/png;base64,***", "valid base64"),
+    (data_url(0)[:200], "valid base64"),
+    (data_url(0)[: 22 + 120], "must be a whole image"),
+    (data_url(0, "TIFF"), "must be a whole image"),
+]
+
+
+def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
+    settings = Settings(max_body=200_000, max_pixels=1000)
+    question = messages(QUESTIONS[0], 0)
+    with serving(settings=settings) as (client, *_):
+        before = client.chat(messages=question)[1]["choices"]
+        for change, message in WRONG:
+            status, reply = client.chat(**{"messages": question, **change})
+            assert status == 400 and message in reply["error"]["message"], (change, reply)
+            assert reply["error"]["type"] == "invalid_request_error"
+        for url, message in PICTURES:
+            status, reply = client.chat(**picture(url))
+            assert status == 400 and message in reply["error"]["message"], (url[:40], reply)
+        large = io.BytesIO()
+        image(0).resize((40, 40)).save(large, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(large.getvalue()).decode()
+        assert "at most 1000 pixels, got 1600" in client.chat(**picture(url))[1]["error"]["message"]
+        for body in (b"{", b"[" * 100_000, b'{"model": NaN}', b"\xff", b""):
+            status, reply, _ = client.send("/v1/chat/completions", body)
+            assert status == 400, (body[:20], reply)
+        assert client.send("/v1/chat/completions", b" " * 300_000)[0] == 413
+        assert client.send("/v1/chat/completions", {}, {"Content-Type": "text/plain"})[0] == 415
+        for path, status in (("/nothing", 404), ("/v1/chat/completions", 405), ("/v1/cram/rollback", 405)):
+            got, reply, _ = client.send(path)
+            assert got == status and reply["error"]["type"] == "invalid_request_error"
+        assert client.send("/v1/cram/bundle", {"name": "x"})[0] == 404
+        assert client.chat(messages=question)[1]["choices"] == before
+
+
+def test_a_client_that_sends_too_slowly_is_turned_away() -> None:
+    with serving(settings=Settings(body_s=0.5)) as (client, *_):
+        host, port = client.base.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as line:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert line.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    with serving(Limits(rows=1, waiting=1)) as (client, *_):
+        body = {"model": "cram", "max_tokens": 150, "messages": messages(QUESTIONS[0], 0)}
+        replies: list[tuple[int, Any, dict[str, str]]] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(client.send("/v1/chat/completions", body)))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        refused = [headers for status, _, headers in replies if status == 429]
+        assert len(replies) == 8 and {status for status, _, _ in replies} == {200, 429}
+        assert refused[0]["retry-after"] == "1"
+        assert client.chat(messages=messages(QUESTIONS[0], 0))[0] == 200
+
+
+def test_a_client_that_leaves_costs_nothing_more() -> None:
+    with serving(settings=Settings()) as (client, _, _, engine):
+        body = {"model": "cram", "max_tokens": 400, "messages": messages(QUESTIONS[0], 0)}
+        for stream in (True, False):
+            request = urllib.request.Request(
+                f"{client.base}/v1/chat/completions",
+                json.dumps({**body, "stream": stream}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            if stream:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    assert reply.readline()
+            else:
+                with pytest.raises(OSError):
+                    urllib.request.urlopen(request, timeout=0.2)
+            deadline = time.monotonic() + 20
+            while any(engine.load):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            made = int(engine.metrics.text().split("\ncram_tokens_total ")[1].split()[0])
+            assert made < 400 * (2 - stream)
+
+
+def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> None:
+    model, _, cram = routed_llava()
+    save(model, tmp_path / "three")
+    save(model, tmp_path / "broken")
+    file = next((tmp_path / "broken" / "experts" / "old").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    settings = replace(Settings(), admin_token=TOKEN)
+    key = {"Authorization": f"Bearer {TOKEN}"}
+    with serving(settings=settings, bundles=tmp_path) as (client, _, _, engine):
+        question = {"messages": messages(QUESTIONS[0], 0)}
+        before = client.chat(**question)[1]
+        assert client.send("/v1/cram/bundle", {"name": "three"})[0] == 401
+        for name in ("../three", "nobody", "a/b", ""):
+            assert client.send("/v1/cram/bundle", {"name": name}, key)[0] == 400
+        status, reply, _ = client.send("/v1/cram/bundle", {"name": "broken"}, key)
+        assert status == 400 and "bundle broken was refused" in reply["error"]["message"]
+        assert str(tmp_path) not in json.dumps(reply)
+        assert client.chat(**question)[1]["cram"] == before["cram"]
+        status, reply, _ = client.send("/v1/cram/bundle", {"name": "three"}, key)
+        assert status == 200 and reply["version"] == 2 and reply["experts"] == ["old", "other", "new"]
+        after = client.chat(**question)[1]
+        assert after["cram"]["bundle"] == 2 and after["choices"] == before["choices"]
+        assert client.send("/v1/cram/rollback", {}, key)[1]["version"] == 1
+        assert client.chat(**question)[1]["cram"]["bundle"] == 1
+
+
+def test_the_official_client_works_unchanged() -> None:
+    openai = pytest.importorskip("openai", reason="the official client is not installed")
+    with serving() as (client, *_), openai.OpenAI(base_url=f"{client.base}/v1", api_key="none") as official:
+        assert [model.id for model in official.models.list()][:2] == ["cram", "base"]
+        asked: dict[str, Any] = {
+            "model": "cram",
+            "messages": messages(QUESTIONS[0], 0),
+            "max_completion_tokens": 8,
+            "n": 2,
+            "logprobs": True,
+            "top_logprobs": 1,
+        }
+        whole = official.chat.completions.create(**asked)
+        assert whole.choices[0].message.content == whole.choices[1].message.content
+        assert whole.choices[0].logprobs.content[0].top_logprobs
+        assert whole.model_extra["cram"]["group"] == 0
+        streamed = ["", ""]
+        for chunk in official.chat.completions.create(**asked, stream=True):
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+        assert streamed == [choice.message.content for choice in whole.choices]
+        mixed = official.chat.completions.create(**asked, extra_body={"lora": [{"id": "new", "scale": 2}]})
+        assert mixed.model_extra["cram"]["mode"] == "mixture"
+        with pytest.raises(openai.BadRequestError, match="temperature must be"):
+            official.chat.completions.create(**{**asked, "temperature": 5})

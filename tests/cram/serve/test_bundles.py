@@ -1,0 +1,87 @@
+"""Which bundle is served: by name, by watching, and after a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cram.bundle.bundle import save
+from cram.serve.bundles import SERVED, Bundles, bundles_at_start, stamps
+from cram.serve.engine.engine import Engine
+from cram.serve.request import RequestError
+from tests.cram.factories import routed_llava
+from tests.cram.serve.engine.test_versions import damage, grown
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with the bundles three, four and the damaged broken, in the order of their time."""
+    save(routed_llava()[0], tmp_path / "three")
+    save(grown()[0], tmp_path / "four")
+    save(routed_llava()[0], tmp_path / "broken")
+    damage(tmp_path / "broken")
+    for age, name in enumerate(("broken", "four", "three")):
+        stamp = 1_700_000_000 - 100 * age
+        os.utime(tmp_path / name / "manifest.json", (stamp, stamp))
+    return tmp_path
+
+
+@pytest.fixture
+def running(root: Path) -> Any:
+    """A started engine and what changes its bundle."""
+    model, processor, _ = routed_llava()
+    engine = Engine(model, processor)
+    bundles = Bundles(engine, model, root, partial(stamps, root), root / "three")
+    engine.start()
+    yield engine, bundles
+    engine.stop(10)
+
+
+def served(root: Path) -> str:
+    """The name that a restart goes by."""
+    name: str = json.loads((root / SERVED).read_text())["name"]
+    return name
+
+
+def test_a_restart_begins_with_the_bundle_that_was_served_last(root: Path, running: Any) -> None:
+    engine, bundles = running
+    assert served(root) == "three"
+    assert bundles.use("four").names == ("old", "other", "new", "newest")
+    assert served(root) == "four"
+    assert [each.name for each in bundles_at_start(root, None)] == ["four", "broken", "three"]
+    assert bundles_at_start(root, Path("given")) == [root / "four", Path("given")]
+    with pytest.raises(RequestError, match="bundle broken was refused"):
+        bundles.use("broken")
+    assert served(root) == "four" and len(engine.versions.current.names) == 4
+    assert len(bundles.roll_back().names) == 3
+    assert served(root) == "three"
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": "../three"}', '{"name": "gone"}', "[]", '{"name": 1}'])
+def test_a_damaged_note_of_the_served_bundle_is_passed_over(root: Path, content: str) -> None:
+    (root / SERVED).write_text(content)
+    assert [each.name for each in bundles_at_start(root, None)] == ["broken", "four", "three"]
+    assert bundles_at_start(root, root / "three") == [root / "three"]
+
+
+def test_a_watched_folder_brings_new_bundles_and_no_bad_ones(root: Path, running: Any) -> None:
+    engine, bundles = running
+    bundles.poll()
+    assert engine.versions.current.number == 1
+    save(grown()[0], root / "five")
+    bundles.poll()
+    assert len(engine.versions.current.names) == 4 and served(root) == "five"
+    save(routed_llava()[0], root / "six")
+    damage(root / "six")
+    for _ in range(2):
+        bundles.poll()
+    assert engine.versions.current.number == 2 and served(root) == "five"
+    # The same name with new content is a new bundle.
+    save(routed_llava()[0], root / "six")
+    bundles.poll()
+    assert engine.versions.current.number == 3 and served(root) == "six"
