@@ -20,7 +20,7 @@ from types import CodeType, ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 # Imported once, before the first child; nothing of this repository is among them.
 SLOW = (
-    *("torch", "torch._dynamo", "transformers", "peft", "pytest", "hypothesis", "safetensors.torch"),
+    *("torch._dynamo", "transformers", "peft", "pytest", "hypothesis", "safetensors.torch"),
     *("PIL.Image", "yaml", "tokenizers", "transformers.models.clip.image_processing_pil_clip"),
     *(
         f"transformers.models.{name}.modeling_{name}"
@@ -38,8 +38,8 @@ class Verdict:
     """How the tests of a mutant ended.
 
     Attributes:
-        status: "survived", "killed" (a test failed), "broken" (the module does not even load) or "slow" (over
-            the limit).
+        status: "survived", "killed" (a test failed), "broken" (the module does not even load), "slow" (over
+            the limit) or "undecided" (it waited for too long).
         seconds: Processor time of the tests.
         said: The first failed test, if there is one.
     """
@@ -83,6 +83,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def prepare() -> None:
     """Import what every child needs."""
+    import torch
+
+    # Triton decides at import, as tests/conftest.py says.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in SLOW:
         importlib.import_module(name)
     sys.dont_write_bytecode = True
@@ -112,8 +117,9 @@ def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch:
     output = log.read_text(encoding="utf-8", errors="replace").strip()
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     said = (failed or output.splitlines()[-1:] or [""])[0][:200]
-    if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return Verdict("slow", seconds, "")
+    ended = {-signal.SIGXCPU: "slow", -signal.SIGKILL: "undecided"}
+    if status in ended:
+        return Verdict(ended[status], seconds, "")
     kind = {PASSED: "survived", FAILED: "killed"}.get(status, "broken")
     return Verdict(kind, seconds, "" if kind == "survived" else said)
 

@@ -85,6 +85,8 @@ def _judge_source(source: str, todo: list[Mutant], until: float, log: Path) -> N
                 return
             changed = mutate(text, mutant.index)
             verdict = children.judge(source, changed, tests, limit, Path(folder))
+            if verdict.status == "undecided":
+                continue
             row = {**asdict(mutant), "digest": plan.digest(source), **asdict(verdict)}
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -18,6 +18,8 @@ from typing import Any, TypeGuard
 from cram.streams.types import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
+# Larger than this is a damaged file; more data come in more tasks.
+MAX_JSON_BYTES = 4 << 30
 LINES = (".jsonl", ".ndjson")  # names of files that hold a JSON object a line
 
 
@@ -40,7 +42,8 @@ class StreamError(ValueError):
     def __init__(self, file: Path, row: int | None, field: str, fault: str) -> None:
         self.file, self.row, self.field, self.fault = file, row, field, fault
         place = str(file) if row is None else f"{file}, row {row}"
-        super().__init__(f"{place}, field '{field}': {fault}")
+        # A file's name may hold line breaks.
+        super().__init__(" ".join(f"{place}, field '{field}': {fault}".splitlines()))
 
     def at_line(self, line: int) -> StreamError:
         """The same fault with the number of its line in the file, from 1."""
@@ -339,6 +342,8 @@ def _read(file: Path) -> str:
         # Opening a pipe would wait for its writer.
         if file.exists() and not file.is_file():
             raise StreamError(file, None, "(file)", "must be a readable file, got something that is no file")
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise StreamError(file, None, "(file)", f"must have at most {MAX_JSON_BYTES} bytes, got {size}")
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise StreamError(file, None, "(file)", f"must be a readable file, got {error.strerror}") from error

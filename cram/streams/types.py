@@ -5,9 +5,11 @@ Pillow is imported where an image is opened. So `import cram` and streams withou
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 64_000_000
+# Bytes of a picture's file at most: by pixel, and for whatever else it says.
+MAX_PIXEL_BYTES, SPARE_BYTES = 4, 1 << 20
+# Pillow lets through whatever a damaged file makes its readers raise.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -110,19 +116,30 @@ def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) ->
 
     name = image if isinstance(image, Path) else getattr(image, "filename", "") or "in memory"
     try:
-        if not isinstance(image, Path):
-            return upright_rgb(image)
-        with Image.open(image) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise ValueError(f"must have at most {max_pixels} pixels, got {width} x {height}")
-            return upright_rgb(opened)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image {name} must have at most {max_pixels} pixels, got: {error}") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {name} must be a readable picture, got: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"image {name} {error}") from error
+        return _read(image, max_pixels) if isinstance(image, Path) else upright_rgb(image)
+    except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        fault = f"must have at most {max_pixels} pixels, got {error}"
+    except DECODING_ERRORS as error:
+        told = str(error).startswith("must ")
+        fault = str(error) if told else f"must be a readable picture, got: {error}"
+    raise ValueError(" ".join(f"image {name} {fault}".splitlines()))
+
+
+class _TooLarge(Exception):
+    """What an image has instead of fewer pixels."""
+
+
+def _read(file: Path, max_pixels: int) -> Image.Image:
+    from PIL import Image
+
+    # A damaged length inside makes Pillow ask a file for gigabytes; bytes in memory give what they have.
+    if (size := file.stat().st_size) > MAX_PIXEL_BYTES * max_pixels + SPARE_BYTES:
+        raise _TooLarge(f"{size} bytes")
+    with Image.open(BytesIO(file.read_bytes())) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
+            raise _TooLarge(f"{width} x {height}")
+        return upright_rgb(opened)
 
 
 def open_images(sample: Sample) -> list[Image.Image]:

@@ -99,6 +99,8 @@ def expert_lora(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that an autocast region asks for, or None outside of one and for float64."""
     device = x.device.type
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return None
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)

@@ -76,10 +76,10 @@ def orthogonality_penalty(
         return torch.zeros((), dtype=dtype, device=device)
     # A mean over no samples is 0 in every implementation; its module counts.
     scale = scale * (len(chosen) / len(counted)) ** 0.5
-    if mask is not None and not mask.shape[1]:
-        hidden, mask = [visual_mean(tokens, mask) for tokens in hidden], None
     if len(chosen) < len(hidden):
         hidden, trained_a, trained_b, bases, gamma = ([each[m] for m in chosen] for each in lists)
+    if mask is not None and not mask.shape[1]:
+        hidden, mask = [visual_mean(tokens, mask) for tokens in hidden], None
     with torch.autocast(device.type, enabled=False):
         return compute(hidden, trained_a, trained_b, bases, gamma, mask, scale, dtype)
 
@@ -88,12 +88,14 @@ def _checked(
     hidden: Sequence[Tensor], lists: Sequence[Sequence[Tensor] | Tensor], mask: Tensor | None
 ) -> torch.device:
     """Return the device; raise ValueError where the five lists do not fit together."""
+    if isinstance(gamma := lists[-1], Tensor) and not gamma.dim():
+        raise ValueError(f"gamma must be [M, B] or a list of [B], got {list(gamma.shape)}")
     if len({len(each) for each in lists}) != 1:
         raise ValueError(f"the five lists must be equally long, got {[len(each) for each in lists]}")
     _check_mask(hidden, mask)
     for shapes in dict.fromkeys(zip(*map(_shapes, lists), strict=True)):
         _check_module(shapes, masked=mask is not None)
-    device = hidden[0].device if hidden else torch.device("cpu")
+    device = hidden[0].device if len(hidden) else torch.device("cpu")
     _check_places(device, lists, mask)
     return device
 

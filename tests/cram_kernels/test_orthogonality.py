@@ -204,3 +204,23 @@ def test_visual_mean_selects(batch: int, length: int, seed: int, half: bool) -> 
 def test_visual_mean_refuses_misfits(x: Tensor, mask: Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be \[B, T, D\] and bool \[B, T\]"):
         visual_mean(x, mask)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_no_tokens_and_a_module_without_history(impl: str) -> None:
+    """The module that does not count is left out before the tokens of the others are pooled."""
+    hidden = [torch.ones(2, 0, width) for width in (8, 5, 3)]
+    a = [torch.ones(1, width, requires_grad=True) for width in (8, 5, 3)]
+    b = [torch.ones(1, 6, requires_grad=True) for _ in range(3)]
+    bases = [torch.eye(6)[:, :2], torch.zeros(6, 0), torch.eye(6)[:, :1]]
+    mask = torch.zeros(2, 0, dtype=torch.bool)
+    loss = orthogonality_penalty(hidden, a, b, bases, torch.ones(3, 2), scale=2.0, mask=mask, impl=impl)
+    assert loss == 0 and loss.requires_grad
+    loss.backward()
+    assert not a[0].grad.any()
+
+
+def test_gamma_is_a_matrix_or_a_list() -> None:
+    modules = [torch.ones(2, 3)], [torch.ones(1, 3)], [torch.ones(1, 4)], [torch.eye(4)[:, :1]]
+    with pytest.raises(ValueError, match=r"gamma must be \[M, B\] or a list of \[B\], got \[\]"):
+        orthogonality_penalty(*modules, torch.tensor(1.0), scale=1.0)

@@ -101,6 +101,13 @@ def test_layer_refuses_dtype_and_range(call: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("call", CALLS)
+def test_layer_refuses_an_input_on_a_device_without_autocast(call: str, impl: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError), match="must be on"):
+        CALLS[call](impl, x=moved("x"), segments=None)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("call", CALLS)
 def test_layer_refuses_rows_of_experts_that_are_not_there(call: str, impl: str) -> None:
     """Also after a call that found them right; what is changed back is right again."""
     available(layer_api.OP, impl)

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-SECONDS = 5
+# Processor time; what waits longer than this for something else hangs.
+SECONDS, HANGING_SECONDS = 5, 300
 EXTRA_BYTES = 300 << 20
 MOST_CHARACTERS = 2000
 
@@ -42,18 +43,21 @@ def limits(seconds: float = SECONDS, extra_bytes: int = EXTRA_BYTES) -> Iterator
     """Stop what takes longer inside, and refuse memory beyond so many bytes more than before."""
 
     def stop(number: int, frame: object) -> None:
-        raise TooSlow(f"longer than {seconds} s")
+        raise TooSlow(f"longer than {seconds} s" if number == signal.SIGPROF else "hangs")
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    usual = signal.signal(signal.SIGALRM, stop)
+    usual = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + extra_bytes, before[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, HANGING_SECONDS)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.signal(signal.SIGALRM, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _address_space() -> int:
@@ -62,13 +66,9 @@ def _address_space() -> int:
 
 
 def attempt(work: Callable[[], Any]) -> Outcome:
-    """Call `work` within the limits. A call that was too slow gets a second chance: the machine may have
-    slept."""
-    for _ in range(2):
-        with Outcome() as found, limits():
-            found.value = work()
-        if not isinstance(found.error, TooSlow):
-            break
+    """Call `work` within the limits."""
+    with Outcome() as found, limits():
+        found.value = work()
     return found
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from cram import ContinualLearner
 from cram.atomic import read_json
 from cram.console import ProgressBar
 from cram.learning.answers.evaluate import evaluate_run
-from cram.learning.answers.generate import generate_answers
+from cram.learning.answers.generate import end_ids, generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, encode_sample, pad_id, training_batch
 from cram.learning.learner import task_seed
 from cram.learning.training import answer_loss, batch_order, learning_rate, total_steps
@@ -57,7 +61,7 @@ def test_a_run_leaves_a_valid_report_predictions_and_bundles(finished: Path) -> 
 
 def test_groups_follow_the_answer_format(finished: Path) -> None:
     groups = read_json(finished / "report.json")["methods"]["cram"]["groups"]
-    assert set(groups.values()) <= {0, 1, 2}
+    assert set(groups.values()) == {0, 1} and groups["colour"] == groups["mixed"] != groups["letter"]
     locks = read_json(finished / "tasks/03-mixed/bundle/cram.json")["method"]["values"]["locks"]
     assert locks == groups
 
@@ -125,6 +129,41 @@ def test_another_configuration_or_stream_is_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"stream\.sha256"):
         runs.learner(finished)
     assert files(finished) == before
+
+
+def changed_test(**changes: Any) -> Stream:
+    """The stream with its last test sample changed."""
+    *others, last = runs.stream().tasks
+    return Stream("toy", (*others, replace(last, test=(*last.test[:-1], replace(last.test[-1], **changes)))))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"answer": "else"}, {"id": "other"}, {"instruction": "Why"}, {"images": ()}]
+)
+def test_a_changed_test_split_is_refused(finished: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"stream\.sha256"):
+        runs.learner(finished, tasks=changed_test(**changes))
+
+
+def test_a_test_changes_nothing_that_a_task_has_learnt(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    made = runs.learner(run, tasks=runs.stream())
+    made.run()
+    tensors, values = made.method.export_state()
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(values)
+    made.evaluate(2)
+    tensors, values = made.method.export_state()
+    assert values == kept[1] and values["counts"] != [1] * len(values["counts"])
+    assert all(torch.equal(tensors[name], kept[0][name]) for name in kept[0])
+    assert made.cram.hooks.on_query == []
+
+
+@pytest.mark.parametrize(
+    ("own", "ends"), [(None, [9]), (2, [2, 9]), (9, [9]), ([2, 5], [2, 5, 9]), ([9], [9])]
+)
+def test_answers_end_at_the_end_of_the_model_and_of_training(own: Any, ends: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    assert end_ids(model, SimpleNamespace(eos_token_id=9)) == ends
 
 
 def test_another_base_is_refused(finished: Path) -> None:

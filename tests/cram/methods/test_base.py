@@ -43,7 +43,8 @@ SAMPLES: list[tuple[str, list[Any]]] = [
 
 @cache
 def _learnt(method: str) -> ContinualLearner:
-    made = runs.learner(Path("/nowhere"), method, dropout=0.0)
+    # Both tasks share a group, so that the gates depend on the pictures.
+    made = runs.learner(Path("/nowhere"), method, dropout=0.0, group_merge_similarity=-1.0, sigma=1.0)
     for index in range(2):
         train(made, index)
     return made
@@ -133,6 +134,18 @@ def test_a_batch_answers_as_its_samples_alone(learnt: ContinualLearner) -> None:
             logits = last_logits(model, alone)[0]
             torch.testing.assert_close(together[index], logits, atol=1e-5, rtol=1e-4)
             assert answers(model, alone) == made[index : index + 1]
+
+
+def test_gates_from_pictures_differ_from_sample_to_sample() -> None:
+    """Without this the tests of batches and caches say nothing about CRAM's gates."""
+    made = _learnt("cram")
+    model, batch = copy.deepcopy(made.model), batch_of(made.processor, SAMPLES)
+    last_logits(model, batch)
+    gates = model.cram.state.route.gates
+    seen = gates[:, [0, 1, 3]]
+    assert ((seen > 0.02) & (seen < 0.98)).all()
+    assert (seen[:, 0] - seen[:, 1]).abs().max() > 0.05
+    assert torch.equal(gates[:, 2], torch.tensor([1.0, 0.0]).expand(2, 2))
 
 
 def test_interleaved_caches_keep_their_own_gates(learnt: ContinualLearner) -> None:

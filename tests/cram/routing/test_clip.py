@@ -74,6 +74,19 @@ def test_features_of_a_sample_are_the_mean_over_its_images() -> None:
     assert v.norm(dim=1)[0] > 1
 
 
+def test_many_images_are_encoded_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = factories.clip_encoder()
+    pictures = [[factories.image(0), factories.image(1)], [factories.image(2)], [], [factories.image(3)]]
+    whole, has_image = encoder.encode_images(pictures)
+    sizes = []
+    real = encoder.encode_pixels
+    monkeypatch.setattr("cram.routing.clip.IMAGES_A_PASS", 3)
+    monkeypatch.setattr(encoder, "encode_pixels", lambda pixels: sizes.append(len(pixels)) or real(pixels))
+    parts, again = encoder.encode_images(pictures)
+    assert sizes == [3, 1] and torch.equal(has_image, again)
+    torch.testing.assert_close(parts, whole)
+
+
 def test_no_image_at_all() -> None:
     query = factories.clip_encoder().encode(["What?"], [[]])
     assert query.image.shape == (1, factories.PROJECTION)

@@ -95,6 +95,36 @@ def test_margin_decides_among_several_groups_even_at_low_similarity() -> None:
     assert groups.observe("d", direction(0.5, 0.39, 0, 0.77)) == 2
 
 
+@pytest.mark.parametrize(("similarities", "group"), [([0.5], 1), ([0.50001], 0)])
+def test_the_merge_similarity_itself_is_not_enough(
+    similarities: list[float], group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = make(group_merge_similarity=0.5)
+    groups.observe("a", direction(1, 0))
+    monkeypatch.setattr(InstructionGroups, "similarity", lambda self, text: torch.tensor(similarities))
+    assert groups.observe("b", direction(0, 1)) == group
+
+
+@pytest.mark.parametrize(("similarities", "group"), [([0.25, 0.5], 2), ([0.25, 0.75], 1), ([0.75, 0.25], 0)])
+def test_the_margin_itself_is_not_enough(
+    similarities: list[float], group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = make(group_margin=0.25)
+    groups.observe("a", direction(1, 0))
+    groups.observe("b", direction(0, 1))
+    monkeypatch.setattr(InstructionGroups, "similarity", lambda self, text: torch.tensor(similarities))
+    assert groups.observe("c", direction(1, 1)) == group
+
+
+def test_similarities_are_cosines_whatever_the_lengths() -> None:
+    groups = make()
+    prototypes = torch.stack([direction(1, 0)[0], 9 * direction(0, 1)[0]])
+    groups.import_state({"prototypes": prototypes, "counts": torch.ones(2, dtype=torch.int64)}, {"locks": {}})
+    text = 5 * torch.randn(3, 4, 32, generator=seeded(3))
+    expected = torch.cosine_similarity(text[..., None, :], prototypes, dim=-1)
+    torch.testing.assert_close(groups.similarity(text), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_ambiguity_at_the_limit_neither_locks_nor_changes_state() -> None:
     groups = make(max_groups=2)
     groups.observe("a", direction(1, 0, 0))

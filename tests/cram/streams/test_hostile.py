@@ -122,6 +122,14 @@ DATA: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: ((f / "test.json").unlink(), (f / "test.json").mkdir()),
         r"test\.json, field '.file.': must be a readable file",
     ),
+    "huge rows": (
+        lambda f: os.truncate(f / "test.json", 64 << 30),
+        r"test\.json, field '.file.': must have at most \d+ bytes, got 68719476736",
+    ),
+    "huge references": (
+        lambda f: os.truncate(f / "coco.json", 64 << 30),
+        r"coco\.json, field '.file.': must have at most \d+ bytes",
+    ),
     "images that are null": (coco(images=None), r"coco\.json, field 'images': must be a list, got None"),
     "annotations that are null": (coco(annotations=None), "field 'annotations': must be a list, got None"),
     "annotations that are a number": (coco(annotations=3), "field 'annotations': must be a list, got 3"),

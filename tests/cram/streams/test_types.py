@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,44 @@ def test_truncated_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="x.png must be a readable picture"):
         open_image(tmp_path / "x.png")
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    picture(tmp_path / "x.webp")
+    os.truncate(tmp_path / "x.webp", 64 << 30)
+    with pytest.raises(ValueError, match=r"x.webp must have at most 64000000 pixels, got 68719476736 bytes"):
+        open_image(tmp_path / "x.webp")
+
+
+def test_a_damaged_length_asks_for_no_memory(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png", size=(24, 16))
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[33] = 0x7E
+    (tmp_path / "x.png").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with suppress(ValueError):  # Some versions of Pillow read on behind the damage.
+            open_image(tmp_path / "x.png")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "fault", [ValueError("tile\nbreak"), struct.error("x"), KeyError(3), IndexError("i"), TypeError("t")]
+)
+def test_whatever_a_reader_raises_names_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    picture(tmp_path / "x.png")
+
+    def read(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(Image, "open", read)
+    with pytest.raises(ValueError, match="x.png must be a readable picture, got: ") as refused:
+        open_image(tmp_path / "x.png")
+    assert "\n" not in str(refused.value)
 
 
 def test_accepted_answers() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cram.config import CramConfig
-from cram.methods.parts.instantiate import Factors, Instantiation, instantiate_modules
+from cram.methods.parts.instantiate import Factors, Instantiation, _select, instantiate_modules
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 NAMES = (
@@ -106,13 +106,36 @@ def test_expert_matches_a_dense_reading(
     expected = torch.zeros(d_out, d_in, dtype=torch.float64)
     for j in made.selected:
         residual = right[j] - basis @ (basis.mT @ right[j])
-        row = residual / residual.norm() if residual.norm() > 1e-3 else None
-        if row is None:
-            return  # the history nearly fills the space: the direction is decided by rounding
-        expected += values[j] * torch.outer(left[:, j], row)
+        # Where the history nearly fills the space, rounding decides the direction.
+        assume(residual.norm() > 1e-3)
+        expected += values[j] * torch.outer(left[:, j], residual / residual.norm())
     assert made.a.dtype == made.b.dtype == torch.float32
     update = config.scale * (made.b @ made.a).double()
     torch.testing.assert_close(update, expected, atol=2e-3 * size, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("values", "novelty", "kept"),
+    [
+        ([0.5, 0.5, 0.1], (1.0, 1.0, 1.0), (0,)),
+        ([0.6, 0.51, 0.5], (1.0, 1.0, 1.0), (0, 1)),
+        ([0.9, 0.8, 0.7], (1.0, 0.25, 1.0), (0, 2)),
+        ([0.9, 0.8, 0.7], (0.25, 0.25, 0.2), (0,)),
+        ([0.9, 0.8, 0.7, 0.6, 0.6], (1.0,) * 5, (0, 1, 2, 3)),
+    ],
+    ids=["none above", "one at the threshold", "one at the novelty", "all filtered", "cap"],
+)
+def test_a_direction_must_exceed_both_thresholds(
+    values: list[float], novelty: tuple[float, ...], kept: tuple[int, ...]
+) -> None:
+    config = CramConfig(tau_alloc=0.5, tau_orth=0.25, rank_min=1, rank_max=4)
+    assert _select(values, novelty, config) == kept
+
+
+def test_the_floor_takes_the_largest_of_the_others() -> None:
+    config = CramConfig(tau_alloc=0.5, tau_orth=0.25, rank_min=3, rank_max=4)
+    assert _select([0.9, 0.8, 0.7, 0.1, 0.1], (1.0, 0.1, 0.1, 1.0, 1.0), config) == (0, 1, 2)
+    assert _select([0.9, 0.1], (1.0, 1.0), config) == (0, 1)
 
 
 def test_projected_rows_avoid_the_history_and_keep_their_length() -> None:
