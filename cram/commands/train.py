@@ -8,7 +8,7 @@ from pathlib import Path
 from cram.atomic import write_json
 from cram.commands.options import add_data, add_device, add_dtype, parse_config
 from cram.compare.base_row import measure_base
-from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner
+from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner, Work
 from cram.learning.parallel.processes import by_first, joined, own_device
 from cram.loading import Sources
 from cram.methods import METHODS
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
     names = ("model", "clip", "dtype", "stream", "limit", "data_root")
     settings = {name: getattr(arguments, name) for name in names}
+    work = Work(arguments.forwards, arguments.checkpoint_every, arguments.shard)
     out = Path(arguments.out)
     with joined(arguments.device):
         sources = Sources(arguments.model, arguments.clip, arguments.dtype)
@@ -65,9 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             out=out,
             encoder=encoder,
             settings=settings,
-            forwards=arguments.forwards,
-            checkpoint_every=arguments.checkpoint_every,
-            sharded=arguments.shard,
+            work=work,
         )
         report = learner.run()
         by_first(lambda: _publish(learner, report, out))

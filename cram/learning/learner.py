@@ -5,8 +5,8 @@ are checkpoints of the training, and predictions are written as they are made. A
 started again loads the newest complete state and repeats nothing that was committed. The randomness of a task
 depends on (seed, task) alone. So an interrupted run gives the same results as an uninterrupted run.
 
-A launcher may start several processes (`cram.learning.parallel.processes`). They divide every step's samples
-and the test samples. The first one writes.
+A launcher may start several processes (`cram.learning.parallel`). They divide every step's samples and
+the test samples. The first one writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,31 @@ CACHE_BYTES = 4 << 30
 CHECKPOINT_EVERY = 200
 
 
+@dataclass(frozen=True)
+class Work:
+    """How the work of a run is done. The results do not depend on it.
+
+    Attributes:
+        forwards: Forwards per step and process (gradient accumulation).
+        checkpoint_every: Steps between two checkpoints within a task; 0 for none.
+        sharded: True divides the base's weights between the processes; see `cram.learning.parallel.sharding`.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    forwards: int = 1
+    checkpoint_every: int = CHECKPOINT_EVERY
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.forwards < 1 or self.checkpoint_every < 0:
+            raise ValueError(
+                "forwards must be at least 1 and checkpoint_every at least 0, got "
+                f"{self.forwards} and {self.checkpoint_every}"
+            )
+
+
 class ContinualLearner:
     """Trains and tests one method on one stream, in one run folder.
 
@@ -71,9 +97,7 @@ class ContinualLearner:
         encoder: Any = None,
         progress: bool = True,
         settings: dict[str, Any] | None = None,
-        forwards: int = 1,
-        checkpoint_every: int = CHECKPOINT_EVERY,
-        sharded: bool = False,
+        work: Work | None = None,
     ) -> None:
         """Check everything that can be checked before the first write.
 
@@ -86,15 +110,14 @@ class ContinualLearner:
             encoder: The CLIP that routes, for a plain model; see `cram.loading.load_encoder`.
             progress: True if progress bars and accuracies are printed.
             settings: Values that the run folder keeps and the report shows, beside the configuration.
-            forwards: Forwards per step and process (gradient accumulation); the result is the same.
-            checkpoint_every: Steps between two checkpoints within a task; 0 for none.
-            sharded: True divides the base's weights between the processes; see `parallel.sharding`.
+            work: How the work is done; the results do not depend on it.
 
         Raises:
             ValueError: If the method is unknown, a task is empty or cannot be named or scored, the model is
                 not ready, or `out` belongs to another configuration.
         """
-        _check_arguments(config, forwards, checkpoint_every)
+        if config.method not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
         _check_stream(stream)
         if encoder is not None:
             attach(model, config, encoder, processor)
@@ -109,19 +132,19 @@ class ContinualLearner:
         self.method: Method = self.cram.method
         self.folder = RunFolder(out, stream)
         self._settings = {**(settings or {}), "config": config.to_dict()}
-        self._identity = self._make_identity()
+        self._identity = self._own_identity()
         self.folder.check_identity(self._identity)
-        if sharded:
+        self._work = work or Work()
+        if self._work.sharded:
             shard(self.model)
         self._shown = progress and is_first()
-        self._forwards, self._every = forwards, checkpoint_every
         self._ending = Termination()
         self._padding = pad_id(processor.tokenizer)
         self._interrupted = False
         self._budget = Budget(CACHE_BYTES)
         self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
 
-    def _make_identity(self) -> dict[str, Any]:
+    def _own_identity(self) -> dict[str, Any]:
         values = self.config.to_dict()
         return {
             "method": values.pop("method"),
@@ -176,7 +199,7 @@ class ContinualLearner:
                 padding=self._padding,
                 seed=task_seed(self.config.seed, index),
                 bar=bar,
-                forwards=self._forwards,
+                forwards=self._work.forwards,
                 keeper=keeper,
             )
         split.release()
@@ -195,7 +218,7 @@ class ContinualLearner:
         of = {"identity": digest_of(self._identity), "before": self.folder.state_before(index)}
         return TaskCheckpoints(
             self.folder.task(index) / "checkpoints",
-            self._every,
+            self._work.checkpoint_every,
             of,
             lambda: self.folder.write_identity(self._identity, self._settings),
             self._say,
@@ -288,16 +311,6 @@ def task_seed(seed: int, index: int) -> int:
     """Return the seed of a task's training. Interruptions of the run do not change it."""
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def _check_arguments(config: CramConfig, forwards: int, checkpoint_every: int) -> None:
-    if config.method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
-    if forwards < 1 or checkpoint_every < 0:
-        raise ValueError(
-            f"forwards must be at least 1 and checkpoint_every at least 0, got {forwards} and "
-            f"{checkpoint_every}"
-        )
 
 
 def _check_stream(stream: Stream) -> None:

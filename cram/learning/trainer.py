@@ -111,8 +111,7 @@ class OneTask:
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise NotImplementedError(
                 f"CramTrainer must run without {kind}, which binds the parameters of one stage: launch plain "
-                "processes (torchrun), and shard a base that is too large with "
-                "cram.learning.parallel.sharding.shard"
+                "processes (torchrun); cram.learning.parallel.sharding.shard divides a base that is too large"
             )
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -176,7 +175,6 @@ class OneTask:
         rows, tokens = _rows(inputs), inputs["input_ids"].numel()
         with self._steps.forward():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
-        # The Trainer divides a loss by the step's forwards where it is not a part of a sum over all tokens.
         divided = 1 if self._is_part(num_items_in_batch) else self.current_gradient_accumulation_steps
         entropy = gate_entropy(self.cram.state.route)
         extra = self._steps.added(rows / self._rows * world() * divided)
@@ -191,6 +189,10 @@ class OneTask:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _is_part(self, num_items_in_batch: Any) -> bool:
+        """Whether a loss is a part of a sum over the step, which the Trainer does not divide any further."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
         return bool(counted or self.compute_loss_func is not None)  # type: ignore[attr-defined]
 

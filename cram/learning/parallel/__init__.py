@@ -1,1 +1,1 @@
-"""Training and testing in several processes."""
+"""Training in several processes: what they exchange, and a base that they divide."""

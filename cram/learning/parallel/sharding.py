@@ -1,8 +1,9 @@
 """A base model that is too large for one device: its weights are divided between the processes (FSDP2).
 
-Only the frozen base is sharded. Each decoder layer's weights are gathered for its forward and its backward.
-The experts stay whole in every process, because they are megabytes and because every stage brings new ones;
-`cram.learning.parallel.processes` adds up their gradients.
+Only the decoder layers of the frozen base are sharded, which are nearly all of it. Each layer's weights are
+gathered for its forward and again for its backward. Vision tower, embeddings and output layer stay whole,
+because they are also used outside of the model's own forward. The experts stay whole too: they are megabytes,
+and every stage brings new ones. `cram.learning.parallel.processes` adds up their gradients.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ def shard(model: Any) -> None:
     whole = _experts(cram)
     language = model.get_submodule(cram.family.language_model)
     for layer in language.layers:
-        fully_shard(layer, ignored_params=whole)
-    fully_shard(model, ignored_params=whole)
+        fully_shard(layer, reshard_after_forward=True, ignored_params=whole)
 
 
 def is_sharded(model: nn.Module) -> bool:

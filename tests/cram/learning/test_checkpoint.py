@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cram.learning.checkpoint import RECORD, STATE, Termination, read_checkpoint, write_checkpoint
-from cram.learning.learner import ContinualLearner
+from cram.learning.learner import ContinualLearner, Work
 from cram.learning.training import TaskLoop
 from cram.methods import METHODS
 from tests.cram import runs
@@ -37,7 +37,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, task: str, step: int) -> None:
 
 def learner(out: Path, method: str = "cram", every: int = 1, **options: Any) -> ContinualLearner:
     made = runs.learner(out, method, **options)
-    made._every = every
+    made._work = Work(checkpoint_every=every)
     return made
 
 
@@ -153,3 +153,10 @@ def test_sigterm_outside_of_training_ends_at_once() -> None:
     with pytest.raises(KeyboardInterrupt, match="stopped; the same command"), Termination():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_work_of_too_small_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="forwards must be at least 1 .* got 0 and 200"):
+        Work(forwards=0)
+    with pytest.raises(ValueError, match="checkpoint_every at least 0, got 1 and -1"):
+        Work(checkpoint_every=-1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cram.learning.answers.evaluate import evaluate_run
-from cram.learning.learner import ContinualLearner
+from cram.learning.learner import ContinualLearner, Work
 from tests.cram import factories, runs
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
 
@@ -85,5 +85,5 @@ def sharded_learner(folder: Path, options: dict[str, Any]) -> ContinualLearner:
         out=folder / "run",
         encoder=encoder,
         progress=False,
-        sharded=True,
+        work=Work(sharded=True),
     )
