@@ -26,7 +26,9 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="run folder")
+    # torchrun takes this option for one of its own; the position does without it.
+    parser.add_argument("--run", help="run folder, in place of the position")
     parser.add_argument("--stream", help="another stream (default: the tasks the run has learnt)")
     add_data(parser)
     add_device(parser)
@@ -34,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Test, and write predictions and accuracies into the run folder."""
-    folder = Path(arguments.run)
+    if (arguments.run is None) == (arguments.folder is None):
+        raise ValueError("the run folder must be given, once, got " + ("both" if arguments.run else "none"))
+    folder = Path(arguments.run or arguments.folder)
     record = read_run(folder)
     _, learnt = newest_bundle(folder)
     given = {name: getattr(arguments, name) for name in ("stream", "limit", "data_root")}

@@ -174,6 +174,17 @@ class TaskCheckpoints:
                 f"stopped after step {loop.done} of {loop.steps.task}; the same command goes on from there"
             )
 
+    def finish(self, task: str) -> None:
+        """Delete all checkpoints of the task, whose bundle is written.
+
+        Raises:
+            KeyboardInterrupt: If the run is told to end.
+        """
+        self.remove()
+        (ending,) = totals(self._ending.arrived)
+        if ending:
+            raise KeyboardInterrupt(f"stopped behind task {task}; the same command goes on from there")
+
     def remove(self) -> None:
         """Delete all checkpoints of the task."""
         if is_first() and self.folder.exists():

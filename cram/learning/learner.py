@@ -204,8 +204,8 @@ class ContinualLearner:
             )
         split.release()
         by_first(lambda: self._commit(index, round(time.monotonic() - started, 3), loss))
-        keeper.remove()
         self._interrupted = self._ending.deferred = False
+        keeper.finish(task.name)
 
     def _commit(self, index: int, seconds: float, loss: float) -> None:
         """Write a training and, last, its bundle."""

@@ -72,6 +72,8 @@ class OneTask:
             raise ValueError(
                 "optimizers must be left to the trainer, because a stage brings new parameters, got some"
             )
+        if self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end must be False, because a stage has other parameters")
         self.task = task
         self._steps: TaskSteps | None = None
         self._meter = _Meter()

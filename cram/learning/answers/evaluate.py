@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cram.atomic import write_json
+from cram.atomic import locked, write_json
 from cram.attach import attach
 from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle, read_run
@@ -46,7 +47,8 @@ def evaluate_run(
     Raises:
         ValueError: If the run has no trained task, if its newest bundle is damaged or belongs to another
         base,
-            or if a method that needs the true task has not learnt a task of the stream.
+            or if a method that needs the true task has not learnt a task of the stream. Also if another
+            process evaluates there.
     """
     identity = read_run(run)["identity"]
     bundle, learnt = newest_bundle(run)
@@ -59,7 +61,8 @@ def evaluate_run(
     accuracies: dict[str, float] = {}
     routing, published = {}, {}
     samples, shown = sum(len(task.test) for task in stream.tasks), progress and is_first()
-    with ProgressBar(f"test on {stream.name}", samples, shown) as bar, Termination():
+    bar = ProgressBar(f"test on {stream.name}", samples, shown)
+    with locked(out) if is_first() else nullcontext(), bar, Termination():
         for task in stream.tasks:
             split = EncodedSplit(processor, task.test, Budget(CACHE_BYTES))
             file = out / "predictions" / f"{task.name}.jsonl"

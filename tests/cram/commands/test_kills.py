@@ -94,6 +94,12 @@ def test_thirty_kills_change_nothing(place: Path, tmp_path: Path) -> None:
         assert not [name for name in left if "part" in name and "partial" not in name], left
 
 
+def test_eval_wants_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, got in (([], "none"), (["a", "--run", "b"], "both")):
+        assert main(["eval", *words]) == 2
+        assert f"the run folder must be given, once, got {got}" in capsys.readouterr().err
+
+
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
@@ -105,7 +111,7 @@ def test_two_launched_processes_learn_as_one(place: Path, tmp_path: Path) -> Non
     still = ["dropout=0.0", "batch_size=4"]
     assert main([*train(place, one), *still]) == 0
     launch = python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631")
-    for command in ([*train(place, two), *still], ["eval", "--run", str(two), "--device", "cpu"]):
+    for command in ([*train(place, two), *still], ["eval", str(two), "--device", "cpu"]):
         done = subprocess.run([*launch, "-m", "cram", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     left, right = (read_json(folder / "report.json")["methods"]["cram"] for folder in (one, two))

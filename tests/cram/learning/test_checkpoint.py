@@ -130,21 +130,27 @@ def test_a_full_disk_is_one_error_and_loses_nothing(stopped: Path, tmp_path: Pat
     assert timeless(report) == timeless(learner(tmp_path / "whole", every=0).run())
 
 
-def test_sigterm_ends_a_training_behind_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("step", "said"), [(3, "stopped after step 3 of letter"), (5, "stopped behind task letter")]
+)
+def test_sigterm_ends_a_training_behind_a_checkpoint_or_the_bundle(
+    step: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = learner(tmp_path / "whole", every=0).run()
     real = TaskLoop.step
 
     def signalled(loop: TaskLoop, *arguments: Any) -> float:
         found = real(loop, *arguments)
-        if loop.steps.task == "letter" and loop.done == 3:
+        if loop.steps.task == "letter" and loop.done == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(TaskLoop, "step", signalled)
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of letter; the same command"):
+        with pytest.raises(KeyboardInterrupt, match=f"{said}; the same command"):
             learner(tmp_path / "run", every=0).run()
-    assert [p.name for p in (tmp_path / "run/tasks/02-letter/checkpoints").iterdir()] == ["step-000003"]
+    kept = sorted(path.name for path in (tmp_path / "run/tasks/02-letter").glob("checkpoints/*"))
+    assert kept == (["step-000003"] if step == 3 else [])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert timeless(learner(tmp_path / "run", every=0).run()) == timeless(whole)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cram.atomic import locked
 from cram.learning.answers import generate as answers
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.answers.journal import Journal, remove_parts
@@ -130,3 +131,11 @@ def test_a_run_reports_published_accuracies(tmp_path: Path) -> None:
     for name, each in report.get("published", {}).items():
         strict = report["matrix"][-1][[task.name for task in tasks].index(name)]
         assert each["accuracy"] - strict == pytest.approx(each["difference"])
+
+
+def test_two_evaluations_do_not_write_one_folder(tmp_path: Path) -> None:
+    runs.learner(tmp_path / "run").learn(0)
+    model, encoder = factories.fresh()
+    with locked(tmp_path / "run/eval/toy"), pytest.raises(ValueError, match="must have one writer"):
+        one = Stream("toy", runs.two_tasks().tasks[:1])
+        evaluate_run(tmp_path / "run", one, model, factories.llava_processor(), encoder, progress=False)
