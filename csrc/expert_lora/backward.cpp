@@ -58,7 +58,7 @@ Trained trained_rows(const Layer& layer, int64_t tokens, int64_t first) {
 }
 
 // Columns of dX that are computed at a time where the base's is computed here.
-constexpr int64_t kGradientColumns = 256;
+constexpr int64_t kGradientColumns = 128;
 
 struct Needs {
   bool x, gates, a, b;
@@ -84,6 +84,8 @@ struct Backward {
   const int64_t rows, threads;
   const Blocks blocks;
   Panels packed_bt{}, packed_a{};  // for tiles
+  Strips dy_left{};                // for tiles, where dX of the base is computed here
+  Panels packed_base{};            // the same, where the weight is read for more than one block of tokens
   Factors dz, dz_t, u_t;
   float* const products;  // Z o V [T, R]
   float* dgates;
@@ -112,7 +114,7 @@ struct Backward {
         everyone(layer.shared() && need.a ? std::optional(trained_rows(layer, tokens, 0)) : std::nullopt),
         rows(static_cast<int64_t>(gate.rows.size())),
         threads(threads_for(layer, tokens, std::max(rows, trained.rows))),
-        blocks(shrink_blocks(tokens, rows, everyone.has_value(), unit)),
+        blocks(shrink_blocks(tokens, rows, everyone.has_value() || unit == Unit::tiles, unit)),
         dz(arena, tokens, need.x ? gate.live : 0, unit),
         dz_t(arena, rows_of_da(), static_cast<int64_t>(of_a().tokens.size()), unit),
         u_t(arena, need.b ? trained.rows : 0, static_cast<int64_t>(trained.tokens.size()), unit),
@@ -122,13 +124,15 @@ struct Backward {
         expand_x(expand_tile(unit, down, dx.half)), expand_kept(expand_tile(unit, down, false)),
         gram_a(expand_tile(unit, x, da.half)), gram_b(expand_tile(unit, dy, db.half)),
         step_in(base.data ? kGradientColumns : column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
-        block_tokens(base.data ? tokens : token_step(tokens, divided(layer.d_in, step_in), threads, unit)) {
+        block_tokens(base.data ? tile_tokens(tokens, layer.d_out) : token_step(tokens, divided(layer.d_in, step_in), threads, unit)) {
     expands = base.data || (need.x && gate.live) ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
     grams_a = rows_of_da() ? divided(layer.d_in, step_in) : 0;
     grams_b = need.b && trained.rows ? divided(layer.d_out, step_out) : 0;
     if (unit != Unit::tiles) return;
     packed_bt = panels(arena, rows, layer.d_out);
-    if (expands && !base.data) packed_a = panels(arena, layer.d_in, gate.live);
+    if (base.data) dy_left = strips(arena, tokens, layer.d_out);
+    if (base.data && block_tokens < tokens) packed_base = panels(arena, layer.d_in, layer.d_out);
+    if (need.x && gate.live) packed_a = panels(arena, layer.d_in, gate.live);
   }
 
   const Trained& of_a() const { return everyone ? *everyone : trained; }
@@ -136,7 +140,8 @@ struct Backward {
   int64_t rows_of_da() const { return !need.a ? 0 : everyone ? layer.a_rows : trained.rows; }
 
   void run() {
-    const int64_t packs = packed_bt.tiles + divided(packed_a.tiles, kPackedTiles);
+    const int64_t packs = packed_bt.tiles + dy_left.count + divided(packed_a.tiles, kPackedTiles) +
+        divided(packed_base.tiles, kPackedTiles);
     const std::array<int64_t, 3> counts{packs, blocks.count(), expands + grams_a + grams_b + (need.gates ? 1 : 0)};
     in_phases(threads, counts, [this](size_t phase, int64_t index) {
       phase == 0 ? pack(index) : phase == 1 ? first(index) : second(index);
@@ -145,7 +150,15 @@ struct Backward {
 
   void pack(int64_t index) const {
     if (index < packed_bt.tiles) return pack_rows(rows_of(up, gate.rows, rows), layer.d_out, index, packed_bt);
-    const Range tiles = block(index - packed_bt.tiles, kPackedTiles, packed_a.tiles);
+    index -= packed_bt.tiles;
+    if (index < dy_left.count) return copy_strip(rows_of(dy, tokens), layer.d_out, index, dy_left);
+    index -= dy_left.count;
+    if (index < divided(packed_base.tiles, kPackedTiles)) {
+      const Range tiles = block(index, kPackedTiles, packed_base.tiles);
+      return pack_columns(rows_of(base, layer.d_out), 0, layer.d_in, tiles.begin, tiles.end, packed_base);
+    }
+    index -= divided(packed_base.tiles, kPackedTiles);
+    const Range tiles = block(index, kPackedTiles, packed_a.tiles);
     pack_columns(rows_of(down, gate.down, gate.live), 0, layer.d_in, tiles.begin, tiles.end, packed_a);
   }
 
@@ -157,7 +170,9 @@ struct Backward {
     float* values = scratch(sums + layer.rows + layer.a_rows);
     float *kept = values + sums, *summed = kept + layer.rows;
     if (unit == Unit::tiles) {
-      project_tiles(dy, layer.d_out, packed_bt, rows, ts, nullptr, values, nullptr);
+      const bool left = dy_left.count;
+      const Strips strips = left ? dy_left : block_strips(dy, layer.d_out, ts, nullptr, nullptr);
+      tile_shrink(strips, left ? ts.begin / kTile : 0, ts.end - ts.begin, packed_bt, rows, values, width);
     } else if (width > 0) {
       project(shrink, dy, layer.d_out, up, gate.rows, ts, js, nullptr, values, nullptr);
     }
@@ -205,7 +220,7 @@ struct Backward {
     if (index < expands) {
       const Range ts = block(index / across, block_tokens, tokens);
       const Range cs = block(index % across, step_in, layer.d_in);
-      if (base.data) return whole_gradient(cs);
+      if (base.data) return whole_gradient(ts, cs);
       return expand(expand_x, expand_kept, dz, down, gate.down.data(), packed_a, ts, cs, dx, keep);
     }
     index -= expands;
@@ -216,20 +231,22 @@ struct Backward {
     sum_gates();
   }
 
-  // dX of the base and of the experts in some columns, summed in float32, rounded once.
-  void whole_gradient(Range cs) const {
-    const int64_t width = cs.end - cs.begin;
-    float* sums = scratch(tokens * width * (keep ? 2 : 1));
-    tile_expand_long({{dy.data, dy.stride, tokens, true, nullptr}, layer.d_out, base.at(0, cs.begin), base.stride, true,
-                      nullptr, width, sums, width, false, false});
+  // dX of the base and of the experts, summed in float32, rounded once.
+  void whole_gradient(Range ts, Range cs) const {
+    const int64_t width = cs.end - cs.begin, count = ts.end - ts.begin, first = ts.begin / kTile;
+    const Rows rows{base.at(0, cs.begin), base.stride, layer.d_out, true, nullptr};
+    TileGradient call{dy_left, first, count, rows, packed_base, keep ? Strips{} : dz.strips, packed_a, cs.begin, width,
+                      dx.at(ts.begin, cs.begin), dx.stride, true};
+    if (!keep) return tile_gradient(call);
+    float* const sums = scratch(2 * count * width);
+    call.y = sums, call.y_stride = width, call.half_y = false;
+    tile_gradient(call);
     if (gate.live) {
-      tile_expand_long({dz.rows(0, tokens), gate.live, down.at(0, cs.begin), down.stride, down.half, gate.down.data(),
-                        width, sums + (keep ? tokens * width : 0), width, false, !keep});
+      float* const added = sums + count * width;
+      tile_expand({dz.strips, first, count, packed_a, cs.begin, width, added, width, false, false});
+      keep->add(added, ts.begin, count, cs.begin, width, sums, width, false);
     }
-    if (gate.live && keep) {
-      keep->add(sums + tokens * width, 0, tokens, cs.begin, width, sums, width, false);
-    }
-    for (int64_t t = 0; t < tokens; ++t) dx.write(t, cs.begin, width, sums + t * width);
+    for (int64_t t = 0; t < count; ++t) dx.write(ts.begin + t, cs.begin, width, sums + t * width);
   }
 
   // to [r, columns of the block] = factors [r, busy tokens] times those tokens' rows of `from`.
@@ -244,8 +261,9 @@ struct Backward {
       of = {reinterpret_cast<char*>(memory), width, of.half};
     }
     if (factors.unit == Unit::tiles) {
-      return tile_expand_long({factors.rows(0, count), factors.count, of.data, of.stride, of.half, busy.tokens.data(),
-                               width, to.at(0, columns.begin), to.stride, to.half, false});
+      const bool all = static_cast<int64_t>(busy.tokens.size()) == tokens;
+      const Rows rows{of.data, of.stride, factors.count, of.half, all ? nullptr : busy.tokens.data()};
+      return tile_gram({factors.strips, count, rows, width, to.at(0, columns.begin), to.stride, to.half});
     }
     tile({factors.at(0), count, of.data, of.stride, busy.tokens.data(), factors.count, width,
           to.at(0, columns.begin), to.stride, false});
@@ -277,7 +295,7 @@ struct Backward {
 };
 
 // Up to some tokens (crossovers_table.h) dX of the base is computed here too.
-bool is_few_gradient(const Tensor& dy, const Tensor& weight) {
+bool is_own_gradient(const Tensor& dy, const Tensor& weight) {
   const ScalarType type = dy.scalar_type();
   const bool half = type == ScalarType::BFloat16;
   return half && unit_for(half) == Unit::tiles && tokens_of(dy) && tokens_of(dy) <= most_tokens(half).gradient &&
@@ -296,10 +314,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
   STD_TORCH_CHECK(
       z.size(0) == tokens && z.size(1) <= layer.rows && z.size(1) >= (need_gates ? layer.rows : need_b ? trained : 0),
       "z must be [T, rows from the first that is read], got ", z.size(1), " columns");
-  const bool few = need_x && is_few_gradient(dy, weight) && layer.rows;
+  const bool own = need_x && is_own_gradient(dy, weight) && layer.rows;
   const Gradients to{
       !need_x ? empty(0, 0, dy.scalar_type())
-              : few ? empty_rows_of(dy, layer.d_in) : dense(base_gradient(dy, weight)),
+              : own ? empty_rows_of(dy, layer.d_in) : dense(base_gradient(dy, weight)),
       empty(need_gates ? gates.size(0) : 0, gates.size(1), ScalarType::Float),
       empty(!need_a ? 0 : layer.shared() ? layer.a_rows : trained, layer.d_in, a.scalar_type()),
       empty(need_b ? trained : 0, layer.d_out, bt.scalar_type())};
@@ -313,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_expert_lora_backward(
       "the gradient of a must be given x [T, D_in]");
   const std::optional<Keep> keep = make_keep(dropped, row_word, pair_word, layer.d_in);
   const Needs need{need_x, need_gates, need_a, need_b};
-  Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to, few ? matrix(weight, "weight") : Matrix{},
+  Backward(layer, need, keep ? &*keep : nullptr, tail, dy, x, z, to, own ? matrix(weight, "weight") : Matrix{},
            Arena::of_thread()).run();
   return {to.x, to.gates, to.a, to.b};
 }

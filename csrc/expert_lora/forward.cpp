@@ -26,45 +26,53 @@ namespace {
 
 // Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by torch's
 // linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
-constexpr int64_t kFewBytes = 1 << 20, kFewColumns = 128;
+constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128;
 
 // What a forward reads and writes. Without `base`, y holds the base linear's output already.
 struct Operands {
   Matrix x, down, up, y, base, bias, kept;
 };
 
-// One layer's tasks: for tiles what is packed, then SHRINK blocks, then blocks of y.
+// One layer's tasks: for tiles what is packed, SHRINK blocks, for tiles U packed, and blocks of y.
 class Forward {
  public:
   Forward(
       const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep, Unit unit, Arena& arena)
       : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), unit_(unit),
         gate_(gating(layer, tokens, first, true, true)), rows_(static_cast<int64_t>(gate_.rows.size())),
-        threads_(threads_for(layer, tokens, few() ? layer.d_out : rows_)),
-        blocks_(joins() ? Blocks{tokens, tokens, rows_, 2 * kTile}
-                                 : shrink_blocks(tokens, rows_, keep != nullptr, unit)),
-        u_(arena, tokens, gate_.live, unit), step_(few() ? kFewColumns : column_step(tokens, layer.d_out, threads_)),
-        across_(divided(layer.d_out, step_)),
-        block_tokens_(few() ? tokens : token_step(tokens, across_, threads_, unit)) {
+        threads_(threads_for(layer, tokens, own() ? layer.d_out : rows_)),
+        blocks_(shrink_blocks(tokens, rows_, keep || (tiles() && !own()), unit)), u_(arena, tokens, gate_.live, unit),
+        step_(own() ? kOwnColumns : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
+        block_tokens_(
+            !own() ? token_step(tokens, across_, threads_, unit)
+                   : tiles() ? tile_tokens(tokens, layer.d_in) : tokens) {
     if (!tiles()) return;
-    if (few()) x_ = panels(arena, tokens, layer.d_in);
-    if (!joins()) down_ = panels(arena, rows_, layer.d_in);
-    if (!few()) up_ = panels(arena, layer.d_out, gate_.live);
+    if (own()) x_ = panels(arena, tokens, layer.d_in);
+    if (!own() || keep) down_ = panels(arena, rows_, layer.d_in);
+    if (!own()) up_ = panels(arena, layer.d_out, gate_.live);
+    if (own() && gate_.live) {
+      up_left_ = strips(arena, layer.d_out, gate_.live);
+      u_right_ = panels(arena, tokens, gate_.live);
+    }
   }
 
   int64_t threads() const { return threads_; }
-  int64_t packs() const { return x_.tiles + down_.tiles + divided(up_.tiles, kPackedTiles); }
+  int64_t packs() const {
+    return x_.tiles + down_.tiles + divided(up_.tiles, kPackedTiles) + divided(up_left_.count, kPackedTiles);
+  }
   int64_t projects() const { return rows_ ? blocks_.count() : 0; }
-  int64_t expands() const { return few() || gate_.live ? divided(tokens_, block_tokens_) * across_ : 0; }
+  int64_t packs_u() const { return u_right_.tiles; }
+  int64_t expands() const { return own() || gate_.live ? divided(tokens_, block_tokens_) * across_ : 0; }
 
   void pack(int64_t index) {
-    if (index < x_.tiles) {
-      return pack_rows({to_.x.data, to_.x.stride, tokens_, true, nullptr}, layer_.d_in, index, x_);
-    }
+    if (index < x_.tiles) return pack_rows(rows_of(to_.x, tokens_), layer_.d_in, index, x_);
     index -= x_.tiles;
     if (index < down_.tiles) return pack_rows(rows_of(to_.down, gate_.down, rows_), layer_.d_in, index, down_);
-    const Range tiles = block(index - down_.tiles, kPackedTiles, up_.tiles);
-    pack_columns(rows_of(to_.up, gate_.rows, gate_.live), 0, layer_.d_out, tiles.begin, tiles.end, up_);
+    index -= down_.tiles;
+    const Rows up = rows_of(to_.up, gate_.rows, gate_.live);
+    const Range tiles = block(index, kPackedTiles, tiles_of(layer_.d_out));
+    if (up_.tiles) return pack_columns(up, 0, layer_.d_out, tiles.begin, tiles.end, up_);
+    for (int64_t strip = tiles.begin; strip < tiles.end; ++strip) copy_columns(up, 0, layer_.d_out, strip, up_left_);
   }
 
   void project_block(int64_t index) {
@@ -72,14 +80,10 @@ class Forward {
     const Range js = block(index % blocks_.row_blocks(), blocks_.row_step, rows_);
     const int64_t width = js.end - js.begin, sums = (ts.end - ts.begin) * width;
     float* values = scratch(sums + (keep_ ? (ts.end - ts.begin) * layer_.d_in : 0));
-    if (!tiles()) {
-      project(shrink(to_.down), to_.x, layer_.d_in, to_.down, gate_.down, ts, js, keep_, values, values + sums);
-    } else if (joins()) {
-      Rows down = rows_of(to_.down, gate_.down, width);
-      down.listed += js.begin;
-      tile_shrink_few(x_, tokens_, down, layer_.d_in, values, width);
+    if (tiles()) {
+      project_by_tiles(ts, js, values, values + sums);
     } else {
-      project_tiles(to_.x, layer_.d_in, down_, rows_, ts, keep_, values, values + sums);
+      project(shrink(to_.down), to_.x, layer_.d_in, to_.down, gate_.down, ts, js, keep_, values, values + sums);
     }
     for (int64_t t = ts.begin; t < ts.end; ++t) {
       const float* row = values + (t - ts.begin) * width;
@@ -93,61 +97,68 @@ class Forward {
     }
   }
 
+  void pack_u(int64_t index) { transpose_strip(u_.strips, index, u_right_); }
+
   void expand_block(int64_t index) {
     const Range ts = block(index / across_, block_tokens_, tokens_);
     const Range columns = block(index % across_, step_, layer_.d_out);
-    if (few()) return whole_block(columns);
+    if (own()) return tiles() ? layer_by_tiles(ts, columns) : whole_block(columns);
     expand(expand_tile(to_.y.half), nullptr, u_, to_.up, gate_.rows.data(), up_, ts, columns, to_.y, nullptr);
   }
 
  private:
-  bool few() const { return to_.base.data; }
+  bool own() const { return to_.base.data; }
   bool tiles() const { return unit_ == Unit::tiles; }
-  bool joins() const { return tiles() && few() && !keep_; }  // SHRINK reads the base's packed x
   bool pairs() const { return unit_ == Unit::pairs; }
   ShrinkTile shrink(const Matrix& w) const { return pairs() ? pairs_shrink(w.half) : wide_shrink(to_.x.half, w.half); }
   ExpandTile expand_tile(bool half_y) const {
     return pairs() ? pairs_expand(to_.up.half, half_y) : wide_expand(to_.up.half, half_y);
   }
 
+  void project_by_tiles(Range ts, Range js, float* values, float* memory) const {
+    const int64_t count = ts.end - ts.begin, width = js.end - js.begin;
+    if (!keep_ && own()) {
+      Rows down = rows_of(to_.down, gate_.down, width);
+      if (gate_.plain && to_.down.half && !layer_.shared()) {
+        down = {to_.down.at(gate_.down[js.begin], 0), to_.down.stride, width, true, nullptr};
+      } else {
+        down.listed += js.begin;
+      }
+      return tile_shrink_few(x_, ts.begin / kDepth, count, down, layer_.d_in, values, width);
+    }
+    const Strips x = block_strips(to_.x, layer_.d_in, ts, keep_, memory);
+    tile_shrink(x, 0, count, down_, rows_, values, width);
+  }
+
+  void layer_by_tiles(Range ts, Range columns) const {
+    const Rows base{to_.base.at(columns.begin, 0), to_.base.stride, columns.end - columns.begin, true, nullptr};
+    const Half* bias = to_.bias.data ? reinterpret_cast<const Half*>(to_.bias.at(0, columns.begin)) : nullptr;
+    tile_layer({x_, ts.begin / kDepth, ts.end - ts.begin, base, layer_.d_in, u_right_, up_left_, columns.begin / kTile,
+                bias, reinterpret_cast<Half*>(to_.y.at(ts.begin, columns.begin)), to_.y.stride});
+  }
+
   // The base linear, the experts and the bias summed in float32, rounded once.
   void whole_block(Range columns) {
+    static const std::vector<int32_t> counted = [] {
+      std::vector<int32_t> rows(kOwnColumns);
+      std::iota(rows.begin(), rows.end(), 0);
+      return rows;
+    }();
     const int64_t width = columns.end - columns.begin;
     float* sums = scratch(tokens_ * width);
-    tiles() ? sum_tiles(columns, sums) : sum_base_and_experts(columns, sums);
-    float added[kFewColumns] = {};
+    shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
+                      counted.data(), width, to_.x.stride, sums, width});
+    if (gate_.live) {
+      expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
+                          width, sums, width, true});
+    }
+    float added[kOwnColumns] = {};
     if (to_.bias.data) Matrix{to_.bias.at(0, columns.begin), width, to_.bias.half}.copy(0, width, added);
     for (int64_t t = 0; t < tokens_; ++t) {
       float* row = sums + t * width;
       for (int64_t c = 0; c < width; ++c) row[c] += added[c];
       to_.y.write(t, columns.begin, width, row);
     }
-  }
-
-  void sum_base_and_experts(Range columns, float* sums) const {
-    static const std::vector<int32_t> counted = [] {
-      std::vector<int32_t> rows(kFewColumns);
-      std::iota(rows.begin(), rows.end(), 0);
-      return rows;
-    }();
-    const int64_t width = columns.end - columns.begin;
-    shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
-                      counted.data(), width, to_.x.stride, sums, width});
-    if (!gate_.live) return;
-    expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
-                        width, sums, width, true});
-  }
-
-  void sum_tiles(Range columns, float* sums) const {
-    const int64_t width = columns.end - columns.begin;
-    const Rows base{to_.base.at(columns.begin, 0), to_.base.stride, width, true, nullptr};
-    tile_shrink_few(x_, tokens_, base, layer_.d_in, sums, width);
-    if (!gate_.live) return;
-    const Rows up = rows_of(to_.up, gate_.rows, gate_.live);
-    Panels packed{nullptr, tiles_of(width), steps_of(gate_.live)};
-    packed.data = panel_memory(packed.bytes());
-    pack_columns(up, columns.begin, width, 0, packed.tiles, packed);
-    tile_expand({u_.rows(0, tokens_), packed, 0, width, sums, width, false, true});
   }
 
   const Layer& layer_;
@@ -160,17 +171,21 @@ class Forward {
   const Blocks blocks_;
   Factors u_;
   const int64_t step_, across_, block_tokens_;
-  Panels x_{}, down_{}, up_{};  // for tiles: x where the base is here, A, and Bt
+  // For tiles. The base product here: x and U on the right, B on the left. Else A and Bt on the right.
+  Panels x_{}, u_right_{}, down_{}, up_{};
+  Strips up_left_{};
 };
 
-// All layers in one parallel region: what is packed, every SHRINK, then every block of y.
+// All layers in one parallel region, phase by phase.
 void run(std::vector<Forward>& layers) {
   using Count = int64_t (Forward::*)() const;
   using Work = void (Forward::*)(int64_t);
-  constexpr std::array<Count, 3> kCounts{&Forward::packs, &Forward::projects, &Forward::expands};
-  constexpr std::array<Work, 3> kWork{&Forward::pack, &Forward::project_block, &Forward::expand_block};
+  constexpr std::array<Count, 4> kCounts{
+      &Forward::packs, &Forward::projects, &Forward::packs_u, &Forward::expands};
+  constexpr std::array<Work, 4> kWork{
+      &Forward::pack, &Forward::project_block, &Forward::pack_u, &Forward::expand_block};
   int64_t threads = 1;
-  std::array<int64_t, 3> counts{};
+  std::array<int64_t, 4> counts{};
   for (const Forward& each : layers) {
     threads = std::max(threads, each.threads());
     for (size_t phase = 0; phase < counts.size(); ++phase) counts[phase] += (each.*kCounts[phase])();
@@ -182,11 +197,12 @@ void run(std::vector<Forward>& layers) {
   });
 }
 
-bool is_few(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+bool is_own(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = x.scalar_type();
   const int64_t tokens = tokens_of(x), most = most_tokens(type == ScalarType::BFloat16).base;
-  return tokens && tokens <= most && x.numel() * static_cast<int64_t>(x.element_size()) <= kFewBytes &&
-      weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
+  const bool blocked = unit_for(type == ScalarType::BFloat16) == Unit::tiles;
+  const bool fits = blocked || x.numel() * static_cast<int64_t>(x.element_size()) <= kOwnBytes;
+  return tokens && tokens <= most && fits && weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
 }
 
 struct Base {
@@ -209,13 +225,13 @@ std::vector<Tensor> forward(
     const Layer& layer = layers[i];
     const auto& [weight, bias] = bases[i];
     layer.check_base(x, layer.d_in, weight, bias);
-    const bool few = is_few(x, weight, bias);
-    made.push_back(few ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias)));
-    if (!tokens || !(few || layer.rows)) continue;
+    const bool own = is_own(x, weight, bias);
+    made.push_back(own ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias)));
+    if (!tokens || !(own || layer.rows)) continue;
     const Matrix to = matrix(made.back(), "y");
     const Operands operands{
-        from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to, few ? matrix(weight, "weight") : none,
-        few && bias ? matrix(*bias, "bias") : none, z ? matrix(*z, "z") : none};
+        from, matrix(layer.a, "a"), matrix(layer.bt, "bt"), to, own ? matrix(weight, "weight") : none,
+        own && bias ? matrix(*bias, "bias") : none, z ? matrix(*z, "z") : none};
     passes.emplace_back(layer, operands, tokens, std::min(first, layer.rows), keep, unit, arena);
   }
   if (!passes.empty()) run(passes);

@@ -124,27 +124,31 @@ inline Matrix matrix(const Tensor& tensor, const char* name) {
   return {static_cast<char*>(tensor.data_ptr()), stride, is_half(tensor, name)};
 }
 
-// Factors of an EXPAND: in its panels, or for tiles a row per token, whole tiles of them.
+// Factors of an EXPAND: in its panels, or for tiles in strips.
 struct Factors {
   int64_t count;
   Unit unit;
-  int64_t stride;  // of a token's row for tiles
+  Strips strips;
   char* memory;
 
   Factors(Arena& arena, int64_t tokens, int64_t count, Unit unit)
-      : count(count), unit(unit), stride(steps_of(count) * kDepth) {
-    const int64_t panels = panel_index(divided(tokens, kPanel) * kPanel, 0, count, unit == Unit::pairs);
-    const int64_t elements = unit == Unit::tiles ? tiles_of(tokens) * kTile * stride : panels;
-    const int64_t bytes = elements * (unit == Unit::lanes ? 4 : 2);
-    memory = arena.take(bytes);
+      : count(count), unit(unit), strips{nullptr, tiles_of(tokens), steps_of(count)} {
+    const bool pairs = unit == Unit::pairs;
+    const int64_t panels = panel_index(divided(tokens, kPanel) * kPanel, 0, count, pairs) * (pairs ? 2 : 4);
+    const int64_t bytes = unit == Unit::tiles ? strips.bytes() : panels;
+    memory = strips.data = arena.take(bytes);
     std::memset(memory, 0, bytes);
   }
 
   // A token's factors [begin, end): values times gates, exactly 0 where the gate is.
   void set(int64_t token, int64_t begin, int64_t end, const float* values, const float* gates) {
-    if (begin >= end) return;
-    if (unit == Unit::tiles) return gate_halves(values, gates, end - begin, row(token) + begin);
     const bool pairs = unit == Unit::pairs;
+    for (int64_t k = begin; unit == Unit::tiles && k < end;) {
+      const int64_t next = std::min(end, (k / kDepth + 1) * kDepth);
+      gate_halves(values + k - begin, gates + k - begin, next - k, in_strip(token, k));
+      k = next;
+    }
+    if (unit == Unit::tiles) return;
     float* wide = reinterpret_cast<float*>(memory) + (pairs ? 0 : panel_index(token, 0, count, false));
     Half* half = reinterpret_cast<Half*>(memory) + (pairs ? panel_index(token, 0, count, true) : 0);
     for (int64_t k = begin; k < end; ++k) {
@@ -158,21 +162,21 @@ struct Factors {
   }
 
   void set(int64_t token, int64_t k, float value) {
-    if (unit == Unit::tiles) return narrow(value, row(token) + k);
+    if (unit == Unit::tiles) return narrow(value, in_strip(token, k));
     const float one = 1;
     set(token, k, k + 1, &value, &one);
   }
 
   const void* at(int64_t token) const {
-    if (unit == Unit::tiles) return row(token);
     const int64_t index = panel_index(token, 0, count, unit == Unit::pairs);
     return memory + index * (unit == Unit::pairs ? 2 : 4);
   }
 
-  Rows rows(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin, true, nullptr}; }
-
  private:
-  Half* row(int64_t token) const { return reinterpret_cast<Half*>(memory) + token * stride; }
+  Half* in_strip(int64_t token, int64_t k) const {
+    char* tile = strips.at(token / kTile) + k / kDepth * kTileBytes;
+    return reinterpret_cast<Half*>(tile) + token % kTile * kDepth + k % kDepth;
+  }
 };
 
 inline const Tensor& checked(const Tensor& tensor, int64_t dimensions, const char* name) {
@@ -273,7 +277,11 @@ struct Blocks {
 };
 
 inline Blocks shrink_blocks(int64_t tokens, int64_t rows, bool whole, Unit unit) {
-  if (unit == Unit::tiles) return {tokens, tokens <= kShrinkTokens ? 2 * kTile : kShrinkTokens, rows, std::max<int64_t>(rows, 1)};
+  if (unit == Unit::tiles) {
+    const bool few = tokens <= kShrinkTokens;
+    return {tokens, few && whole ? 2 * kTile : kShrinkTokens, rows,
+            few && !whole ? 2 * kTile : std::max<int64_t>(rows, 1)};
+  }
   const int64_t step = tokens <= kShrinkTokens ? tokens : kShrinkTokens / 2;
   return {tokens, step, rows, whole || tokens > 8 * step ? std::max<int64_t>(rows, 1) : kRows};
 }
@@ -306,21 +314,24 @@ inline void project(
         depth, z, count});
 }
 
-// The same for tiles, on all listed rows, which are packed.
-inline void project_tiles(
-    const Matrix& x, int64_t depth, const Panels& w, int64_t count, Range tokens, const Keep* keep, float* z,
-    float* memory) {
+// Strips of a block of x in the thread's memory, dropped where `keep` says so.
+inline Strips block_strips(const Matrix& x, int64_t depth, Range tokens, const Keep* keep, float* memory) {
   Rows rows{x.at(tokens.begin, 0), x.stride, tokens.end - tokens.begin, true, nullptr};
+  Strips made{nullptr, tiles_of(rows.count), steps_of(depth)};
+  made.data = strip_memory(made.bytes());
   if (keep) {
     keep->copy(rows.data, rows.stride, true, tokens.begin, rows.count, 0, depth, memory);
     rows = {memory, depth, rows.count, true, nullptr};
   }
-  tile_shrink(rows, depth, w, count, z, count);
+  for (int64_t strip = 0; strip < made.count; ++strip) copy_strip(rows, depth, strip, made);
+  return made;
 }
 
 inline Rows rows_of(const Matrix& w, const std::vector<int32_t>& listed, int64_t count) {
   return {w.data, w.stride, count, w.half, listed.data()};
 }
+
+inline Rows rows_of(const Matrix& x, int64_t count) { return {x.data, x.stride, count, x.half, nullptr}; }
 
 inline Panels panels(Arena& arena, int64_t columns, int64_t depth) {
   Panels made{nullptr, tiles_of(columns), steps_of(depth)};
@@ -328,8 +339,22 @@ inline Panels panels(Arena& arena, int64_t columns, int64_t depth) {
   return made;
 }
 
+inline Strips strips(Arena& arena, int64_t rows, int64_t depth) {
+  Strips made{nullptr, tiles_of(rows), steps_of(depth)};
+  made.data = arena.take(made.bytes());
+  return made;
+}
+
 // Column tiles that are packed in one task.
 constexpr int64_t kPackedTiles = 8;
+
+// Tokens that are multiplied in one task by a weight of that depth: x of them stays in the second-level cache beside a few
+// rows of the weight.
+inline int64_t tile_tokens(int64_t tokens, int64_t depth) {
+  constexpr int64_t kBytes = 5 << 18;
+  const int64_t most = std::clamp<int64_t>(kBytes / (2 * std::max<int64_t>(depth, 1)) / kDepth, 1, 16) * kDepth;
+  return std::min(tokens, divided(divided(tokens, divided(tokens, most)), kDepth) * kDepth);
+}
 
 // Token blocks of an EXPAND: long ones read w less often, but all threads must find some.
 inline int64_t token_step(int64_t tokens, int64_t across, int64_t threads, Unit unit) {
@@ -354,7 +379,7 @@ inline void expand(
   void* const to = y.at(tokens.begin, columns.begin);
   float* const sums = keep ? scratch(count * width) : nullptr;
   if (u.unit == Unit::tiles) {
-    TileExpand call{u.rows(tokens.begin, tokens.end), packed, columns.begin, width, to, y.stride, y.half, true};
+    TileExpand call{u.strips, tokens.begin / kTile, count, packed, columns.begin, width, to, y.stride, y.half, true};
     if (keep) call.y = sums, call.y_stride = width, call.half_y = false, call.add = false;
     tile_expand(call);
   } else {

@@ -23,7 +23,7 @@ char* aligned(float* memory) {
 
 }  // namespace
 
-char* panel_memory(int64_t bytes) { return aligned(kept<Use::sums>(bytes / 4 + 16)); }
+char* strip_memory(int64_t bytes) { return aligned(kept<Use::sums>(bytes / 4 + 16)); }
 
 }  // namespace cram
 
@@ -130,6 +130,8 @@ CRAM_TILE_INLINE void interleave(const Line& even, const Line& odd, char* low, c
   write_line(high, __builtin_convertvector(values[1], Line) | (__builtin_convertvector(values[3], Line) << 16));
 }
 
+constexpr int64_t kRowsAhead = 32;
+
 // The depth [step * 32, ...) of one pair of tiles.
 template <class Value>
 CRAM_TILES void pack_pair(
@@ -152,69 +154,79 @@ CRAM_TILES void pack_pair(
   }
 }
 
+// Two rows of several pairs at a time, and the lines of the rows that come next asked for.
 template <class Value>
 CRAM_TILES void pack_columns_of(
     const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Panels& to) {
-  for (int64_t pair = begin / 2; pair < (end + 1) / 2; ++pair) {
-    for (int64_t step = 0; step < to.steps; ++step) {
+  const int64_t from_pair = begin / 2, to_pair = (end + 1) / 2;
+  char unused[64];
+  for (int64_t k = 0; k < to.steps * kDepth; k += 2) {
+    const Value* row[2];
+    const char* next[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      row[i] = k + i < w.count ? row_of<Value>(w, k + i) + column : nullptr;
+      next[i] = reinterpret_cast<const char*>(row_of<Value>(w, std::min(k + i + kRowsAhead, w.count - 1)) + column);
+    }
+    for (int64_t pair = from_pair; pair < to_pair; ++pair) {
+      const int64_t at = pair * kDepth, left = columns - at;
       const bool both = to.width(pair) == 2;
-      pack_pair<Value>(
-          w, column + pair * kDepth, columns - pair * kDepth, step, both,
-          to.pair(pair) + step * (both ? 2 : 1) * kTileBytes, false);
+      char* tile = to.pair(pair) + k / kDepth * (both ? 2 : 1) * kTileBytes + k % kDepth * 32;
+      const Line even = row[0] ? read_values(row[0] + at, left) : Line{};
+      const Line odd = row[1] ? read_values(row[1] + at, left) : Line{};
+      for (int64_t i = 0; i < 2; ++i) __builtin_prefetch(next[i] + at * sizeof(Value));
+      interleave(even, odd, tile, both ? tile + kTileBytes : unused);
     }
   }
 }
 
-// Sixteen rows of a left operand, and their last columns where those do not fill a step.
-struct Strip {
-  const char* data;
-  int64_t row_bytes, step_bytes, whole;
-  const char* tail;
-};
-
-// Rows in memory as they are, or copied where they do not lie so; the memory has room for all steps.
+// Four rows at a time, so that a prefetcher finds streams and stores fill a quarter of a tile.
 template <class Value>
-CRAM_TILES Strip strip_of(const Rows& x, int64_t first, int64_t depth, char* memory) {
-  const int64_t steps = steps_of(depth), whole = depth / kDepth, count = std::min(kTile, x.count - first);
-  bool copied = sizeof(Value) != sizeof(Half) || count < kTile;
-  for (int64_t r = 1; !copied && x.listed && r < count; ++r) copied = x.listed[first + r] != x.listed[first] + r;
-  const char* at = reinterpret_cast<const char*>(row_of<Value>(x, first));
-  const Strip strip{
-      copied ? memory : at, copied ? 64 : x.stride * static_cast<int64_t>(sizeof(Half)), copied ? kTileBytes : 64, whole,
-      steps > whole ? memory + whole * kTileBytes : nullptr};
-  for (int64_t step = copied ? 0 : whole; step < steps; ++step) {
-    char* tile = memory + step * kTileBytes;
-    for (int64_t r = 0; r < kTile; ++r) {
-      const Value* row = r < count ? row_of<Value>(x, first + r) : nullptr;
-      write_line(tile + 64 * r, row ? read_values(row + step * kDepth, depth - step * kDepth) : Line{});
+CRAM_TILES void copy_rows_of(const Rows& x, int64_t depth, int64_t index, char* to) {
+  constexpr int64_t kAtOnce = 4;
+  const int64_t first = index * kTile, count = std::min(kTile, x.count - first), whole = depth / kDepth;
+  for (int64_t r = 0; r < kTile; r += kAtOnce) {
+    const Value* row[kAtOnce];
+    for (int64_t i = 0; i < kAtOnce; ++i) row[i] = r + i < count ? row_of<Value>(x, first + r + i) : nullptr;
+    const bool all = r + kAtOnce <= count;
+    for (int64_t step = 0; step < steps_of(depth); ++step) {
+      char* line = to + step * kTileBytes + 64 * r;
+      for (int64_t i = 0; i < kAtOnce; ++i) {
+        const Value* from = row[i] + step * kDepth;
+        if (all && step < whole) {
+          write_line(line + 64 * i, read_values(from, kDepth));
+        } else {
+          write_line(line + 64 * i, row[i] ? read_values(from, depth - step * kDepth) : Line{});
+        }
+      }
     }
   }
-  return strip;
 }
 
-Strip make_strip(const Rows& x, int64_t first, int64_t depth, char* memory) {
-  return x.half ? strip_of<Half>(x, first, depth, memory) : strip_of<float>(x, first, depth, memory);
+template <class Value>
+CRAM_TILES void copy_columns_of(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to) {
+  const int64_t at = index * kTile, left = std::min(kTile, columns - at);
+  for (int64_t step = 0; step < to.steps; ++step) {
+    alignas(64) char tile[kTileBytes];
+    pack_pair<Value>(w, column + at, left, step, false, tile, false);
+    Line line[kTile];
+    for (int64_t r = 0; r < kTile; ++r) line[r] = read_line(tile + 64 * r);
+    transpose(line);
+    for (int64_t r = 0; r < kTile; ++r) write_line(to.at(index) + step * kTileBytes + 64 * r, line[r]);
+  }
 }
 
-// One step of depth. Registers: sums from 0, left operands 4 and 5, right operands 6 and 7.
+// One step of depth. Registers: sums from 0, left operands 4 and 5, right operands 6 and 7. All are loaded before the
+// first is multiplied: a load behind a multiplication waits for it, at a quarter of the speed.
 template <int M, int N>
 CRAM_TILE_INLINE void multiply_step(const char* const* left, const int64_t* row_bytes, const char* right) {
   TileUnit::load<6>(right, 64);
   if constexpr (N == 2) TileUnit::load<7>(right + kTileBytes, 64);
   TileUnit::load<4>(left[0], row_bytes[0]);
+  if constexpr (M == 2) TileUnit::load<5>(left[1], row_bytes[1]);
   TileUnit::multiply<0, 4, 6>();
   if constexpr (N == 2) TileUnit::multiply<1, 4, 7>();
-  if constexpr (M >= 2) {
-    TileUnit::load<5>(left[1], row_bytes[1]);
-    TileUnit::multiply<N, 5, 6>();
-    if constexpr (N == 2) TileUnit::multiply<3, 5, 7>();
-  }
-  if constexpr (M == 4) {
-    TileUnit::load<4>(left[2], row_bytes[2]);
-    TileUnit::multiply<2, 4, 6>();
-    TileUnit::load<5>(left[3], row_bytes[3]);
-    TileUnit::multiply<3, 5, 6>();
-  }
+  if constexpr (M == 2) TileUnit::multiply<N, 5, 6>();
+  if constexpr (M == 2 && N == 2) TileUnit::multiply<3, 5, 7>();
 }
 
 template <int Count>
@@ -234,57 +246,67 @@ CRAM_TILE_INLINE void store_sums(float* to) {
     TileUnit::store<N>(to + kTile * kTile * N, 64 * N);
     if constexpr (N == 2) TileUnit::store<3>(to + kTile * kTile * N + kTile, 64 * N);
   }
-  if constexpr (M == 4) {
-    TileUnit::store<2>(to + 2 * kTile * kTile, 64);
-    TileUnit::store<3>(to + 3 * kTile * kTile, 64);
-  }
 }
 
-// Lines that a strip's rows will be read from so many steps later; behind their end those of the strips after it.
-constexpr int64_t kAhead = 8;
+// A stretch of depth: strips of the left operand, `apart` bytes from one another, and a pair of panels.
+struct Stretch {
+  const char* left;
+  int64_t apart, row_bytes, step_bytes;
+  const char* right;
+  int64_t steps;
+};
 
-template <int M, int N, bool Ahead>
-CRAM_TILES void product(const Strip* strip, const char* right, float* sums) {
-  const char* left[M];
-  int64_t row_bytes[M];
-  for (int m = 0; m < M; ++m) {
-    left[m] = strip[m].data;
-    row_bytes[m] = strip[m].row_bytes;
-  }
+inline Stretch stretch(const Strips& left, int64_t strip, const char* right) {
+  return {left.at(strip), left.steps * kTileBytes, 64, kTileBytes, right, left.steps};
+}
+
+// Rows whose lines are asked for meanwhile, one line of each per step.
+struct Ahead {
+  const char* data;
+  int64_t row_bytes, rows;
+};
+
+// Sums [16 M, 16 N] over some stretches.
+template <int M, int N>
+CRAM_TILES void product(const Stretch* stretches, int64_t count, const Ahead& ahead, float* sums) {
   zero_sums<M * N>();
-  const int64_t whole = strip[0].whole;
-  for (int64_t step = 0; step < whole; ++step) {
-    if constexpr (Ahead) {
-      const bool wraps = step + kAhead >= whole;
-      for (int m = 0; m < M; ++m) {
-        const char* at = left[m] + (wraps ? kTile * M * row_bytes[m] + (kAhead - whole) * 64 : kAhead * 64);
-        for (int64_t r = 0; r < kTile; ++r) __builtin_prefetch(at + r * row_bytes[m]);
+  for (int64_t s = 0; s < count; ++s) {
+    const Stretch& each = stretches[s];
+    const char *left[2] = {each.left, each.left + each.apart}, *right = each.right;
+    const int64_t row_bytes[2] = {each.row_bytes, each.row_bytes};
+    for (int64_t step = 0; step < each.steps; ++step) {
+      if (s == 0) {
+        for (int64_t r = 0; r < ahead.rows; ++r) __builtin_prefetch(ahead.data + r * ahead.row_bytes + 64 * step, 0, 2);
       }
+      multiply_step<M, N>(left, row_bytes, right);
+      left[0] += each.step_bytes;
+      left[1] += each.step_bytes;
+      right += N * kTileBytes;
     }
-    multiply_step<M, N>(left, row_bytes, right);
-    right += N * kTileBytes;
-    for (int m = 0; m < M; ++m) left[m] += strip[m].step_bytes;
-  }
-  if (strip[0].tail) {
-    for (int m = 0; m < M; ++m) {
-      left[m] = strip[m].tail;
-      row_bytes[m] = 64;
-    }
-    multiply_step<M, N>(left, row_bytes, right);
   }
   store_sums<M, N>(sums);
 }
 
-// Sums [16 M, 16 N] of M strips and one pair of panels.
-template <bool Ahead>
-void product_of(int64_t m, int64_t n, const Strip* strip, const char* right, float* sums) {
-  if (m == 4) return product<4, 1, Ahead>(strip, right, sums);
-  if (m == 2) return n == 2 ? product<2, 2, Ahead>(strip, right, sums) : product<2, 1, Ahead>(strip, right, sums);
-  return n == 2 ? product<1, 2, Ahead>(strip, right, sums) : product<1, 1, Ahead>(strip, right, sums);
+void product_of(int64_t m, int64_t n, const Stretch* stretches, int64_t count, const Ahead& ahead, float* sums) {
+  if (m == 2) return (n == 2 ? product<2, 2> : product<2, 1>)(stretches, count, ahead, sums);
+  (n == 2 ? product<1, 2> : product<1, 1>)(stretches, count, ahead, sums);
 }
 
-// Memory of a thread for the strips of up to four tiles of rows.
-char* strip_memory(int64_t depth) { return aligned(kept<Use::rows>(4 * steps_of(depth) * kTileBytes / 4 + 16)); }
+// Two strips of a left operand in memory of this thread.
+Strips two_strips(int64_t depth) {
+  Strips made{nullptr, 2, steps_of(depth)};
+  made.data = aligned(kept<Use::rows>(made.bytes() / 4 + 16));
+  return made;
+}
+
+// Share of the rows behind two strips that is asked for during one of `pairs` products.
+Ahead ahead_of(const Rows& w, int64_t next, int64_t pair, int64_t pairs) {
+  const int64_t share = (2 * kTile + pairs - 1) / pairs, begin = next + pair * share;
+  const int64_t rows = std::clamp<int64_t>(std::min(w.count, next + 2 * kTile) - begin, 0, share);
+  if (!w.half || w.listed || !rows) return {nullptr, 0, 0};
+  const int64_t row_bytes = w.stride * static_cast<int64_t>(sizeof(Half));
+  return {static_cast<const char*>(w.data) + begin * row_bytes, row_bytes, rows};
+}
 
 struct alignas(64) Sums {
   float value[4 * kTile * kTile];
@@ -357,6 +379,36 @@ CRAM_TILES void write_transposed(
   }
 }
 
+void copy_rows(const Rows& x, int64_t depth, int64_t index, char* to) {
+  (x.half ? copy_rows_of<Half> : copy_rows_of<float>)(x, depth, index, to);
+}
+
+// y [tokens, columns], bfloat16, = the transpose of sums [16 m, 16 n], plus a bias.
+CRAM_TILES void write_rounded(
+    const float* sums, int64_t m, int64_t n, int64_t tokens, int64_t columns, const Half* bias, Half* y,
+    int64_t y_stride) {
+  Vector<16> added[2] = {};
+  for (int64_t c = 0; bias && c < std::min(columns, m * kTile); ++c) added[c / kTile][c % kTile] = widen(bias[c]);
+  for (int64_t j = 0; j < n; ++j) {
+    Line line[2 * kTile];
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t r = 0; r < kTile; ++r) {
+        line[i * kTile + r] = i < m ? read_line(sums + ((i * kTile + r) * n + j) * kTile) : Line{};
+      }
+      if (i < m) transpose(line + i * kTile);
+    }
+    for (int64_t t = 0; t < std::min(kTile, tokens - j * kTile); ++t) {
+      const Line row = rounded((Vector<16>)line[t] + added[0], (Vector<16>)line[kTile + t] + added[1]);
+      Half* to = y + (j * kTile + t) * y_stride;
+      if (columns >= kDepth) {
+        write_line(to, row);
+      } else {
+        std::memcpy(to, &row, std::min(columns, m * kTile) * sizeof(Half));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void pack_rows(const Rows& w, int64_t depth, int64_t index, const Panels& to) {
@@ -371,45 +423,95 @@ void pack_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin,
   }
 }
 
-void tile_shrink(const Rows& x, int64_t depth, const Panels& w, int64_t count, float* z, int64_t z_stride) {
+void copy_strip(const Rows& x, int64_t depth, int64_t index, const Strips& to) {
+  copy_rows(x, depth, index, to.at(index));
+}
+
+void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to) {
+  (w.half ? copy_columns_of<Half> : copy_columns_of<float>)(w, column, columns, index, to);
+}
+
+void tile_shrink(
+    const Strips& x, int64_t first, int64_t tokens, const Panels& w, int64_t count, float* z, int64_t z_stride) {
   const Configured configured;
-  const int64_t room = steps_of(depth) * kTileBytes;
-  char* const memory = strip_memory(depth);
   Sums sums;
-  for (int64_t t = 0; t < x.count; t += 2 * kTile) {
-    const int64_t m = x.count - t > kTile ? 2 : 1;
-    Strip strip[2];
-    for (int64_t i = 0; i < m; ++i) strip[i] = make_strip(x, t + i * kTile, depth, memory + i * room);
+  for (int64_t t = 0; t < tokens; t += 2 * kTile) {
+    const int64_t m = tokens - t > kTile ? 2 : 1;
     for (int64_t pair = 0; 2 * pair < w.tiles; ++pair) {
       const int64_t n = w.width(pair), width = std::min(n * kTile, count - pair * kDepth);
-      product_of<false>(m, n, strip, w.pair(pair), sums.value);
-      for (int64_t i = 0; i < std::min(m * kTile, x.count - t); ++i) {
+      const Stretch depth = stretch(x, first + t / kTile, w.pair(pair));
+      product_of(m, n, &depth, 1, {}, sums.value);
+      for (int64_t i = 0; i < std::min(m * kTile, tokens - t); ++i) {
         std::memcpy(z + (t + i) * z_stride + pair * kDepth, sums.value + i * n * kTile, width * sizeof(float));
       }
     }
   }
 }
 
-void tile_shrink_few(const Panels& x, int64_t tokens, const Rows& w, int64_t depth, float* z, int64_t z_stride) {
+void tile_shrink_few(
+    const Panels& x, int64_t first, int64_t tokens, const Rows& w, int64_t depth, float* z, int64_t z_stride) {
   const Configured configured;
-  const int64_t room = steps_of(depth) * kTileBytes;
-  char* const memory = strip_memory(depth);
+  const Strips strips = two_strips(depth);
+  const int64_t pairs = (tokens + kDepth - 1) / kDepth;
   Sums sums;
-  for (int64_t j = 0; j < w.count;) {
-    const int64_t left = tiles_of(w.count - j), m = x.tiles == 1 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    Strip strip[4];
-    for (int64_t i = 0; i < m; ++i) strip[i] = make_strip(w, j + i * kTile, depth, memory + i * room);
-    for (int64_t pair = 0; 2 * pair < x.tiles; ++pair) {
-      const int64_t n = x.width(pair);
-      if (pair == 0) {
-        product_of<true>(m, n, strip, x.pair(pair), sums.value);
-      } else {
-        product_of<false>(m, n, strip, x.pair(pair), sums.value);
-      }
+  for (int64_t j = 0; j < w.count; j += 2 * kTile) {
+    const int64_t m = w.count - j > kTile ? 2 : 1;
+    for (int64_t i = 0; i < m; ++i) copy_rows(w, depth, j / kTile + i, strips.at(i));
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t n = x.width(first + pair);
+      const Stretch whole = stretch(strips, 0, x.pair(first + pair));
+      product_of(m, n, &whole, 1, ahead_of(w, j + 2 * kTile, pair, pairs), sums.value);
       write_transposed(
           sums.value, m, n, tokens - pair * kDepth, w.count - j, z + pair * kDepth * z_stride + j, z_stride);
     }
-    j += m * kTile;
+  }
+}
+
+void tile_layer(const TileLayer& e) {
+  const Configured configured;
+  const Strips strips = two_strips(e.depth);
+  const int64_t pairs = (e.tokens + kDepth - 1) / kDepth;
+  Sums sums;
+  for (int64_t j = 0; j < e.base.count; j += 2 * kTile) {
+    const int64_t m = e.base.count - j > kTile ? 2 : 1;
+    for (int64_t i = 0; i < m; ++i) copy_rows(e.base, e.depth, j / kTile + i, strips.at(i));
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t n = e.x.width(e.first + pair);
+      const Stretch stretches[2] = {
+          stretch(strips, 0, e.x.pair(e.first + pair)),
+          stretch(e.up, e.strip + j / kTile, e.u.pair(e.first + pair))};
+      product_of(
+          m, n, stretches, e.up.steps ? 2 : 1, ahead_of(e.base, j + 2 * kTile, pair, pairs), sums.value);
+      write_rounded(
+          sums.value, m, n, e.tokens - pair * kDepth, e.base.count - j, e.bias ? e.bias + j : nullptr,
+          e.y + pair * kDepth * e.y_stride + j, e.y_stride);
+    }
+  }
+}
+
+void tile_gradient(const TileGradient& e) {
+  const Configured configured;
+  const int64_t bytes = e.half_y ? 2 : 4, begin = e.packed.data ? e.column : 0;
+  Panels base = e.packed;
+  if (!base.data) {
+    base = {nullptr, tiles_of(e.columns), e.x.steps};
+    base.data = aligned(kept<Use::rows>(base.bytes() / 4 + 16));
+    pack_columns(e.base, 0, e.columns, 0, base.tiles, base);
+  }
+  const int64_t blocks = (e.tokens + 2 * kTile - 1) / (2 * kTile);
+  Sums sums;
+  for (int64_t c = 0; c < e.columns; c += kDepth) {
+    const int64_t pair = (begin + c) / kDepth, n = base.width(pair);
+    const char* down = e.u.steps ? e.down.pair((e.column + c) / kDepth) : nullptr;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t t = block * 2 * kTile, m = e.tokens - t > kTile ? 2 : 1, strip = e.first + t / kTile;
+      const Stretch stretches[2] = {stretch(e.x, strip, base.pair(pair)), stretch(e.u, strip, down)};
+      const Rows next{base.pair(pair + 1), base.steps * kDepth, kDepth, e.packed.data != nullptr, nullptr};
+      product_of(m, n, stretches, e.u.steps ? 2 : 1, ahead_of(next, 0, block, blocks), sums.value);
+      write_any(
+          sums.value, std::min(m * kTile, e.tokens - t), n, e.columns - c, false,
+          static_cast<char*>(e.y) + (t * e.y_stride + c) * bytes, e.y_stride, e.half_y);
+    }
   }
 }
 
@@ -419,15 +521,12 @@ void tile_expand(const TileExpand& e) {
   Sums sums;
   for (int64_t c = 0; c < e.columns; c += kDepth) {
     const int64_t pair = (e.column + c) / kDepth, n = e.w.width(pair);
-    for (int64_t t = 0; t < e.u.count; t += 2 * kTile) {
-      const int64_t m = e.u.count - t > kTile ? 2 : 1, rows = std::min(m * kTile, e.u.count - t);
-      const int64_t row_bytes = e.u.stride * static_cast<int64_t>(sizeof(Half));
-      const char* u = static_cast<const char*>(e.u.data) + t * row_bytes;
-      const Strip strip[2] = {
-          {u, row_bytes, 64, e.w.steps, nullptr}, {u + kTile * row_bytes, row_bytes, 64, e.w.steps, nullptr}};
+    for (int64_t t = 0; t < e.tokens; t += 2 * kTile) {
+      const int64_t m = e.tokens - t > kTile ? 2 : 1, rows = std::min(m * kTile, e.tokens - t);
       char* y = static_cast<char*>(e.y) + (t * e.y_stride + c) * bytes;
-      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(y + i * e.y_stride * bytes, 1);
-      product_of<false>(m, n, strip, e.w.pair(pair), sums.value);
+      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(y + i * e.y_stride * bytes + 128, 1);
+      const Stretch depth = stretch(e.u, e.first + t / kTile, e.w.pair(pair));
+      product_of(m, n, &depth, 1, {}, sums.value);
       write_any(sums.value, rows, n, e.columns - c, e.add, y, e.y_stride, e.half_y);
     }
   }
@@ -435,76 +534,61 @@ void tile_expand(const TileExpand& e) {
 
 namespace {
 
-// One chunk of depth for up to four strips, on top of the sums of the chunks before.
+// One chunk of depth for one or two strips, on top of the sums [16 M, 32] of the chunks before.
 template <int M>
-CRAM_TILES void multiply_chunk(const char* const* left, int64_t row_bytes, int64_t step_bytes, const char* right,
-                               int64_t steps, bool first, float* sums) {
+CRAM_TILES void multiply_chunk(const Stretch& chunk, bool first, float* sums) {
+  constexpr int64_t kRow = 64 * 2;
   if (first) {
     zero_sums<2 * M>();
   } else {
-    TileUnit::load<0>(sums, 128);
-    TileUnit::load<1>(sums + kTile, 128);
+    TileUnit::load<0>(sums, kRow);
+    TileUnit::load<1>(sums + kTile, kRow);
     if constexpr (M == 2) {
-      TileUnit::load<2>(sums + 2 * kTile * kTile, 128);
-      TileUnit::load<3>(sums + 2 * kTile * kTile + kTile, 128);
+      TileUnit::load<2>(sums + 2 * kTile * kTile, kRow);
+      TileUnit::load<3>(sums + 2 * kTile * kTile + kTile, kRow);
     }
   }
-  const char* at[M];
-  const int64_t strides[2] = {row_bytes, row_bytes};
-  for (int m = 0; m < M; ++m) at[m] = left[m];
-  for (int64_t step = 0; step < steps; ++step) {
-    multiply_step<M, 2>(at, strides, right + step * 2 * kTileBytes);
-    for (int m = 0; m < M; ++m) at[m] += step_bytes;
+  const int64_t row_bytes[2] = {chunk.row_bytes, chunk.row_bytes};
+  for (int64_t step = 0; step < chunk.steps; ++step) {
+    const char* const left[2] = {
+        chunk.left + step * chunk.step_bytes, chunk.left + chunk.apart + step * chunk.step_bytes};
+    multiply_step<M, 2>(left, row_bytes, chunk.right + step * 2 * kTileBytes);
   }
   store_sums<M, 2>(sums);
 }
 
 }  // namespace
 
-void tile_expand_long(const LongExpand& e) {
+void tile_gram(const TileGram& e) {
   const Configured configured;
   constexpr int64_t kChunk = 8;  // steps of depth that are packed at a time
-  const int64_t steps = steps_of(e.depth), strips = tiles_of(e.u.count), bytes = e.half_y ? 2 : 4;
+  const int64_t steps = e.u.steps, strips = tiles_of(e.count), bytes = e.half_y ? 2 : 4;
   alignas(64) char packed[2 * kChunk * kTileBytes];
-  // The left operand whole, a tile after the other; then the sums.
-  char* const left = aligned(kept<Use::tokens>((strips * steps + 2 * strips) * kTileBytes / 4 + 16));
-  float* const sums = reinterpret_cast<float*>(left + strips * steps * kTileBytes);
-  for (int64_t s = 0; s < strips; ++s) {
-    char* const to = left + s * steps * kTileBytes;
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t r = 0; r < kTile; ++r) {
-        const int64_t row = s * kTile + r;
-        const int64_t count = std::min(kDepth, e.depth - step * kDepth);
-        Half* line = reinterpret_cast<Half*>(to + step * kTileBytes + 64 * r);
-        std::memset(line, 0, 64);
-        if (row < e.u.count) std::memcpy(line, row_of<Half>(e.u, row) + step * kDepth, count * sizeof(Half));
-      }
-    }
-  }
+  float* const sums = reinterpret_cast<float*>(aligned(kept<Use::tokens>(2 * strips * kTileBytes / 4 + 16)));
   if (!steps) std::memset(sums, 0, 2 * strips * kTileBytes);
-  const Rows w{e.w, e.w_stride, e.depth, e.half_w, e.rows};
   for (int64_t c = 0; c < e.columns; c += kDepth) {
     for (int64_t first = 0; first < steps; first += kChunk) {
       const int64_t count = std::min(kChunk, steps - first);
       for (int64_t step = 0; step < count; ++step) {
-        char* const to = packed + step * 2 * kTileBytes;
-        if (e.half_w) {
-          pack_pair<Half>(w, c, e.columns - c, first + step, true, to, true);
-        } else {
-          pack_pair<float>(w, c, e.columns - c, first + step, true, to, true);
-        }
+        (e.w.half ? pack_pair<Half> : pack_pair<float>)(
+            e.w, c, e.columns - c, first + step, true, packed + step * 2 * kTileBytes, true);
       }
       for (int64_t s = 0; s < strips; s += 2) {
-        const char* at[2] = {left + (s * steps + first) * kTileBytes, left + ((s + 1) * steps + first) * kTileBytes};
-        float* const to = sums + s * 2 * kTile * kTile;
-        if (strips - s > 1) {
-          multiply_chunk<2>(at, 64, kTileBytes, packed, count, first == 0, to);
-        } else {
-          multiply_chunk<1>(at, 64, kTileBytes, packed, count, first == 0, to);
-        }
+        const Stretch chunk{
+            e.u.at(s) + first * kTileBytes, steps * kTileBytes, 64, kTileBytes, packed, count};
+        (strips - s > 1 ? multiply_chunk<2> : multiply_chunk<1>)(chunk, first == 0, sums + s * 2 * kTile * kTile);
       }
     }
-    write_any(sums, e.u.count, 2, e.columns - c, e.add, static_cast<char*>(e.y) + c * bytes, e.y_stride, e.half_y);
+    write_any(sums, e.count, 2, e.columns - c, false, static_cast<char*>(e.y) + c * bytes, e.y_stride, e.half_y);
+  }
+}
+
+CRAM_TILES void transpose_strip(const Strips& from, int64_t index, const Panels& to) {
+  for (int64_t step = 0; step < from.steps; ++step) {
+    Line line[kTile];
+    for (int64_t r = 0; r < kTile; ++r) line[r] = read_line(from.at(index) + step * kTileBytes + 64 * r);
+    transpose(line);
+    for (int64_t r = 0; r < kTile; ++r) write_line(to.tile(index, step) + 64 * r, line[r]);
   }
 }
 
@@ -535,10 +619,15 @@ namespace cram {
 
 void pack_rows(const Rows&, int64_t, int64_t, const Panels&) {}
 void pack_columns(const Rows&, int64_t, int64_t, int64_t, int64_t, const Panels&) {}
-void tile_shrink(const Rows&, int64_t, const Panels&, int64_t, float*, int64_t) {}
-void tile_shrink_few(const Panels&, int64_t, const Rows&, int64_t, float*, int64_t) {}
+void copy_strip(const Rows&, int64_t, int64_t, const Strips&) {}
+void copy_columns(const Rows&, int64_t, int64_t, int64_t, const Strips&) {}
+void tile_shrink(const Strips&, int64_t, int64_t, const Panels&, int64_t, float*, int64_t) {}
+void tile_shrink_few(const Panels&, int64_t, int64_t, const Rows&, int64_t, float*, int64_t) {}
+void tile_layer(const TileLayer&) {}
+void tile_gradient(const TileGradient&) {}
 void tile_expand(const TileExpand&) {}
-void tile_expand_long(const LongExpand&) {}
+void tile_gram(const TileGram&) {}
+void transpose_strip(const Strips&, int64_t, const Panels&) {}
 void gate_halves(const float*, const float*, int64_t, Half*) {}
 void round_halves(const float*, int64_t, Half*) {}
 

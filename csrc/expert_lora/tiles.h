@@ -39,9 +39,6 @@ struct Panels {
   }
 };
 
-// Aligned memory of this thread for panels that only it uses.
-char* panel_memory(int64_t bytes);
-
 // The columns of tile `index` are 16 rows of w, its depth their columns.
 void pack_rows(const Rows& w, int64_t depth, int64_t index, const Panels& to);
 
@@ -49,16 +46,70 @@ void pack_rows(const Rows& w, int64_t depth, int64_t index, const Panels& to);
 // its rows.
 void pack_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Panels& to);
 
-// z [x.count, count] = x w^T for packed rows w, of which there are `count`.
-void tile_shrink(const Rows& x, int64_t depth, const Panels& w, int64_t count, float* z, int64_t z_stride);
+// A left operand copied: strips of 16 rows, `steps` tiles one after the other. In the matrix itself rows often lie a power
+// of two apart, where they compete for the same lines of the first-level cache.
+struct Strips {
+  char* data;
+  int64_t count, steps;
 
-// z [tokens, w.count] = x w^T for packed tokens x.
-void tile_shrink_few(const Panels& x, int64_t tokens, const Rows& w, int64_t depth, float* z, int64_t z_stride);
+  int64_t bytes() const { return count * steps * kTileBytes; }
+  char* at(int64_t index) const { return data + index * steps * kTileBytes; }
+};
 
-// y [u.count, columns] (+)= u w for packed columns w from `column` on, a multiple of 32. u is bfloat16, in whole tiles: its
-// memory has as many columns as w has depth and goes on to a multiple of 16 rows. y is bfloat16 or float32.
+// Memory of this thread for strips that only it uses.
+char* strip_memory(int64_t bytes);
+
+// Strip `index` of x.
+void copy_strip(const Rows& x, int64_t depth, int64_t index, const Strips& to);
+
+// Strip `index` of the transpose of w: 16 of its columns from `column` on, in depth its rows.
+void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to);
+
+// z [tokens, count] = x w^T for strips of x from `first` on and packed rows w, of which there are `count`.
+void tile_shrink(const Strips& x, int64_t first, int64_t tokens, const Panels& w, int64_t count, float* z, int64_t z_stride);
+
+// z [tokens, w.count] = x w^T for packed tokens x from pair `first` on.
+void tile_shrink_few(
+    const Panels& x, int64_t first, int64_t tokens, const Rows& w, int64_t depth, float* z, int64_t z_stride);
+
+// y [tokens, base.count] = x base^T + u up + bias for packed tokens x and u from pair `first` on, and for strips of up
+// from `strip` on; y is bfloat16.
+struct TileLayer {
+  Panels x;
+  int64_t first, tokens;
+  Rows base;
+  int64_t depth;
+  Panels u;
+  Strips up;
+  int64_t strip;
+  const Half* bias;  // or null
+  Half* y;
+  int64_t y_stride;
+};
+void tile_layer(const TileLayer& e);
+
+// y [tokens, columns] = x base + u down for strips of x and u from `first` on and packed columns `down` from `column` on,
+// a multiple of 32. base [D, columns] is read where it lies, or is `packed` like `down`. y is bfloat16 or float32; u may be
+// nothing.
+struct TileGradient {
+  Strips x;
+  int64_t first, tokens;
+  Rows base;
+  Panels packed;
+  Strips u;
+  Panels down;
+  int64_t column, columns;
+  void* y;
+  int64_t y_stride;
+  bool half_y;
+};
+void tile_gradient(const TileGradient& e);
+
+// y [tokens, columns] (+)= u w for strips of u from `first` on and packed columns w from `column` on, a multiple of 32. y is
+// bfloat16 or float32.
 struct TileExpand {
-  Rows u;
+  Strips u;
+  int64_t first, tokens;
   Panels w;
   int64_t column, columns;
   void* y;
@@ -67,20 +118,20 @@ struct TileExpand {
 };
 void tile_expand(const TileExpand& e);
 
-// y [u.count, columns] (+)= u w, u bfloat16, for the listed rows of w, read where they lie; `depth` of them.
-struct LongExpand {
-  Rows u;
-  int64_t depth;
-  const void* w;
-  int64_t w_stride;
-  bool half_w;
-  const int32_t* rows;  // null: from the first on
+// y [count, columns] = u w for the rows w, where they lie; there may be many. y is bfloat16 or float32.
+struct TileGram {
+  Strips u;
+  int64_t count;
+  Rows w;
   int64_t columns;
   void* y;
   int64_t y_stride;
-  bool half_y, add;
+  bool half_y;
 };
-void tile_expand_long(const LongExpand& e);
+void tile_gram(const TileGram& e);
+
+// Panel `index` is the transpose of strip `index`.
+void transpose_strip(const Strips& from, int64_t index, const Panels& to);
 
 // to [count] = values times gates, 0 where the gate is, rounded.
 void gate_halves(const float* values, const float* gates, int64_t count, Half* to);
