@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test lint versions peer-tests readme bench gpu headers sanitize mutants clean
+.PHONY: demo serve test lint versions peer-tests vllm-tests readme bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -33,6 +33,10 @@ peer-tests: .venv/.installed-dev
 # Every block of README.md in fresh environments: with and without a compiler, oldest and newest torch.
 readme:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/readme
+
+# The tests against a real vLLM on a CPU, in an environment of their own (2.2 GB).
+vllm-tests:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/vllm/run
 
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick

@@ -62,7 +62,13 @@ def check_cram(arguments: list[str]) -> None:
 
 
 # Modules that documents run; each has a function `main` and options.
-MODULES = ("benchmarks", "cram.base.pretrain", "tests.cram_kernels.aot", "tests.cram_kernels.host")
+MODULES = (
+    "benchmarks",
+    "cram.base.pretrain",
+    "cram.serve.vllm.front.proxy",
+    "tests.cram_kernels.aot",
+    "tests.cram_kernels.host",
+)
 
 
 def check_module(arguments: list[str]) -> None:

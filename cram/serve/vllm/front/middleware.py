@@ -49,11 +49,12 @@ class CramMiddleware:
     Args:
         app: The application behind it.
         router: By default that of `$CRAM_BUNDLE`, whose adapters are in `$CRAM_EXPORT`; loaded at the start.
+        prefix: What the application puts before the names of adapters.
     """
 
-    def __init__(self, app: App, router: BundleRouter | None = None) -> None:
+    def __init__(self, app: App, router: BundleRouter | None = None, prefix: str = "") -> None:
         self.app = app
-        self._router = router
+        self._router, self._prefix = router, prefix
         self._replacer = Replacer()
         self._turn = asyncio.Lock()
 
@@ -112,7 +113,7 @@ class CramMiddleware:
             except (ValueError, TypeError) as error:
                 await refuse(send, 400, f"cram: {error}")
                 return
-            body = json.dumps(rewritten(data, choice)).encode()
+            body = json.dumps(rewritten(data, choice, self._prefix)).encode()
             tags = tagged(choice)
             kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
@@ -192,13 +193,13 @@ def load_router() -> BundleRouter:
     return BundleRouter.load(Path(os.environ[BUNDLE]), Path(os.environ[EXPORT]), clip, device)
 
 
-def rewritten(data: dict[str, Any], choice: Choice | None) -> dict[str, Any]:
+def rewritten(data: dict[str, Any], choice: Choice | None, prefix: str = "") -> dict[str, Any]:
     """The request as vLLM takes it."""
     kept = {name: value for name, value in data.items() if name != "lora"}
     if choice is None:
         return {**kept, "model": BASE}
     extra = {**(data.get("vllm_xargs") or {}), KEY: encode(choice.gates)}
-    return {**kept, "model": choice.adapter.name, "vllm_xargs": extra}
+    return {**kept, "model": prefix + choice.adapter.name, "vllm_xargs": extra}
 
 
 def tagged(choice: Choice | None) -> list[tuple[bytes, bytes]]:

@@ -93,8 +93,10 @@ def main() -> None:
     parser.add_argument("--upstream", required=True, metavar="URL", help="address of the vLLM servers")
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8100, help="port (default: 8100)")
+    text = "what the servers put before the names of adapters (Ray Serve LLM: base:)"
+    parser.add_argument("--prefix", default="", help=text)
     given = parser.parse_args()
-    app = CramMiddleware(Forward(given.upstream))
+    app = CramMiddleware(Forward(given.upstream), prefix=given.prefix)
     uvicorn.run(app, host=given.host, port=given.port, lifespan="on", log_level="warning", access_log=False)
 
 

@@ -1,0 +1,94 @@
+"""Real vLLM on a CPU: the environment that it needs, checkpoints with bundles, and engines.
+
+These tests run in the environment of `make vllm-tests`; elsewhere they skip.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cram
+from cram.base import base_folder
+from cram.serve.vllm.export import Adapter, export_groups
+from tests.cram.serve.vllm.real import checkpoints
+from tests.cram.serve.vllm.real.worlds import World, plain_adapter
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # With spinning threads on a shared machine the same test takes minutes in place of seconds.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests of this folder where vLLM is not installed."""
+    if find_spec("vllm") is not None:
+        return
+    skip = pytest.mark.skip(reason="vLLM is not installed here; run `make vllm-tests`")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The built-in LLaVA with five experts in two groups, in one engine."""
+    place = tmp_path_factory.mktemp("llava")
+    checkpoints.llava(place / "model")
+    yield from world_in(place, base_folder() / "llava", base_folder() / "clip", vocabulary=627)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A random Qwen2.5-VL with five experts in two groups, in one engine."""
+    place = tmp_path_factory.mktemp("qwen")
+    checkpoints.qwen2_5_vl(place / "model")
+    yield from world_in(place, place / "model", base_folder() / "clip", checkpoints.QWEN_VOCABULARY)
+
+
+def world_in(place: Path, source: Path, clip: Path, vocabulary: int) -> Iterator[World]:
+    """Bundle, export and engine for the checkpoint `model` in a folder; transformers loads `source`."""
+    model, processor, handle = checkpoints.attached(source, clip)
+    cram.save(model, place / "bundle")
+    adapters: list[Adapter] = export_groups(place / "bundle", place / "out")
+    plain = plain_adapter(handle, place / "plain")
+    engine = engine_of(place / "model", max_logprobs=vocabulary)
+    yield World(place, source, model, processor, handle, adapters, plain, engine, vocabulary)
+
+
+def engine_of(model: Path, **settings: Any) -> Any:
+    """An engine in this process, with small steps, so that prompts are read in chunks."""
+    from vllm import LLM
+
+    chosen = {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "enable_lora": True,
+        "max_lora_rank": 32,
+        "max_loras": 3,
+        "max_cpu_loras": 6,
+        "limit_mm_per_prompt": {"image": 2},
+    }
+    return LLM(str(model), **{**chosen, **settings})

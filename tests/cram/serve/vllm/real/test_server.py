@@ -1,0 +1,222 @@
+"""One command from a bundle to answers: `cram serve --engine vllm`, asked by the official client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+import cram
+from cram.base import base_folder
+from cram.serve.vllm.group import encode
+from tests.cram import factories
+from tests.cram.serve.vllm.real import checkpoints
+from tests.cram.serve.vllm.real.reference import answer_logprobs
+from tests.cram.serve.vllm.real.worlds import EXPLICIT, IN_PROCESS
+
+PORT = 8731
+URL = f"http://127.0.0.1:{PORT}/v1"
+VOCABULARY = 627
+START_S = 900
+FLAGS = "--dtype float32 --max-model-len 256 --enforce-eager --max-num-seqs 8 --max-num-batched-tokens 128"
+FLAGS += f" --block-size 32 --max-logprobs {VOCABULARY} --api-key sesame"
+CASES = [(0, (0,)), (0, (3,)), (1, (1,)), (1, (6,)), (0, (5,)), (0, ()), (1, ()), (0, (7,))]
+
+
+class Served:
+    """The server, and the same model in process.
+
+    Attributes:
+        place: Folder of checkpoint, bundle and bundles.
+        model, handle: The attached model.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        checkpoints.llava(place / "model")
+        self.model, self.processor, self.handle = checkpoints.attached(
+            base_folder() / "llava", base_folder() / "clip"
+        )
+        cram.save(self.model, place / "bundle")
+        more, _, handle = checkpoints.attached(base_folder() / "llava", base_folder() / "clip")
+        checkpoints.add(handle, "newest", 1, handle.method.router.centroids()[0, 0])
+        cram.save(more, place / "bundles/more")
+        (place / "bundles/damaged").mkdir()
+
+    def command(self) -> list[str]:
+        """What a user types."""
+        words = ["serve", "--engine", "vllm", "--model", str(self.place / "model")]
+        words += ["--bundle", str(self.place / "bundle"), "--clip", str(base_folder() / "clip")]
+        words += ["--bundles", str(self.place / "bundles"), "--port", str(PORT), "--", *FLAGS.split()]
+        return [sys.executable, "-m", "cram", *words]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running server."""
+    made = Served(tmp_path_factory.mktemp("served"))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "CRAM_ADMIN_TOKEN": "open"}
+    log = made.place / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            made.command(), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **settings}
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not healthy():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(1)
+        yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def healthy() -> bool:
+    """Whether the server answers."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{PORT}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def url_of(seed: int) -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    factories.image(seed).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def body(model: str, question: int, seeds: tuple[int, ...], **fields: Any) -> dict[str, Any]:
+    """A chat request with all log-probabilities."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url_of(k)}} for k in seeds]
+    parts.append({"type": "text", "text": checkpoints.QUESTIONS[question]})
+    chosen = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 6}
+    chosen |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {**chosen, "logprobs": True, "top_logprobs": VOCABULARY, **fields}
+
+
+def post(asked: Any, path: str = "/chat/completions", key: str = "sesame") -> httpx.Response:
+    """One request."""
+    return httpx.post(f"{URL}{path}", json=asked, headers={"authorization": f"Bearer {key}"}, timeout=600)
+
+
+def read(answer: httpx.Response) -> tuple[list[int], list[int], torch.Tensor]:
+    """Prompt, tokens, and per token all log-probabilities, largest first (bytes stand for several tokens)."""
+    assert answer.status_code == 200, answer.text
+    data = answer.json()
+    (choice,) = data["choices"]
+    rows = [
+        sorted((e["logprob"] for e in each["top_logprobs"]), reverse=True)
+        for each in choice["logprobs"]["content"]
+    ]
+    return data["prompt_token_ids"], choice["token_ids"], torch.tensor([row[:VOCABULARY] for row in rows])
+
+
+def automatic(served: Served, prompt: list[int], answer: list[int], seeds: tuple[int, ...]) -> torch.Tensor:
+    """What the attached model gives by its own routing."""
+    images = [factories.image(seed) for seed in seeds]
+    pixels = dict(served.processor.image_processor(images=images, return_tensors="pt")) if images else {}
+    return answer_logprobs(served.model, prompt, answer, pixels)
+
+
+def test_eight_requests_at_once_are_routed_as_in_process(served: Served) -> None:
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        answers = list(pool.map(lambda case: post(body("cram", *case)), CASES))
+    worst = 0.0
+    for (question, seeds), answer in zip(CASES, answers, strict=True):
+        prompt, tokens, found = read(answer)
+        wanted = automatic(served, prompt, tokens, seeds)
+        assert wanted.argmax(-1).tolist() == tokens and answer.headers["x-cram-group"] == str(question)
+        worst = max(worst, float((wanted.sort(-1, descending=True).values - found).abs().max()))
+    print(f"8 concurrent: {worst:.1e} from the attached model")
+    assert worst < EXPLICIT < IN_PROCESS, worst
+
+
+def test_the_official_client_needs_no_change(served: Served) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=URL, api_key="sesame")
+    assert {"cram", "cram:task0", "base"} <= {model.id for model in client.models.list()}
+    asked = body("cram", 0, (0,))
+    plain = {name: asked[name] for name in ("model", "messages", "max_tokens", "temperature")}
+    answer = client.chat.completions.with_raw_response.create(**plain)
+    assert answer.headers["x-cram-mode"] == "automatic"
+    whole = answer.parse().choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**plain, stream=True)
+    ]
+    assert "".join(pieces) == whole
+
+
+def test_explicit_gates_are_those_of_the_router(served: Served) -> None:
+    first = post(body("cram", 0, (0,)))
+    name = first.headers["x-cram-adapter"]
+    route = served.handle.route(served.handle.encode([checkpoints.QUESTIONS[0]], [[factories.image(0)]]))
+    gates = route.gates[:, 0, served.handle.method.router.experts_of(0)].numpy()
+    again = post(body(name, 0, (0,), vllm_xargs={"cram_gates": encode(gates)}))
+    reverse = post(body(name, 0, (0,), vllm_xargs={"cram_gates": encode(gates[::-1])}))
+    assert (read(first)[2] - read(again)[2]).abs().max() < EXPLICIT
+    assert (read(first)[2] - read(reverse)[2]).abs().max() > 0.01
+
+
+def test_clients_name_experts(served: Served) -> None:
+    alone = post(body("cram:task1", 0, (0,)))
+    prompt, tokens, found = read(alone)
+    pixels = dict(served.processor.image_processor(images=[factories.image(0)], return_tensors="pt"))
+    with served.handle.forced("task1"):
+        wanted = answer_logprobs(served.model, prompt, tokens, pixels)
+    assert (wanted.sort(-1, descending=True).values - found).abs().max() < EXPLICIT
+    assert post(body("cram", 0, (0,), lora=[])).headers["x-cram-mode"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "GROUP"}, "'cram_gates' must be base64"),
+        ({"model": "GROUP", "vllm_xargs": {"cram_gates": "A" * 8_000_000}}, "'cram_gates' must be base64"),
+        ({"model": "base", "vllm_xargs": {"cram_gates": [1.0]}}, "must come with the adapter of a group"),
+        ({"messages": 3}, "messages must be a list"),
+    ],
+)
+def test_bad_requests_are_400_and_the_server_goes_on(
+    served: Served, change: dict[str, Any], message: str
+) -> None:
+    group = post(body("cram", 0, ())).headers["x-cram-adapter"]
+    changed = {name: group if value == "GROUP" else value for name, value in change.items()}
+    answer = post(
+        body("cram", 0, (), **changed) if "model" not in changed else {**body("cram", 0, ()), **changed}
+    )
+    assert answer.status_code == 400 and message in answer.text, answer.text[:500]
+    assert post(body("cram", 0, ())).status_code == 200
+
+
+def test_the_key_is_checked(served: Served) -> None:
+    assert post(body("cram", 0, (0,)), key="wrong").status_code == 401
+
+
+def test_a_bad_bundle_is_refused_and_a_good_one_joins(served: Served) -> None:
+    before = read(post(body("cram", 0, (0,))))
+    refused = post({"name": "damaged"}, "/cram/bundle", "open")
+    assert refused.status_code == 400 and "the one before stays" in refused.text
+    assert read(post(body("cram", 0, (0,))))[1] == before[1]
+    joined = post({"name": "more"}, "/cram/bundle", "open")
+    assert joined.status_code == 200 and "newest" in joined.json()["experts"], joined.text
+    after = read(post(body("cram", 0, (0,))))
+    assert torch.equal(after[2], before[2]) or (after[2] - before[2]).abs().max() < EXPLICIT
+    new = post(body("cram:newest", 1, (0,)))
+    assert new.status_code == 200 and new.headers["x-cram-group"] == "1"
+    assert np.isfinite(read(new)[2].numpy()).all()
