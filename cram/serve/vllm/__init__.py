@@ -11,7 +11,7 @@ def register() -> None:
     """Make vLLM gate the slots of groups. vLLM calls this in each of its processes, maybe several times.
 
     Raises:
-        RuntimeError: If the installed vLLM is of another version or lacks a function that the plugin wraps.
+        ValueError: If the installed vLLM is of another version or lacks a function that the plugin wraps.
     """
     from cram.serve.vllm.plugin import frontend, seams, worker
 

@@ -73,8 +73,7 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
         parser_defaults: The same where nothing is given.
 
     Raises:
-        ValueError: If an option has no meaning for vLLM, or as `export_groups`.
-        RuntimeError: If vLLM is of another version.
+        ValueError: If an option has no meaning for vLLM, vLLM is of another version, or as `export_groups`.
         ModuleNotFoundError: If there is no vLLM.
     """
     for name in OWN_OPTIONS:

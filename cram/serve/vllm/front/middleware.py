@@ -14,10 +14,12 @@ import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from starlette.datastructures import Headers
 
+from cram.console import KNOWN_ERRORS
 from cram.serve.vllm.front.conversation import (
     AUTOMATIC,
     CHAT,
@@ -80,7 +82,7 @@ class CramMiddleware:
         try:
             if self._router is None:
                 self._router = await asyncio.to_thread(load_router)
-        except (ValueError, OSError) as error:
+        except KNOWN_ERRORS as error:
             await receive()
             await send({"type": "lifespan.startup.failed", "message": f"cram: {error}"})
             return
@@ -110,7 +112,7 @@ class CramMiddleware:
         if isinstance(data, dict) and addressed(data.get("model")):
             try:
                 choice = await self._chosen(path, data)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 await refuse(send, 400, f"cram: {error}")
                 return
             body = json.dumps(rewritten(data, choice, self._prefix)).encode()
@@ -125,7 +127,10 @@ class CramMiddleware:
             raise ValueError(
                 f"the model {AUTOMATIC!r} must be asked through {CHAT} or {COMPLETIONS}, got {path}"
             )
-        if KEY in (data.get("vllm_xargs") or {}):
+        extra = data.get("vllm_xargs")
+        if not isinstance(extra, dict | NoneType):
+            raise ValueError(f"vllm_xargs must be an object, got {type(extra).__name__}")
+        if KEY in (extra or {}):
             raise ValueError(
                 f"{KEY!r} must come with a group's own name as model, got {data['model']!r:.100}"
             )
@@ -159,7 +164,8 @@ class CramMiddleware:
             else:
                 body.extend(message.get("body", b""))
 
-        await self.app(scope, receive, collect)
+        plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+        await self.app({**scope, "headers": plain}, receive, collect)
         content = bytes(body)
         if start["status"] == 200 and self._router is not None:
             listed = json.loads(content)

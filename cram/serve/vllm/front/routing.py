@@ -20,6 +20,7 @@ from cram.bundle.format import METHOD, ROUTER, check_hashes, describe
 from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import check_tensors
 from cram.families import FAMILIES, Family
+from cram.methods.parts.grouped import MAX_COUNT
 from cram.routing.clip import ClipEncoder, mean_per_sample
 from cram.routing.query import Query
 from cram.routing.router import Router
@@ -96,9 +97,14 @@ class BundleRouter:
             if file in specs
             for name, tensor in check_tensors(folder / file, specs[file]).read()
         }
-        values = description.values
+        counts = description.values.get("counts")
+        if not isinstance(counts, list) or not all(type(n) is int and 0 < n < MAX_COUNT for n in counts):
+            raise ValueError(f"counts of {folder} must be positive integers, got {counts!r:.100}")
+        if description.family not in FAMILIES:
+            raise ValueError(f"family of {folder} must be a known one, got {description.family!r:.100}")
         router = Router(description.config, description.num_layers)
-        router.import_state({**state, "counts": torch.tensor(values["counts"], dtype=torch.int64)}, values)
+        tensors = {**state, "counts": torch.tensor(counts, dtype=torch.int64)}
+        router.import_state(tensors, description.values)
         if not isinstance(encoder, ClipEncoder):
             source = encoder or description.encoder["source"]
             if not source:

@@ -63,11 +63,11 @@ def check_version(found: str | None) -> None:
     """Refuse a vLLM that the plugin has not been tested with.
 
     Raises:
-        RuntimeError: If `found` is None or not in the window.
+        ValueError: If `found` is None or not in the window.
     """
     numbers = re.match(r"(\d+)\.(\d+)", found or "")
     if numbers is None or not OLDEST <= (int(numbers[1]), int(numbers[2])) < TOO_NEW:
-        raise RuntimeError(f"cram: vLLM must be {WINDOW}, got {found or 'none'}; install one of the window")
+        raise ValueError(f"cram: vLLM must be {WINDOW}, got {found or 'none'}; install one of the window")
 
 
 def check() -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check() -> dict[str, Any]:
         Class name -> class, for every class that has a wrapped function.
 
     Raises:
-        RuntimeError: If anything differs from what the plugin was written for.
+        ValueError: If anything differs from what the plugin was written for.
     """
     check_version(installed_version())
     owners = {}
@@ -87,10 +87,10 @@ def check() -> dict[str, Any]:
             owner = getattr(import_module(module), owner_name)
             found = list(inspect.signature(getattr(owner, function)).parameters)
         except (ImportError, AttributeError) as error:
-            raise RuntimeError(f"cram: this vLLM must have {module}.{name}, got {error}") from error
+            raise ValueError(f"cram: this vLLM must have {module}.{name}, got {error}") from error
         wanted = parameters.split()
         if found[: len(wanted)] != wanted:
-            raise RuntimeError(f"cram: {name} of this vLLM must take {wanted}, got {found}")
+            raise ValueError(f"cram: {name} of this vLLM must take {wanted}, got {found}")
         owners[owner_name] = owner
     return owners
 

@@ -121,9 +121,7 @@ def test_more_rank_than_a_slot_is_refused_with_the_way_out(bundle: Path, tmp_pat
     description = describe(bundle)
     for expert in description.experts:
         expert.ranks.update(dict.fromkeys(expert.ranks, 300))
-    with pytest.raises(
-        ValueError, match=r"got 600 of 2 experts; serve .* --gate-floor .* merge .* two groups"
-    ):
+    with pytest.raises(ValueError, match=r"got 600 of 2 experts; serve .*--gate-floor .*merge .*two groups"):
         export._check_group(description, 0, [0, 2])
     export._check_group(description, 0, [0])
 

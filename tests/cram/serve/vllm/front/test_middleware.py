@@ -185,8 +185,8 @@ def test_clients_name_the_mixture(router: BundleRouter) -> None:
         (CHAT, {"lora": [{"id": "old", "scale": 1e300}]}, "scales of at most 100"),
         (CHAT, {"lora": {"old": 1}}, "lora must be a list"),
         (CHAT, {"model": "cram:old", "lora": []}, "lora must come with the model"),
-        (CHAT, {"vllm_xargs": {KEY: "AAAA"}}, "must come with the name of a group"),
-        (CHAT, {"vllm_xargs": 3}, "cram: "),
+        (CHAT, {"vllm_xargs": {KEY: "AAAA"}}, "must come with a group's own name"),
+        (CHAT, {"vllm_xargs": 3}, "vllm_xargs must be an object"),
         (CHAT, {"messages": 3}, "messages must be a list"),
         (CHAT, {"messages": [{"role": "system", "content": "x"}]}, "must hold a user message"),
         (
@@ -195,8 +195,8 @@ def test_clients_name_the_mixture(router: BundleRouter) -> None:
             "text and image_url parts",
         ),
         (CHAT, conversation("x", *[0] * 17), "images must be 16 at most"),
-        ("/v1/responses", {"input": "x"}, "must be asked at /v1/chat/completions"),
-        ("/v1/messages", {}, "must be asked at /v1/chat/completions"),
+        ("/v1/responses", {"input": "x"}, "must be asked through /v1/chat/completions"),
+        ("/v1/messages", {}, "must be asked through /v1/chat/completions"),
     ],
 )
 def test_what_cannot_be_routed_is_refused_with_400(

@@ -24,7 +24,7 @@ def test_versions_of_the_window_are_taken(version: str) -> None:
 
 @pytest.mark.parametrize("version", [None, "0.31.9", "0.34.0", "1.0", "dev"])
 def test_other_versions_are_refused(version: str | None) -> None:
-    with pytest.raises(RuntimeError, match=r"vLLM must be >=0.32,<0.34, got"):
+    with pytest.raises(ValueError, match=r"vLLM must be >=0.32,<0.34, got"):
         seams.check_version(version)
 
 

@@ -186,10 +186,10 @@ def test_another_bundle_joins_while_the_first_is_served(llava: World, tmp_path: 
 def test_a_changed_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = seams.check()
     monkeypatch.setattr(owners["Worker"], "execute_model", lambda self, output: None)
-    with pytest.raises(RuntimeError, match="execute_model of this vLLM must take"):
+    with pytest.raises(ValueError, match="execute_model of this vLLM must take"):
         seams.check()
     monkeypatch.delattr(owners["Worker"], "execute_model")
-    with pytest.raises(RuntimeError, match="this vLLM must have .*execute_model"):
+    with pytest.raises(ValueError, match="this vLLM must have .*execute_model"):
         seams.check()
 
 
