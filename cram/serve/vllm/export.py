@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cram.atomic import new_folder, read_json, write_json
-from cram.bundle.format import MANIFEST, Description, check_hashes, describe
+from cram.bundle.format import MANIFEST, Description, check_hashes, describe, fingerprint
 from cram.bundle.packs import check_experts
 from cram.bundle.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from cram.bundle.runs import bundle_at
@@ -38,7 +38,6 @@ from cram.serve.vllm.group import (
     MARKER,
     GateGroup,
     check_weights,
-    fingerprint,
     read_group,
     write_group,
 )

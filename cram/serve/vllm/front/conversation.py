@@ -60,12 +60,20 @@ def named_mixture(body: Mapping[str, Any]) -> dict[str, float] | None:
         return None
     mixture: dict[str, float] = {}
     for entry in lora if isinstance(lora, list) and len(lora) <= MAX_EXPERTS else [None]:
-        fits = isinstance(entry, dict) and entry.keys() == {"id", "scale"} and isinstance(entry["id"], str)
-        if not fits or type(entry["scale"]) not in (int, float) or entry["id"] in mixture:
+        named = _named_scale(entry)
+        if named is None or named[0] in mixture:
             raise ValueError("lora must be a list of {id, scale} with distinct names, got another value")
-        scale = entry["scale"]
-        mixture[entry["id"]] = float(scale) if abs(scale) < 1e9 else math.inf
+        mixture[named[0]] = named[1]
     return mixture
+
+
+def _named_scale(entry: Any) -> tuple[str, float] | None:
+    if not isinstance(entry, dict) or entry.keys() != {"id", "scale"}:
+        return None
+    name, scale = entry["id"], entry["scale"]
+    if not isinstance(name, str) or isinstance(scale, bool) or not isinstance(scale, int | float):
+        return None
+    return name, float(scale) if abs(scale) < 1e9 else math.inf
 
 
 def read_chat(body: Mapping[str, Any]) -> Asked:

@@ -82,7 +82,7 @@ class GateTable:
         """
         ids = np.asarray(adapters, dtype=np.int64)
         if requests is None or counts is None:
-            rows = np.full(ids.shape, ONES)
+            rows: NDArray[np.int64] = np.full(ids.shape, ONES)
         else:
             busy = set(requests)
             each = np.array([self._row(request, busy) for request in requests], dtype=np.int64)
