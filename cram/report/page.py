@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from cram.report import plots
 from cram.report.columns import (
@@ -113,7 +111,6 @@ def _render(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["with_code"] = with_code
     tasks = methods[0].tasks
     ordered, columns = in_order(methods), shown_columns(methods)
     return environment.get_template("page.html.jinja").render(
@@ -135,11 +132,6 @@ def _render(
         expert_rows=[_expert_row(m, task) for m in methods if m.ranks and not m.ablation for task in tasks],
         settings=json.dumps(report["settings"], indent=2) if "settings" in report else "",
     )
-
-
-def with_code(text: str) -> Markup:
-    """Return HTML of a text in which backticks stand around code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _table(title: str, methods: Sequence[MethodSummary], columns: list[Column]) -> dict[str, Any]:

@@ -111,3 +111,13 @@ def test_ablations_are_compared_seed_by_seed(methods: list[MethodSummary]) -> No
     assert widths == pytest.approx([-30 - 10 / 3, -35 - 10 / 3])
     assert [label.get_text() for label in left.get_yticklabels()] == ENTRIES[6:]
     assert np.ptp([text.get_position()[0] for text in left.texts]) == pytest.approx(5.0)
+
+
+def test_backticks_in_a_note_become_code_and_markup_stays_text(tmp_path: Path) -> None:
+    report = comparison()
+    report["seeds"]["0"]["cram"]["entry"]["note"] = "one LoRA of `rank` rows, <b>bold</b>"
+    report["seeds"]["1"]["cram"]["entry"]["note"] = "one LoRA of `rank` rows, <b>bold</b>"
+    page = write(tmp_path, report)
+    assert "one LoRA of rank rows, <b>bold</b>" in page.text
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<code>rank</code> rows, &lt;b&gt;bold" in html

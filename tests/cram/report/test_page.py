@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cram.report import plots, style
-from cram.report.page import with_code, write_page
+from cram.report.page import write_page
 from cram.report.schema import validate_report
 from cram.report.summary import Spread, summarise
 from tests.cram.report.pages import Page, write
@@ -88,12 +88,6 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
 def test_markup_in_names_is_escaped(tmp_path: Path) -> None:
     report = json.loads(json.dumps(single_seed()).replace("toy", "<script>x</script>"))
     assert "<script>x</script>" in write(tmp_path, report).text
-
-
-def test_backticks_become_code_and_markup_stays_text() -> None:
-    assert str(with_code("rank `r` of <b>`a<b`</b>")) == (
-        "rank <code>r</code> of &lt;b&gt;<code>a&lt;b</code>&lt;/b&gt;"
-    )
 
 
 def test_a_method_with_little_to_say_still_gets_a_page(tmp_path: Path) -> None:
