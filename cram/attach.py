@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,9 @@ from cram.model.attached import AttachedModel
 from cram.model.linear import ExpertLinear, is_peft_layer
 from cram.model.saving import SaveBase
 from cram.routing.clip import ClipEncoder
+from cram_kernels import native_libraries
+
+LOGGER = logging.getLogger(__name__)
 
 # Where wrappers keep the model that they wrap: torch.compile, parallel training, FSDP.
 WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
@@ -52,10 +57,23 @@ def attach(model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any 
     if config.method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {config.method!r}")
     _check_whole(model)
+    _say_what_is_slow()
     cram = AttachedModel(model, config, encoder, processor)
     cram.method = METHODS[config.method](cram)
     model.cram, model.save_pretrained = cram, SaveBase(model)
     return cram
+
+
+@cache
+def _say_what_is_slow() -> None:
+    """Warn once per process if PyTorch stands in for the native library."""
+    reason = native_libraries()["cpu"]
+    if reason is not None:
+        LOGGER.warning(
+            "the native library is missing, and a slower implementation stands in; `cram info` says how to "
+            "mend it (%s)",
+            reason,
+        )
 
 
 def _check_whole(model: nn.Module) -> None:

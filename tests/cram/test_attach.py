@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -135,6 +136,19 @@ def test_no_match_is_an_error(names: tuple[str, ...]) -> None:
         attach(model, CramConfig(target_projections=names), factories.clip_encoder())
     assert list(model.state_dict()) == state
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_slower_implementation_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = sys.modules["cram.attach"]
+    monkeypatch.setattr(module, "native_libraries", lambda: {"cpu": "libcram_cpu.so was not built"})
+    module._say_what_is_slow.cache_clear()
+    for _ in range(2):
+        attached("llava")
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "cram.attach"]
+    assert "a slower implementation stands in; `cram info` says how to mend it (libcram_cpu.so was" in told
+    module._say_what_is_slow.cache_clear()
 
 
 def test_double_attach_is_an_error() -> None:
