@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cram.config import CramConfig
-from cram.methods.cram import warmup_steps
+from cram.methods.parts.warm_up import warmup_steps
 from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
 from cram.routing.router import Router
