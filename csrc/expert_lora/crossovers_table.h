@@ -2,7 +2,7 @@
 // its gradient are this library's; beyond, they are torch's. `python -m benchmarks crossovers` measures a row.
 //
 //             vendor,   unit,       float32: base, gradient, bfloat16: base, gradient
-CRAM_CROSSOVER("Intel",  "tiles",    8, 0,   64, 64)
+CRAM_CROSSOVER("Intel",  "tiles",    16, 0,  1024, 1024)
 CRAM_CROSSOVER("AMD",    "pairs",    64, 0,  32, 0)
 CRAM_CROSSOVER("AMD",    "avx2",     64, 0,  64, 0)
 // Any other processor. Where torch has no fast bfloat16 product, ours is the better one for longer.
