@@ -15,15 +15,15 @@ from tests.csrc.narrowed import ANY, AVX512, narrowed_library, require_target
 PAIRS = '__builtin_cpu_supports("avx512bf16")'
 TORCH = "answer = ask_torch()"
 TILES, NO_TILES = "const reason = ask()", 'const reason = "none"'
-# What the library must believe, by the set that it then takes; none of them multiplies pairs.
+# What the library must believe, by the set that it then takes; none of them takes pairs.
 BELIEFS: dict[str, dict[str, str]] = {
     "avx512": {AVX512: "true", 'target("avx512f,avx2': 'target("avx2', PAIRS: "false", TILES: NO_TILES},
     "avx2": {AVX512: "false", PAIRS: "false", TORCH: "answer = false", TILES: NO_TILES},
     "baseline": {ANY: f"false && {ANY}", TORCH: "answer = false", TILES: NO_TILES},
     # The instruction of the tile unit is a loop; packing and everything around it are those of the library.
-    "tiles": {"{half_base, half_gradient}": "{64, 64}"},
+    "tiles": {"{half_base, half_gradient}": "{200, 200}"},
 }
-FLAGS = {"tiles": ["-DCRAM_TILE_MODEL"]}
+FLAGS = {"tiles": ("-DCRAM_TILE_MODEL",)}
 # T, D_in, D_out, S; among them one token, and more tokens than a chunk of summed rows has.
 SHAPES = ((24, 20, 28, 4), (1, 257, 1111, 1), (70, 129, 600, 7), (300, 40, 80, 3))
 

@@ -1,0 +1,89 @@
+"""Which products are the library's own: the row in force, its unit, and what does not depend on either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cram_kernels import expert_lora, native_libraries
+from cram_kernels.crossovers import UNITS, Crossovers, crossovers, set_crossovers
+from cram_kernels.testing import LayerInputs, assert_within_rounding, layer_inputs, run_layer
+
+_MISSING = native_libraries()["cpu"]
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
+
+BF16 = torch.bfloat16
+NEVER, ALWAYS = Crossovers("", "", 0, 0, 0, 0), Crossovers("", "", 1 << 20, 1 << 20, 1 << 20, 1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def table() -> Iterator[None]:
+    yield
+    set_crossovers(None)
+
+
+def wide(tokens: int, dtype: torch.dtype = BF16) -> LayerInputs:
+    """More rows than a tile is deep, and widths that fill no tile."""
+    return layer_inputs((9, 30, 14), tokens, 150, 203, segment_count=tokens).to(dtype)
+
+
+def test_the_row_in_force_is_one_of_the_table() -> None:
+    found = crossovers()
+    assert found is not None
+    row, reason = found
+    assert (row.unit == "tiles") == (reason == "")
+    set_crossovers(ALWAYS)
+    assert crossovers() == (replace(ALWAYS, vendor=row.vendor, unit=row.unit), reason)
+    set_crossovers(None)
+    assert crossovers() == found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("row", [NEVER, ALWAYS], ids=["torch", "own"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_with_either_base(unit: str, row: Crossovers, dropout: float) -> None:
+    """bfloat16; a unit that the processor does not have falls to the next."""
+    from cram_kernels import dropout_mask, keep_scale
+
+    set_crossovers(row, unit)
+    for tokens in (3, 33, 300):
+        inputs = wide(tokens)
+        keep = dropout_mask(5, *inputs.x.shape, dropout) if dropout else None
+        found = run_layer(inputs, "native", dropout=dropout, seed=5)
+        assert_within_rounding(found, inputs, keep, keep_scale(dropout) if dropout else 1.0)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_own_base_gives_a_sample_the_same_bits_in_any_batch(unit: str) -> None:
+    set_crossovers(ALWAYS, unit)
+    inputs = wide(70)
+    experts = inputs.experts().freeze()
+    whole = expert_lora(inputs.x, inputs.weight, inputs.bias, experts, inputs.gates, impl="native")
+    for t in (0, 17, 69):
+        rows = slice(t, t + 1)
+        one = expert_lora(
+            inputs.x[rows], inputs.weight, inputs.bias, experts, inputs.gates[rows], impl="native"
+        )
+        assert torch.equal(one, whole[rows])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_own_base_gives_any_number_of_threads_the_same_bits(unit: str) -> None:
+    set_crossovers(ALWAYS, unit)
+    inputs, threads, runs = layer_inputs((9, 30), 300, 260, 520).to(BF16), torch.get_num_threads(), []
+    for count in (1, 2, 5, 8):
+        torch.set_num_threads(count)
+        runs += [run_layer(inputs, "native"), run_layer(inputs, "native")]
+    torch.set_num_threads(threads)
+    # Only tiles have a gradient of the base; torch's depends on its threads.
+    names = [name for name in runs[0] if name != "dx" or has_tiles(unit)]
+    assert all(torch.equal(runs[0][name], run[name]) for run in runs for name in names)
+
+
+def has_tiles(unit: str) -> bool:
+    """Whether the unit is that of tiles on this processor."""
+    found = crossovers()
+    return unit == "tiles" and found is not None and found[0].unit == "tiles"
