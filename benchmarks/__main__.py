@@ -12,6 +12,7 @@ import torch
 
 # Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
+    "compare": "two results side by side, case by case",
     "crossovers": "which products the native layer computes itself, by measurement",
     "e2e": "training step and generated tokens of whole models",
     "experiments": "how a layer's products are best put together on a GPU",

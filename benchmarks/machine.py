@@ -28,7 +28,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": machine_name(device),
         "device": device.type,
         "cpu": cpu_model(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "family": cpu_family(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),
@@ -62,23 +63,43 @@ def load() -> float:
 
 
 def machine_name(device: torch.device) -> str:
-    """Return the name of this machine's results: the GPU, or the CPU with its instructions and threads, and
-    torch's version."""
+    """Return the name of this machine's results: the GPU, or the CPU with family, instructions and threads,
+    and torch's version."""
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
     else:
-        instructions = torch.backends.cpu.get_cpu_capability()
-        name = f"{cpu_model()} {instructions} {torch.get_num_threads()} threads".lower()
+        name = f"{cpu_model()} {cpu_family()} {instructions()} {torch.get_num_threads()} threads".lower()
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") + f"-torch{release}"
 
 
 def cpu_model() -> str:
     """Return the processor's name, without marks and speed."""
+    name = cpu_field("model name")
+    return re.sub(r"\((?:R|TM)\)|@.*", "", name).strip() if name else platform.processor() or "cpu"
+
+
+def cpu_family() -> str:
+    """Return family and model of the processor as its maker numbers them, or "" where Linux does not tell.
+
+    Hypervisors give many processors one name; the numbers tell them apart.
+    """
+    family, model = cpu_field("cpu family"), cpu_field("model")
+    return f"{family}.{model}" if family and model else ""
+
+
+def instructions() -> str:
+    """Return the widest instruction set: AMX, or what torch says."""
+    flags = (cpu_field("flags") or "").split()
+    return "AMX" if "amx_bf16" in flags else str(torch.backends.cpu.get_cpu_capability())
+
+
+def cpu_field(name: str) -> str | None:
+    """Return a field of the first processor, or None where the system does not tell."""
     file = Path("/proc/cpuinfo")
     text = file.read_text() if file.is_file() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return re.sub(r"\((?:R|TM)\)|@.*", "", found[1]).strip() if found else platform.processor() or "cpu"
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
 
 
 def commit() -> str:

@@ -34,7 +34,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def encoder() -> Any:
     """Stands for the CLIP, of which a load needs the widths alone."""
-    return SimpleNamespace(source="", text_dim=TEXT_WIDTH, image_dim=QUERY_WIDTH, reuses_vision_tower=False)
+    return SimpleNamespace(
+        source="", sha256="", text_dim=TEXT_WIDTH, image_dim=QUERY_WIDTH, reuses_vision_tower=False
+    )
 
 
 def write_bundle(model: Any, folder: Path, experts: int) -> int:

@@ -14,3 +14,8 @@ def test_the_page_shows_committed_results() -> None:
     files = sorted((ROOT / "benchmarks/results").glob("*/results.json"))
     sections = [speed.section(json.loads(file.read_text())) for file in files]
     assert any(markdown.replaced(text, speed.MARKER, section) == text for section in sections)
+
+
+def test_the_page_shows_all_processors() -> None:
+    text = speed.PAGE.read_text()
+    assert markdown.replaced(text, speed.ACROSS, speed.processors()) == text

@@ -1,0 +1,39 @@
+"""The table of crossovers: read, written, and the rule by which a measurement becomes a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.programs import crossovers
+from cram_kernels import native_libraries
+from cram_kernels.crossovers import crossovers as in_force
+
+
+def test_every_row_is_read_and_written_as_it_stands() -> None:
+    text, rows = crossovers.FILE.read_text(), crossovers.table()
+    assert len(rows) == text.count("CRAM_CROSSOVER(") and {row.vendor for row in rows} >= {"Intel", "AMD", ""}
+    for row in rows:
+        assert crossovers.line(row) in text
+        assert crossovers.written(text, row) == text
+
+
+def test_a_new_row_replaces_its_own_or_goes_first() -> None:
+    text, row = crossovers.FILE.read_text(), crossovers.table()[0]
+    changed = replace(row, base=row.base + 1)
+    assert crossovers.line(changed) in crossovers.written(text, changed)
+    assert crossovers.line(row) not in crossovers.written(text, changed)
+    new = replace(row, vendor="Other")
+    assert crossovers.written(text, new).index(crossovers.line(new)) < text.index(crossovers.line(row))
+
+
+def test_the_crossover_is_the_end_of_the_first_run_of_wins() -> None:
+    assert crossovers.largest({1: 0.9, 2: 1.0, 4: 1.02, 8: 1.1, 16: 0.5}) == 4
+    assert crossovers.largest({8: 0.9, 1: 1.2}) == 0
+
+
+@pytest.mark.skipif(native_libraries()["cpu"] is not None, reason=str(native_libraries()["cpu"]))
+def test_the_row_in_force_is_in_the_table() -> None:
+    found = in_force()
+    assert found is not None and found[0] in crossovers.table()
