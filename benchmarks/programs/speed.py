@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed DIR`: the tables of docs/speed.md, from the results in a folder and from all."""
+"""`python -m benchmarks speed DIR`: the tables of docs/speed.md, from results in a folder and from all."""
 
 from __future__ import annotations
 
