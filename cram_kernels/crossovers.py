@@ -7,7 +7,7 @@ set when it is loaded; nothing is timed.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 
 from cram_kernels.library import LIBRARIES, library_missing, library_path
@@ -17,26 +17,30 @@ UNITS = ("lanes", "pairs", "tiles")
 
 @dataclass(frozen=True)
 class Crossovers:
-    """A row of the table: numbers of tokens up to which a product is the library's own.
+    """A row of the table: numbers of tokens for which a product is the library's own.
 
     Attributes:
         vendor: "Intel", "AMD", or "" for the row of processors that nobody measured.
         unit: What multiplies there: "tiles", "pairs", "avx512", "avx2" or "baseline".
-        base, gradient: The base product in float32, and its gradient to the input.
-        half_base, half_gradient: The same in bfloat16.
+        least, base: The base product in float32 is the library's own from so many up to so many tokens.
+        gradient: Its gradient to the input up to so many.
+        half_least, half_base, half_gradient: The same in bfloat16.
     """
 
     vendor: str
     unit: str
+    least: int
     base: int
     gradient: int
+    half_least: int
     half_base: int
     half_gradient: int
 
     def __str__(self) -> str:
         name = f"{self.vendor} with {self.unit}" if self.vendor else f"unmeasured processor with {self.unit}"
         return (
-            f"{name}: base product to {self.base} tokens in float32, {self.half_base} in bfloat16; "
+            f"{name}: base product of {self.least} to {self.base} tokens in float32, "
+            f"{self.half_least} to {self.half_base} in bfloat16; "
             f"its gradient to {self.gradient} and {self.half_gradient}"
         )
 
@@ -63,9 +67,9 @@ def set_crossovers(row: Crossovers | None, unit: str = "tiles") -> None:
         row: Its numbers are taken; vendor and unit are not.
         unit: "lanes" (float32), "pairs" or "tiles".
     """
-    numbers = (row.base, row.gradient, row.half_base, row.half_gradient) if row else (0, 0, 0, 0)
+    numbers = astuple(row)[2:] if row else (0,) * 6
     call = _library().cram_set_crossovers
-    call.restype, call.argtypes = None, [ctypes.c_int64] * 5
+    call.restype, call.argtypes = None, [ctypes.c_int64] * 7
     call(*numbers, UNITS.index(unit) if row else -1)
 
 

@@ -1,4 +1,4 @@
-"""Up to how many tokens this library's base product beats torch's on this processor.
+"""For how many tokens this library's base product beats torch's on this processor.
 
     python -m benchmarks crossovers            measure and print the row, and whether the table says the same
     python -m benchmarks crossovers --write    put the row into csrc/expert_lora/crossovers_table.h
@@ -27,11 +27,9 @@ from benchmarks.timing import Limits, interleaved, sampler
 from cram_kernels.crossovers import Crossovers, crossovers, set_crossovers
 
 FILE = machine.ROOT / "csrc" / "expert_lora" / "crossovers_table.h"
-LINE = re.compile(
-    r'CRAM_CROSSOVER\("(?P<vendor>\w*)",\s+"(?P<unit>\w+)",\s*(?P<numbers>\d+,\s*\d+,\s*\d+,\s*\d+)\)'
-)
+LINE = re.compile(r'CRAM_CROSSOVER\("(?P<vendor>\w*)",\s+"(?P<unit>\w+)",\s*(?P<numbers>\d+(?:,\s*\d+){5})\)')
 MODELS = ("Qwen3-VL-2B", "LLaVA-1.5-7B")
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SLACK = 1.02
 FIELDS = {
     ("decode", "float32"): "base",
@@ -52,7 +50,8 @@ def table() -> list[Crossovers]:
 def line(row: Crossovers) -> str:
     """Return a row as the table has it."""
     vendor, unit = f'"{row.vendor}",', f'"{row.unit}",'
-    numbers = f"{row.base}, {row.gradient},".ljust(8) + f"{row.half_base}, {row.half_gradient}"
+    numbers = f"{row.least}, {row.base}, {row.gradient},".ljust(12)
+    numbers += f"{row.half_least}, {row.half_base}, {row.half_gradient}"
     return f"CRAM_CROSSOVER({vendor:10}{unit:12}{numbers})"
 
 
@@ -67,16 +66,20 @@ def written(text: str, row: Crossovers) -> str:
     return text[: first.start()] + line(row) + "\n" + text[first.start() :]
 
 
-def largest(ratios: dict[int, float]) -> int:
-    """Return the largest number of tokens up to which the ratio ours / torch's stays within the slack."""
-    won = itertools.takewhile(lambda tokens: ratios[tokens] <= SLACK, sorted(ratios))
-    return max(won, default=0)
+def span(ratios: dict[int, float]) -> tuple[int, int]:
+    """Return the ends of the first run of numbers of tokens in which ours over torch's is within the slack.
+
+    (1, 0) if there is none.
+    """
+    lost = itertools.dropwhile(lambda tokens: ratios[tokens] > SLACK, sorted(ratios))
+    won = list(itertools.takewhile(lambda tokens: ratios[tokens] <= SLACK, lost))
+    return (won[0], won[-1]) if won else (1, 0)
 
 
 def compare(op: str, dtype: str, tokens: int, seconds: float) -> tuple[float, float]:
     """Return the layer's time over all models with the product here, and with torch's."""
     field = FIELDS[op, dtype]
-    row = _row()
+    row = replace(_row(), least=1, half_least=1)
     choices = {name: replace(row, **{field: most}) for name, most in (("here", 1 << 30), ("torch", 0))}
     device, sums = torch.device("cpu"), dict.fromkeys(choices, 0.0)
     for model in MODELS:
@@ -130,7 +133,11 @@ def main(argv: Sequence[str]) -> int:
             ratios[tokens] = here / there
             shown.append([field, str(tokens), f"{here:.0f}", f"{there:.0f}", f"{here / there:.2f}"])
             print(*shown[-1], flush=True)
-        row = replace(row, **{field: largest(ratios)})
+        least, most = span(ratios)
+        if op == "train":  # the gradient has no least number
+            row = replace(row, **{field: most if least == min(ratios) else 0})
+        else:
+            row = replace(row, **{field: most, field.replace("base", "least"): least})
     print("\n".join(markdown.table(["product", "tokens", "here, µs", "torch, µs", "ratio"], shown)))
     print(line(row))
     if arguments.write:

@@ -298,7 +298,7 @@ struct Backward {
 bool is_own_gradient(const Tensor& dy, const Tensor& weight) {
   const ScalarType type = dy.scalar_type();
   const bool half = type == ScalarType::BFloat16;
-  return half && unit_for(half) == Unit::tiles && tokens_of(dy) && tokens_of(dy) <= most_tokens(half).gradient &&
+  return half && unit_for(half) == Unit::tiles && crossover(half).has_gradient(tokens_of(dy)) &&
       weight.is_contiguous() && weight.scalar_type() == type;
 }
 

@@ -3,7 +3,6 @@
 #include "products.h"
 #include "tiles.h"
 
-#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -18,12 +17,12 @@ namespace {
 
 struct Row {
   const char *vendor, *unit;
-  Most wide, half;
+  Crossover wide, half;
 };
 
 constexpr Row kRows[] = {
-#define CRAM_CROSSOVER(vendor, unit, base, gradient, half_base, half_gradient) \
-  {vendor, unit, {base, gradient}, {half_base, half_gradient}},
+#define CRAM_CROSSOVER(vendor, unit, from, base, gradient, half_from, half_base, half_gradient) \
+  {vendor, unit, {from, base, gradient}, {half_from, half_base, half_gradient}},
 #include "crossovers_table.h"
 #undef CRAM_CROSSOVER
 };
@@ -55,7 +54,7 @@ Row find() {
   for (const Row& row : kRows) {
     if (!std::strcmp(row.unit, unit) && (!*row.vendor || !std::strcmp(row.vendor, maker))) return row;
   }
-  return {"", unit, {0, 0}, {0, 0}};
+  return {"", unit, {1, 0, 0}, {1, 0, 0}};
 }
 
 Row found_row() {
@@ -75,35 +74,35 @@ InForce& in_force() {
 
 }  // namespace
 
-Most most_tokens(bool half) { return half ? in_force().row.half : in_force().row.wide; }
+Crossover crossover(bool half) { return half ? in_force().row.half : in_force().row.wide; }
 
 Unit unit_for(bool half) { return half ? in_force().unit : Unit::lanes; }
 
 }  // namespace cram
 
-// The row in force in words: vendor, unit, four numbers as in crossovers_table.h, and why there are no tiles, if there are
+// The row in force in words: vendor, unit, six numbers as in crossovers_table.h, and why there are no tiles, if there are
 // none. Separated by tabs.
 CRAM_EXPORT const char* cram_crossovers() {
   static thread_local std::string text;
   const cram::Row& row = cram::in_force().row;
   const char* reason = cram::why_no_tiles();
-  char numbers[128];
-  std::snprintf(
-      numbers, sizeof(numbers), "\t%lld\t%lld\t%lld\t%lld\t", static_cast<long long>(row.wide.base),
-      static_cast<long long>(row.wide.gradient), static_cast<long long>(row.half.base),
-      static_cast<long long>(row.half.gradient));
-  text = std::string(row.vendor) + "\t" + row.unit + numbers + (reason ? reason : "");
+  text = std::string(row.vendor) + "\t" + row.unit;
+  for (const cram::Crossover& each : {row.wide, row.half}) {
+    for (int64_t number : {each.from, each.base, each.gradient}) text += "\t" + std::to_string(number);
+  }
+  text += std::string("\t") + (reason ? reason : "");
   return text.c_str();
 }
 
 // For the program that measures a row, and for tests: other crossovers in this process, and at most that unit. A
 // negative unit puts back what the table says.
 CRAM_EXPORT void cram_set_crossovers(
-    int64_t base, int64_t gradient, int64_t half_base, int64_t half_gradient, int64_t unit) {
+    int64_t from, int64_t base, int64_t gradient, int64_t half_from, int64_t half_base, int64_t half_gradient,
+    int64_t unit) {
   cram::InForce found;
   if (unit >= 0) {
-    found.row.wide = {base, gradient};
-    found.row.half = {half_base, half_gradient};
+    found.row.wide = {from, base, gradient};
+    found.row.half = {half_from, half_base, half_gradient};
     if (unit < static_cast<int64_t>(found.unit)) {
       found.unit = cram::Unit::lanes;
       if (unit && cram::has_pairs()) found.unit = cram::Unit::pairs;

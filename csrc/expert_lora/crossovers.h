@@ -11,12 +11,16 @@ namespace cram {
 // What multiplies: float32 lanes, pairs of bfloat16, or tiles of them.
 enum class Unit : int64_t { lanes, pairs, tiles };
 
-struct Most {
-  int64_t base, gradient;  // tokens up to which the product is computed here
+// Numbers of tokens for which the base product and its gradient are computed here.
+struct Crossover {
+  int64_t from, base, gradient;
+
+  bool has_base(int64_t tokens) const { return tokens >= from && tokens <= base; }
+  bool has_gradient(int64_t tokens) const { return tokens && tokens <= gradient; }
 };
 
 // The row in force for values of a type.
-Most most_tokens(bool half);
+Crossover crossover(bool half);
 
 // What multiplies values of a type here.
 Unit unit_for(bool half);

@@ -199,10 +199,10 @@ void run(std::vector<Forward>& layers) {
 
 bool is_own(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = x.scalar_type();
-  const int64_t tokens = tokens_of(x), most = most_tokens(type == ScalarType::BFloat16).base;
-  const bool blocked = unit_for(type == ScalarType::BFloat16) == Unit::tiles;
+  const bool half = type == ScalarType::BFloat16;
+  const bool blocked = unit_for(half) == Unit::tiles;
   const bool fits = blocked || x.numel() * static_cast<int64_t>(x.element_size()) <= kOwnBytes;
-  return tokens && tokens <= most && fits && weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
+  return tokens_of(x) && crossover(half).has_base(tokens_of(x)) && fits && weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
 }
 
 struct Base {

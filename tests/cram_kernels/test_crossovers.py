@@ -16,7 +16,7 @@ _MISSING = native_libraries()["cpu"]
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
 BF16 = torch.bfloat16
-NEVER, ALWAYS = Crossovers("", "", 0, 0, 0, 0), Crossovers("", "", 1 << 20, 1 << 20, 1 << 20, 1 << 20)
+NEVER, ALWAYS = Crossovers("", "", 1, 0, 0, 1, 0, 0), Crossovers("", "", *(1, 1 << 20, 1 << 20) * 2)
 
 
 @pytest.fixture(autouse=True)

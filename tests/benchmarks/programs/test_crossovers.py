@@ -28,9 +28,10 @@ def test_a_new_row_replaces_its_own_or_goes_first() -> None:
     assert crossovers.written(text, new).index(crossovers.line(new)) < text.index(crossovers.line(row))
 
 
-def test_the_crossover_is_the_end_of_the_first_run_of_wins() -> None:
-    assert crossovers.largest({1: 0.9, 2: 1.0, 4: 1.02, 8: 1.1, 16: 0.5}) == 4
-    assert crossovers.largest({8: 0.9, 1: 1.2}) == 0
+def test_a_row_has_the_first_run_of_wins() -> None:
+    assert crossovers.span({1: 0.9, 2: 1.0, 4: 1.02, 8: 1.1, 16: 0.5}) == (1, 4)
+    assert crossovers.span({8: 0.9, 1: 1.2, 16: 1.3}) == (8, 8)
+    assert crossovers.span({1: 1.2, 8: 1.1}) == (1, 0)
 
 
 @pytest.mark.skipif(native_libraries()["cpu"] is not None, reason=str(native_libraries()["cpu"]))

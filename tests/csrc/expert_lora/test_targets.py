@@ -21,7 +21,7 @@ BELIEFS: dict[str, dict[str, str]] = {
     "avx2": {AVX512: "false", PAIRS: "false", TORCH: "answer = false", TILES: NO_TILES},
     "baseline": {ANY: f"false && {ANY}", TORCH: "answer = false", TILES: NO_TILES},
     # The instruction of the tile unit is a loop; packing and everything around it are those of the library.
-    "tiles": {"{half_base, half_gradient}": "{200, 200}"},
+    "tiles": {"{half_from, half_base, half_gradient}": "{1, 200, 200}"},
 }
 FLAGS = {"tiles": ("-DCRAM_TILE_MODEL",)}
 # T, D_in, D_out, S; among them one token, and more tokens than a chunk of summed rows has.
