@@ -20,8 +20,9 @@ from cram.serve.vllm.plugin.seams import check_version, installed_version
 ENGINES = ("cram", "vllm")
 MIDDLEWARE = "cram.serve.vllm.front.middleware.CramMiddleware"
 BASE = "base"
-# Options of the engine in process; vLLM has its own for each.
-OWN_OPTIONS = ("rows", "queue", "max_tokens", "context", "gate_floor", "drain")
+# The arguments of `cram serve` that mean the same for both engines; vLLM has flags of its own for the others.
+SHARED = {"command", "model", "clip", "bundle", "run", "host", "port", "bundles", "dtype", "device"}
+SHARED |= {"engine", "export", "print", "flags"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
         ValueError: If an option has no meaning for vLLM, vLLM is of another version, or as `export_groups`.
         ModuleNotFoundError: If there is no vLLM.
     """
-    for name in OWN_OPTIONS:
-        if getattr(arguments, name) != getattr(parser_defaults, name):
+    for name, default in vars(parser_defaults).items():
+        if name not in SHARED and getattr(arguments, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{option} must stand without --engine vllm, whose own flags follow `--`, got it"
