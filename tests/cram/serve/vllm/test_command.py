@@ -101,6 +101,8 @@ def test_vllm_gets_the_command_and_the_environment(bundle: Path, monkeypatch: py
     ("words", "message"),
     [
         (["--engine", "vllm"], "--run, or --bundle with --model, must be given"),
+        (["--engine", "vllm", "--run", "r", "--watch"], "--watch must stand without --engine vllm"),
+        (["--engine", "vllm", "--run", "r", "--gate-floor", "0.1"], "--gate-floor must stand without"),
         (
             ["--engine", "vllm", "--model", "m", "--bundle", "BUNDLE", "--rows", "3"],
             "--rows must stand without",
