@@ -24,7 +24,7 @@ from tests.cram.serve.vllm.bundles import PROJECTIONS
 
 QUESTIONS = ("What color is the shape?", "How many objects are in the picture?")
 GAIN = 0.25
-QWEN_VOCABULARY = factories.VOCAB
+LLAVA_VOCABULARY, QWEN_VOCABULARY = 627, factories.VOCAB
 QWEN_NAMES = {
     "<image>": "<|image_pad|>",
     "<video>": "<|video_pad|>",

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ import cram
 from cram.base import base_folder
 from cram.serve.vllm.export import Adapter, export_groups
 from tests.cram.serve.vllm.real import checkpoints
-from tests.cram.serve.vllm.real.worlds import World, plain_adapter
+from tests.cram.serve.vllm.real.worlds import World, engine_of, plain_adapter
 
 HERE = Path(__file__).parent
 SETTINGS = {
@@ -53,7 +52,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The built-in LLaVA with five experts in two groups, in one engine."""
     place = tmp_path_factory.mktemp("llava")
     checkpoints.llava(place / "model")
-    yield from world_in(place, base_folder() / "llava", base_folder() / "clip", vocabulary=627)
+    yield from world_in(place, base_folder() / "llava", checkpoints.LLAVA_VOCABULARY, {"image": 2})
 
 
 @pytest.fixture(scope="module")
@@ -61,34 +60,15 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A random Qwen2.5-VL with five experts in two groups, in one engine."""
     place = tmp_path_factory.mktemp("qwen")
     checkpoints.qwen2_5_vl(place / "model")
-    yield from world_in(place, place / "model", base_folder() / "clip", checkpoints.QWEN_VOCABULARY)
+    # A video would need a processor that needs torchvision.
+    yield from world_in(place, place / "model", checkpoints.QWEN_VOCABULARY, {"image": 2, "video": 0})
 
 
-def world_in(place: Path, source: Path, clip: Path, vocabulary: int) -> Iterator[World]:
+def world_in(place: Path, source: Path, vocabulary: int, limits: dict[str, int]) -> Iterator[World]:
     """Bundle, export and engine for the checkpoint `model` in a folder; transformers loads `source`."""
-    model, processor, handle = checkpoints.attached(source, clip)
+    model, processor, handle = checkpoints.attached(source, base_folder() / "clip")
     cram.save(model, place / "bundle")
     adapters: list[Adapter] = export_groups(place / "bundle", place / "out")
     plain = plain_adapter(handle, place / "plain")
-    engine = engine_of(place / "model", max_logprobs=vocabulary)
+    engine = engine_of(place / "model", max_logprobs=vocabulary, limit_mm_per_prompt=limits)
     yield World(place, source, model, processor, handle, adapters, plain, engine, vocabulary)
-
-
-def engine_of(model: Path, **settings: Any) -> Any:
-    """An engine in this process, with small steps, so that prompts are read in chunks."""
-    from vllm import LLM
-
-    chosen = {
-        "dtype": "float32",
-        "max_model_len": 256,
-        "enforce_eager": True,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "block_size": 32,
-        "enable_lora": True,
-        "max_lora_rank": 32,
-        "max_loras": 3,
-        "max_cpu_loras": 6,
-        "limit_mm_per_prompt": {"image": 2},
-    }
-    return LLM(str(model), **{**chosen, **settings})

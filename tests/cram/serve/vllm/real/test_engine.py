@@ -17,8 +17,7 @@ from cram.serve.vllm.group import GROUP_FILE, KEY, GateGroup, encode
 from cram.serve.vllm.plugin import seams
 from cram.serve.vllm.plugin.gate_table import GateTable
 from tests.cram.serve.vllm.real import checkpoints
-from tests.cram.serve.vllm.real.conftest import engine_of
-from tests.cram.serve.vllm.real.worlds import EXPLICIT, Job, World
+from tests.cram.serve.vllm.real.worlds import EXPLICIT, Job, World, engine_of
 
 LONG = (
     "Look at the picture again and again, then tell me: what color is the shape in it, and what lies there?"
@@ -63,7 +62,10 @@ def test_equal_layouts_with_other_gates_one_after_another(llava: World) -> None:
         llava.check(jobs)
 
 
-@pytest.mark.parametrize("control", ["no salt", "gates of layer 0 everywhere", "gates of one"])
+CONTROLS = ("no salt", "gates of layer 0 everywhere", "gates of one")
+
+
+@pytest.mark.parametrize("control", CONTROLS)
 def test_controls_are_found_wrong(llava: World, monkeypatch: pytest.MonkeyPatch, control: str) -> None:
     scale = GateTable.scale
     if control == "no salt":
@@ -74,7 +76,9 @@ def test_controls_are_found_wrong(llava: World, monkeypatch: pytest.MonkeyPatch,
         )
     else:
         monkeypatch.setattr(GateTable, "scale", lambda self, shrunk, layer: scale(self, shrunk, 0))
-    jobs = [Job(LONG, (8,), llava.gates(seed)) for seed in (30, 31)]
+    # Gates of its own, since wrong states stay in the prefix cache.
+    seed = 30 + 10 * CONTROLS.index(control)
+    jobs = [Job(LONG, (8,), llava.gates(seed + k)) for k in range(2)]
     worst = max(llava.differences([job], llava.run([job]))[0] for job in jobs)
     assert worst > WRONG > EXPLICIT, worst
 

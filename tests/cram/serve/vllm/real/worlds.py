@@ -170,3 +170,22 @@ def plain_adapter(handle: AttachedModel, folder: Path) -> dict[str, Tensor]:
     folder.mkdir()
     write_adapter(folder, made, handle.config.scale, None)
     return {path: handle.config.scale * (b @ a) for path, (a, b) in made.items()}
+
+
+def engine_of(model: Path, **settings: Any) -> Any:
+    """An engine in this process, with small steps, so that prompts are read in chunks."""
+    from vllm import LLM
+
+    chosen = {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "enable_lora": True,
+        "max_lora_rank": 32,
+        "max_loras": 3,
+        "max_cpu_loras": 6,
+    }
+    return LLM(str(model), **{**chosen, **settings})
