@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,11 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The built-in LLaVA with five experts in two groups, in one engine."""
+def llava(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[World]:
+    """The built-in LLaVA with five experts in two groups, in one engine with the module's ENGINE."""
     place = tmp_path_factory.mktemp("llava")
     checkpoints.llava(place / "model")
-    yield from world_in(place, base_folder() / "llava", checkpoints.LLAVA_VOCABULARY, {"image": 2})
+    yield from world_in(
+        place,
+        base_folder() / "llava",
+        checkpoints.LLAVA_VOCABULARY,
+        {"image": 2},
+        **getattr(request.module, "ENGINE", {}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +71,13 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     yield from world_in(place, place / "model", checkpoints.QWEN_VOCABULARY, {"image": 2, "video": 0})
 
 
-def world_in(place: Path, source: Path, vocabulary: int, limits: dict[str, int]) -> Iterator[World]:
+def world_in(
+    place: Path, source: Path, vocabulary: int, limits: dict[str, int], **settings: Any
+) -> Iterator[World]:
     """Bundle, export and engine for the checkpoint `model` in a folder; transformers loads `source`."""
     model, processor, handle = checkpoints.attached(source, base_folder() / "clip")
     cram.save(model, place / "bundle")
     adapters: list[Adapter] = export_groups(place / "bundle", place / "out")
     plain = plain_adapter(handle, place / "plain")
-    engine = engine_of(place / "model", max_logprobs=vocabulary, limit_mm_per_prompt=limits)
+    engine = engine_of(place / "model", max_logprobs=vocabulary, limit_mm_per_prompt=limits, **settings)
     yield World(place, source, model, processor, handle, adapters, plain, engine, vocabulary)

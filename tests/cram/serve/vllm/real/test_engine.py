@@ -17,35 +17,14 @@ from cram.serve.vllm.group import GROUP_FILE, KEY, GateGroup, encode
 from cram.serve.vllm.plugin import seams
 from cram.serve.vllm.plugin.gate_table import GateTable
 from tests.cram.serve.vllm.real import checkpoints
-from tests.cram.serve.vllm.real.worlds import EXPLICIT, Job, World, engine_of
+from tests.cram.serve.vllm.real.worlds import EXPLICIT, LONG, SHORT, Job, World, mixed
 
-LONG = (
-    "Look at the picture again and again, then tell me: what color is the shape in it, and what lies there?"
-)
-SHORT = "What color is the shape?"
 # A control must be wrong by far more than any rounding.
 WRONG = 0.05
 
 
-def mixed(world: World) -> list[Job]:
-    """Five gate tensors in two groups, with pictures and without, a plain adapter and the base."""
-    return [
-        Job(SHORT, (0,), world.gates(0)),
-        Job(LONG, (1,), world.gates(1)),
-        Job(LONG, (2,), world.gates(2, 1), 1),
-        Job(SHORT, (0, 3), world.gates(3)),
-        Job("Hello there.", (), world.gates(4, 1), 1),
-        Job(SHORT, (0,), "plain"),
-        Job(LONG, (4,), "base"),
-    ]
-
-
 def test_one_batch_of_five_gate_tensors_a_plain_adapter_and_the_base(llava: World) -> None:
     llava.check(mixed(llava))
-
-
-def test_qwen_in_one_batch(qwen: World) -> None:
-    qwen.check(mixed(qwen))
 
 
 def test_prefixes_are_shared_by_equal_gates_alone(llava: World) -> None:
@@ -195,26 +174,3 @@ def test_a_changed_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delattr(owners["Worker"], "execute_model")
     with pytest.raises(ValueError, match="this vLLM must have .*execute_model"):
         seams.check()
-
-
-@pytest.mark.slow
-def test_preempted_requests_continue_with_their_gates(llava: World) -> None:
-    whole = llava.engine
-    try:
-        llava.engine = engine_of(
-            llava.place / "model",
-            max_logprobs=llava.vocabulary,
-            num_gpu_blocks_override=9,
-            enable_prefix_caching=True,
-            disable_log_stats=False,
-        )
-        jobs = [
-            Job([7 + k, *range(20, 20 + n)], (), llava.gates(k) if k % 3 else "plain")
-            for k, n in enumerate((30, 60, 25, 40, 33, 28))
-        ]
-        outputs = llava.run(jobs, 40)
-        worst, same = llava.differences(jobs, outputs)
-        preempted = [m.value for m in llava.engine.get_metrics() if m.name == "vllm:num_preemptions"]
-        assert sum(preempted) > 0 and worst < 5e-4 and same, (preempted, worst)
-    finally:
-        llava.engine = whole

@@ -21,6 +21,10 @@ from tests.cram.serve.vllm.real import checkpoints
 from tests.cram.serve.vllm.real.reference import Deltas, Gates, in_process, table_of
 
 PLAIN_ID = 99
+LONG = (
+    "Look at the picture again and again, then tell me: what color is the shape in it, and what lies there?"
+)
+SHORT = "What color is the shape?"
 EXPLICIT, IN_PROCESS = 1e-4, 1e-3
 
 
@@ -189,3 +193,16 @@ def engine_of(model: Path, **settings: Any) -> Any:
         "max_cpu_loras": 6,
     }
     return LLM(str(model), **{**chosen, **settings})
+
+
+def mixed(world: World) -> list[Job]:
+    """Five gate tensors in two groups, with pictures and without, a plain adapter and the base."""
+    return [
+        Job(SHORT, (0,), world.gates(0)),
+        Job(LONG, (1,), world.gates(1)),
+        Job(LONG, (2,), world.gates(2, 1), 1),
+        Job(SHORT, (0, 3), world.gates(3)),
+        Job("Hello there.", (), world.gates(4, 1), 1),
+        Job(SHORT, (0,), "plain"),
+        Job(LONG, (4,), "base"),
+    ]
