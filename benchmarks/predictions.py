@@ -211,9 +211,9 @@ PREDICTIONS = [
         5.5,
     ),
     _layer("training step, T 8192", _case("train", 8192), _ratio, 1.25, _times, 56.2),
-    _layer("decode, T 1, adds", _case("decode", 1), _more, 6.0, _us, 0.75),
-    _layer("decode, T 16, adds", _case("decode", 16), _more, 6.0, _us, 0.75),
-    _layer("decode, T 64, adds", _case("decode", 64), _more, 6.0, _us, 3.0),
+    _layer("decode, T 1, adds", _case("decode", 1), _more, 6.0, _us, 0.61),
+    _layer("decode, T 16, adds", _case("decode", 16), _more, 6.0, _us, 0.61),
+    _layer("decode, T 64, adds", _case("decode", 64), _more, 6.0, _us, 2.46),
     _layer("prompt of 1024 tokens adds", _case("forward", 1024), _added, 0.35, _percent, 3.2),
     _layer(
         "512 packed rows, T 8192, add", _case("forward", 8192, stream="64x8"), _added, 0.35, _percent, 60.5

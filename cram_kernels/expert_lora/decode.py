@@ -47,6 +47,13 @@ class Plan(NamedTuple):
     first: Prepared
     second: Prepared
 
+    def run(self, inputs: Sequence[Tensor | None], ys: Sequence[Tensor], device: torch.device) -> None:
+        """Launch on the current stream; shapes, dtypes and alignments are those of the first tensors."""
+        memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.memory]
+        tensors = (*inputs, *memory, *ys)
+        self.first.run(tensors)
+        self.second.run(tensors)
+
 
 # None: a launch reads a tensor that is made for each call, such as a copy.
 _PLANS: dict[Any, Plan | None] = {}
@@ -105,14 +112,7 @@ def decode(
         arch: Architecture, see `cram_kernels.launch.architecture`.
         bits: Dropout mask on x, or None.
     """
-    tile, given, own = tiles.stream_tile(arch, x.dtype, *x.shape), (), ()
-    if tile is not None:
-        given = tuple(bias for bias in biases if bias is not None and bias.shape[0])
-        tile = tile if bits is None and _streams(x, weights, given) else None
-    if tile is None:
-        ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    else:
-        ys, own = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights], (*weights, *given)
+    ys, tile, own = _bases(x, weights, biases, arch, streams=bits is None)
     inputs = (x, gates, segments, *a, *bt, *owners, *own)
     key = None
     if bits is None and not dispatch.interpreted() and not hooked():
@@ -134,16 +134,13 @@ def decode(
         )
         plan = _PLANS.get(key)
         if plan is not None:
-            memory = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in plan.memory]
-            tensors = (*inputs, *memory, *ys)
-            plan.first.run(tensors)
-            plan.second.run(tensors)
+            plan.run(inputs, ys, x.device)
             return ys
     gate = gating(gates, owners, segments, scale)
     if tile is None:
         memory, first, second = _described(x, a, bt, ys, gate, arch, bits)
     else:
-        memory, first, second = _streamed(x, weights, given, a, bt, ys, gate, tile, arch)
+        memory, first, second = _streamed(x, own, a, bt, ys, gate, tile, arch)
     if key is not None and key not in _PLANS:
         _keep(key, (*inputs, *memory, *ys), memory, first, second)
     first.run()
@@ -151,10 +148,20 @@ def decode(
     return ys
 
 
-def _streams(x: Tensor, weights: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
-    """Whether base products can share a launch with SHRINK: weights row by row, all with a bias or none."""
-    rows = all(weight.is_contiguous() and weight.dtype == x.dtype for weight in weights)
-    return rows and len(given) in (0, len(weights)) and all(bias.is_contiguous() for bias in given)
+def _bases(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], arch: int, *, streams: bool
+) -> tuple[list[Tensor], tiles.ShrinkTile | None, tuple[Tensor, ...]]:
+    """Return every base product by the library; or, where the table says that the launches make them, memory
+    for the results, the tile, and the weights and biases that the launches read."""
+    tile = tiles.stream_tile(arch, x.dtype, *x.shape) if streams else None
+    if tile is not None:
+        given = [bias for bias in biases if bias is not None and bias.shape[0]]
+        # Weights row by row; all with a bias or none.
+        rows = all(weight.is_contiguous() and weight.dtype == x.dtype for weight in weights)
+        if rows and len(given) in (0, len(weights)) and all(bias.is_contiguous() for bias in given):
+            ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+            return ys, tile, (*weights, *given)
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], None, ()
 
 
 def _described(
@@ -180,8 +187,7 @@ def _described(
 
 def _streamed(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    own: Sequence[Tensor],
     a: Sequence[Tensor],
     bt: Sequence[Tensor],
     ys: Sequence[Tensor],
@@ -190,6 +196,7 @@ def _streamed(
     arch: int,
 ) -> tuple[list[Tensor], Launch, Launch]:
     """Return the planes of U and of Y, and the two launches that make Y."""
+    weights, biases = own[: len(ys)], own[len(ys) :]
     downs, ups = operands(a, x), operands(bt, x)
     shape, early = (tile.split_k, len(ys), x.shape[0]), starts_early(arch)
     pitch, most = pitch_of([down.shape[0] for down in downs]), max(y.shape[1] for y in ys)

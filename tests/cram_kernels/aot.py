@@ -17,21 +17,28 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from cram_kernels.launch import Launch
-from tests.cram_kernels.aot_code import BYTES_A_US, FLOPS_A_US, Work, early_reads, issue_us, read_sass
+from tests.cram_kernels.aot_code import (
+    BYTES_A_US,
+    FLOPS_A_US,
+    Work,
+    early_reads,
+    issue_us,
+    read_ptx,
+    read_sass,
+)
+from tests.cram_kernels.aot_driver import Target, Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that one program may ask for; registers of a multiprocessor and of a thread.
@@ -43,14 +50,14 @@ REGISTERS, REGISTERS_A_THREAD = 65536, 255
 # fit on a multiprocessor (8 and 16 bytes a thread were seen, at 48 to 96 registers).
 PARKED_BYTES, PARKING_REGISTERS = 32, 128
 
-_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([\w.:]+)")
-_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?\.(?:v(\d)\.)?[bsuf](\d+)\b")
-_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
-# A copy that is waited for while later ones are on their way.
-_AHEAD = re.compile(r"\bcp\.async\.wait_group\s+(0x[0-9a-f]+|\d+)\s*;")
-# A factor of the dropout mask's hash, as a signed and as an unsigned number.
-_HASH = (str(0x7FEB352D), hex(0x7FEB352D))
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) ")
+
+
+class Excuse(NamedTuple):
+    """Why issuing a launch's instructions may take `times` as long as its bytes on an H200."""
+
+    why: str
+    times: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Case:
         launches: In the order in which they run.
         narrow: Names of the kernels that cannot load all that is large by 16 bytes.
         wgmma: Names of the kernels whose tiles are large enough for sm_90's asynchronous products.
-        excused: Kernel -> why its instructions may take longer than its bytes on an H200.
+        excused: Kernel -> why its instructions may take longer than its bytes.
         pipelined: Kernel -> loops that load the next steps' operands while they compute.
     """
 
@@ -70,7 +77,7 @@ class Case:
     launches: tuple[Launch, ...]
     narrow: tuple[str, ...] = ()
     wgmma: tuple[str, ...] = ()
-    excused: dict[str, str] = field(default_factory=dict)
+    excused: dict[str, Excuse] = field(default_factory=dict)
     pipelined: dict[str, int] = field(default_factory=dict)
 
 
@@ -89,6 +96,8 @@ class Compiled:
     wgmma: bool
     late: list[str]
     front: bool
+    # How many times as long as its bytes its instructions may take, and why.
+    times: float = 1.0
     excused: str = ""
     pipelined: int = 0
     error: str = ""
@@ -175,7 +184,7 @@ def violations(kernel: Compiled) -> list[str]:
             f"the assembler must move no load in front of the wait, got (PTX, SASS) {kernel.early_loads}",
         ),
         (
-            kernel.arch != 90 or (kernel.hidden <= 0) or bool(kernel.excused),
+            kernel.arch != 90 or kernel.issue_us <= kernel.times * max(kernel.bytes_us, LAUNCH_US),
             f"issuing must hide behind bytes ({kernel.bytes_us:.1f} us), got {kernel.issue_us:.1f} us",
         ),
         (
@@ -194,74 +203,6 @@ def violations(kernel: Compiled) -> list[str]:
     return [what for holds, what in rules if not holds]
 
 
-def read_ptx(ptx: str) -> dict[str, Any]:
-    """Return what the checks need of a kernel's PTX, by the names of `Compiled`'s fields."""
-    loads = Counter(int(vector or 1) * int(bits) // 8 for vector, bits in _LOAD.findall(ptx))
-    loads.update(int(width, 0) for width in _COPY.findall(ptx))
-    return {
-        "mma": sorted({".".join(parts) for parts in _PRODUCT.findall(ptx)}),
-        "loads": {str(width): loads[width] for width in sorted(loads)},
-        "local": bool(re.search(r"\.local\b", ptx)),
-        "loops_ahead": sum(int(left, 0) > 0 for left in _AHEAD.findall(ptx)),
-        "hashes": any(word in ptx for word in _HASH),
-        "waits": "griddepcontrol.wait" in ptx,
-        "signals": "griddepcontrol.launch_dependents" in ptx,
-    }
-
-
-class _Target:
-    """A driver without a device: all that the JIT asks of one before it launches."""
-
-    def __init__(self, arch: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._arch, self._target = arch, GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        # The JIT keeps what it compiled by device.
-        return self._arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Pointer:
-    """A tensor as the JIT sees one: a type and an address."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype = tensor.dtype
-        self._address = tensor.storage_offset() * tensor.element_size()
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
-class _Warm:
-    """Stands in for a kernel in `Launch.run`: compiles and keeps the result instead of launching."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel, self.result = kernel, None
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def build(**arguments: Any) -> None:
-            given = {name: _pointers(value) for name, value in arguments.items()}
-            self.result = self._kernel.run(grid=grid, warmup=True, **given)
-
-        return build
-
-
-def _pointers(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _Pointer(value)
-    if isinstance(value, tuple):
-        items = [_pointers(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
 def _leaves(kinds: Any) -> Iterator[str]:
     if isinstance(kinds, str):
         yield kinds
@@ -277,7 +218,7 @@ def compile_cases(cases: Iterable[Case], arch: int) -> list[Compiled]:
     """
     from triton.runtime.driver import driver
 
-    driver.set_active(_Target(arch))
+    driver.set_active(Target(arch))
     seen: dict[Any, Compiled] = {}
     for case in cases:
         followers = [launch.dependent for launch in case.launches[1:]] + [False]
@@ -299,6 +240,7 @@ def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, A
     from triton.errors import TritonError
 
     name = launch.kernel.fn.__name__
+    excuse = case.excused.get(name, Excuse("", 1.0))
     record = Compiled(
         label=case.label,
         kernel=name,
@@ -311,10 +253,11 @@ def _compile(case: Case, launch: Launch, arch: int, front: bool) -> tuple[Any, A
         wgmma=name in case.wgmma,
         late=list(launch.late),
         front=front,
-        excused=case.excused.get(name, ""),
+        times=excuse.times,
+        excused=excuse.why,
         pipelined=case.pipelined.get(name, 0),
     )
-    warm = _Warm(launch.kernel)
+    warm = Warm(launch.kernel)
     try:
         # A failing assembler prints the whole program to standard output.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -354,7 +297,7 @@ def _bounds(known: Compiled, record: Compiled, launch: Launch) -> None:
     record.bytes_us = launch.floor_us(BYTES_A_US, FLOPS_A_US)
     if known.hidden <= record.hidden:
         known.issue_us, known.bytes_us = record.issue_us, record.bytes_us
-        known.label, known.excused = record.label, record.excused
+        known.label, known.excused, known.times = record.label, record.excused, record.times
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from cram_kernels.expert_lora import triton as expert_lora
 from cram_kernels.expert_lora.decode import PLANES_TOKENS
 from cram_kernels.launch import Launch
 from cram_kernels.packing import PackedExperts, pack_experts
-from tests.cram_kernels.aot import Case
+from tests.cram_kernels.aot import Case, Excuse
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (x, experts): every precision, and float32 masters on a half-precision base.
@@ -39,17 +39,22 @@ STREAMS = {78: (10, 9, 10, 8, 7, 10, 6, 9, 5, 4), 43: (10, 4, 5, 4, 4, 4, 4, 4, 
 # A row of `tiles.STREAM`, which has none: what runs if the experiments say so.
 STREAM_ROW = (64, 16, 64, 128, 2, 4, 3)
 # Why the instructions of a launch may take longer than its bytes on an H200.
-FLOAT32 = "products in float32 run on the scalar units"
-TWO_BRANCHES = "its programs take one of two branches, and the text holds both"
-SKIPPED = "a block without a token of the segment is skipped, and the bound counts it"
-HASHED = "an integer hash for every two elements, once a step instead of three times"
+FLOAT32 = Excuse("products in float32 run on the scalar units")
+TWO_BRANCHES = Excuse("its programs take one of two branches, and the text holds both")
+SKIPPED = Excuse("a block without a token of the segment is skipped, and the bound counts it")
+HASHED = Excuse("an integer hash for every two elements, once a step instead of three times")
 GATES_EXCUSED = {
-    "_gates": "distances in float32 on the scalar units: on tensor cores their terms would cancel",
-    "_query_gradient": "as the distances",
-    "_centroid_gradient": "programs of frozen rows only write zeros, and the bound counts them as trained",
+    "_gates": Excuse("distances in float32 on the scalar units: on tensor cores their terms would cancel"),
+    "_query_gradient": Excuse("as the distances"),
+    "_centroid_gradient": Excuse(
+        "programs of frozen rows only write zeros, and the bound counts them as trained"
+    ),
 }
-PLANES = "each block of columns adds up to seven planes, in place of a launch that folds them"
-MASKED = "the mask is selected in registers, once for each tile of 128 packed rows"
+PLANES = Excuse("each block of columns adds up to seven planes, in place of a launch that folds them")
+MASKED = Excuse("the mask is selected in registers, once for each tile of 128 packed rows")
+FOUR_STEPS = Excuse(
+    "four steps over 256 packed rows issue as long as its bytes take, 4 % longer from newer compilers", 1.05
+)
 # (L, S, E, D_q, trained) for each tile of the gates.
 GATES = (
     (1, 3, 2, 768, 1),
@@ -106,13 +111,15 @@ def shipped(arch: int, full: bool) -> Iterator[Case]:
             yield Case(label, (launch,), NARROW, excused=GATES_EXCUSED, pipelined=PIPELINED)
 
 
-def excuses(call: Call) -> dict[str, str]:
+def excuses(call: Call) -> dict[str, Excuse]:
     """Return the kernels of a call whose instructions may take longer than their bytes, with the reason."""
     found = {"_dropout_bits": HASHED, "_routed_shrink": TWO_BRANCHES}
+    if call.train and call.rank >= 256:
+        found["_expand"] = FOUR_STEPS
     if call.dtype == FP32:
         found |= {"_shrink": FLOAT32, "_expand": FLOAT32, "_gram": FLOAT32}
     if not call.train and call.tokens <= PLANES_TOKENS:
-        found["_expand"] = PLANES
+        found["_expand"] = found["_join"] = PLANES
     if call.mapped:
         found["_segment_sums"] = SKIPPED
     if call.dropout:
@@ -154,7 +161,7 @@ def chosen(arch: int) -> Iterator[Call]:
         yield Call(1, train=False, width=18944, rank=43)
         yield Call(16, train=False, rank=256, stack=3, mapped=True)
         yield Call(16, train=False, rank=78, stack=3)
-        yield Call(64, train=False, rank=256, stack=3, mapped=True, streamed=True)
+        yield Call(16, train=False, rank=256, stack=3, mapped=True, streamed=True)
         yield Call(8192, train=False, rank=78, wide=True)
         yield Call(8192, train=True, rank=512)
         yield Call(1024, train=True, rank=43)

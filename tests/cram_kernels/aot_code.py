@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 # An H200: multiprocessors times clocks a microsecond; bytes of a copy and half-precision FLOPs a microsecond.
 CLOCKS, BYTES_A_US, FLOPS_A_US = 132 * 1755.0, 4.3e6, 790e6
@@ -24,6 +25,14 @@ _INTEGER = re.compile(
     "HSETP2|HMNMX2|POPC|ICMP"
 )
 _LOADS = ("LDG", "LDGSTS", "LD", "UBLKCP", "UTMALDG")
+
+_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.([\w.:]+)")
+_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?\.(?:v(\d)\.)?[bsuf](\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
+# A copy that is waited for while later ones are on their way.
+_AHEAD = re.compile(r"\bcp\.async\.wait_group\s+(0x[0-9a-f]+|\d+)\s*;")
+# A factor of the dropout mask's hash, as a signed and as an unsigned number.
+_HASH = (str(0x7FEB352D), hex(0x7FEB352D))
 
 _STATEMENT = re.compile(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)(.*)")
 _REGISTER = re.compile(r"%\w+")
@@ -76,6 +85,21 @@ def read_sass(text: str) -> Work:
             work.early_loads = early
     work.once, work.looped = dict(once), dict(looped)
     return work
+
+
+def read_ptx(ptx: str) -> dict[str, Any]:
+    """Return what the checks need of a kernel's PTX, by the names of `Compiled`'s fields."""
+    loads = Counter(int(vector or 1) * int(bits) // 8 for vector, bits in _LOAD.findall(ptx))
+    loads.update(int(width, 0) for width in _COPY.findall(ptx))
+    return {
+        "mma": sorted({".".join(parts) for parts in _PRODUCT.findall(ptx)}),
+        "loads": {str(width): loads[width] for width in sorted(loads)},
+        "local": bool(re.search(r"\.local\b", ptx)),
+        "loops_ahead": sum(int(left, 0) > 0 for left in _AHEAD.findall(ptx)),
+        "hashes": any(word in ptx for word in _HASH),
+        "waits": "griddepcontrol.wait" in ptx,
+        "signals": "griddepcontrol.launch_dependents" in ptx,
+    }
 
 
 def early_reads(ptx: str) -> tuple[set[int], int]:

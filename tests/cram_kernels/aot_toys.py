@@ -33,6 +33,7 @@ def _toy(
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
     EARLY: tl.constexpr,
+    HASH: tl.constexpr,
 ):
     if SIGNAL:
         gdc_launch_dependents()
@@ -55,6 +56,8 @@ def _toy(
     places = y + rows[:, None] * BLOCK_N + columns[None, :]
     if EARLY:
         total += first
+    if HASH:
+        total += ((rows * 0x7FEB352D) >> 16)[:, None].to(SUM)
     tl.store(places, total.to(y.dtype.element_ty), mask=rows[:, None] < tokens)
 
 
@@ -91,7 +94,7 @@ def toy(
             "stride": stride,
             "offsets": offsets,
         },
-        constants={**usual, "SIGNAL": False, "WAIT": False, "EARLY": False, **constants},
+        constants={**usual, "SIGNAL": False, "WAIT": False, "EARLY": False, "HASH": False, **constants},
         warps=warps,
         stages=stages,
         cost=lambda: (moved_bytes, 1),
@@ -129,5 +132,7 @@ def unsound(arch: int, full: bool) -> Iterator[Case]:
     yield Case("must wait iff, not dependent", (toy(WAIT=True, BLOCK_T=128),))
     yield Case("must not read ['x'] before it waits", (toy(WAIT=True, EARLY=True, dependent=True),))
     yield Case("issuing must hide", (toy(tokens=1 << 22, moved_bytes=0, steps=64, BLOCK_K=32),))
+    yield Case("loops must load ahead", (toy(stages=1),), pipelined={"_toy": 1})
+    yield Case("must be hashed by", (toy(HASH=True),))
     yield Case("must release iff", (toy(BLOCK_N=16), toy(WAIT=True, BLOCK_N=32, dependent=True)))
     yield Case("must release iff, nothing behind", (toy(SIGNAL=True, BLOCK_T=128),))
