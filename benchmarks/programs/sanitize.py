@@ -16,7 +16,8 @@ import torch
 from benchmarks import ours, truth
 from benchmarks.candidates import Candidate, taking_part
 from benchmarks.cases import GATE_OPS, LAYER_OPS, PART_OPS, STACKED_OPS, STREAMS, Case
-from benchmarks.problem import SCALE, make
+from benchmarks.problem import SCALE, Problem, make
+from benchmarks.programs.experiments import STREAM_ROWS, in_one_launch
 from benchmarks.suite import failures, passed
 from cram_kernels import expert_lora, orthogonality_penalty, pack_experts
 from cram_kernels.dispatch import IMPLS
@@ -44,6 +45,7 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
             p = make(case, device)
             yield f"sanitize {case.name}", partial(truth.results, p, candidate.build(p))
     yield "sanitize dropout and segment map", partial(_dropped, device, "triton")
+    yield "sanitize W and A in one launch", _streamed(device)[1]
 
 
 def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -53,6 +55,8 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     for case, name, candidate in checked("bfloat16" if device.type == "cuda" else "float32"):
         if name not in foreign and candidate.missing(case, device) is None:
             yield f"{case.name} {name}", partial(_gated, candidate, case, device)
+    if ours.missing("expert_lora", "triton", device, torch.bfloat16) is None:
+        yield "W and A in one launch", partial(_streamed_right, device)
     for impl in IMPLS:
         if ours.missing("expert_lora", impl, device, torch.float32) is None:
             yield f"dropout and segment map, {impl}", partial(_dropped, device, impl)
@@ -62,6 +66,17 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _gated(candidate: Candidate, case: Case, device: torch.device) -> float:
     return passed(candidate, make(case, device))
+
+
+def _streamed(device: torch.device, dtype: str = "bfloat16") -> tuple[Problem, Callable[[], torch.Tensor]]:
+    """A decode step of two blocks of tokens, its base product in the launches of the experts."""
+    p = make(Case("decode", "toy", "k", "toy", 17, 17, dtype), device)
+    return p, torch.no_grad()(in_one_launch(p, STREAM_ROWS[0]))
+
+
+def _streamed_right(device: torch.device, dtype: str = "bfloat16") -> float:
+    p, step = _streamed(device, dtype)
+    return truth.error({"y": step()}, truth.experts(p), truth.LIMITS[p.case.dtype])
 
 
 def _dropped(device: torch.device, impl: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import truth
 from benchmarks.programs import sanitize
+from tests.cram_kernels.devices import needs_interpreter
 
 
 def test_checks_pass_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,4 +27,13 @@ def test_checks_report_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_what_is_compiled_ahead_is_what_is_checked_on_a_gpu() -> None:
     ahead = [name for name, _ in sanitize.calls(torch.device("meta"))]
     checked = [case.name for case, name, _ in sanitize.checked("bfloat16") if "triton" in name]
-    assert ahead == [*(f"sanitize {name}" for name in checked), "sanitize dropout and segment map"]
+    others = ["sanitize dropout and segment map", "sanitize W and A in one launch"]
+    assert ahead == [*(f"sanitize {name}" for name in checked), *others]
+
+
+@needs_interpreter
+def test_one_launch_is_compared_with_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sanitize._streamed_right(torch.device("cpu"), "float32") < truth.LIMITS["float32"]
+    monkeypatch.setattr(truth, "experts", truth.base)
+    with pytest.raises(truth.Wrong):
+        sanitize._streamed_right(torch.device("cpu"), "float32")
