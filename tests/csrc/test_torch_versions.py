@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def test_a_macro_without_its_header_is_found() -> None:
     assert list(macros_without_header(path, "STD_NO_SUCH_MACRO();")) == [
         "STD_NO_SUCH_MACRO must be a macro of torch 2.11"
     ]
+
+
+def test_headers_come_out_of_a_wheel_that_lists_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "torch.whl", "w") as wheel:
+        for name in (
+            "torch/include/",
+            "torch/include/a/",
+            "torch/include/a/b.h",
+            "torch/version.py",
+            "torch/c.py",
+        ):
+            wheel.writestr(name, "" if name.endswith("/") else name)
+    with zipfile.ZipFile(tmp_path / "torch.whl") as wheel:
+        torch_headers.unpack(wheel, tmp_path / "2.0")
+    found = {
+        path.relative_to(tmp_path / "2.0").as_posix()
+        for path in (tmp_path / "2.0").rglob("*")
+        if path.is_file()
+    }
+    assert found == {"include/a/b.h", "version.py"}
 
 
 @pytest.fixture(params=["oldest", "newest"])

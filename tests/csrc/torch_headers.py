@@ -38,12 +38,18 @@ def fetch(version: str) -> Path:
         (wheel,) = Path(scratch).glob("torch-*.whl")
         folder = FOLDER / wheel.name.split("-")[1].split("+")[0]
         with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if name.startswith("torch/include/") or name == "torch/version.py":
-                    target = folder / name.removeprefix("torch/")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(archive.read(name))
+            unpack(archive, folder)
     return folder
+
+
+def unpack(archive: zipfile.ZipFile, folder: Path) -> None:
+    """Write a wheel's headers and version; some wheels list folders as well."""
+    for entry in archive.infolist():
+        wanted = entry.filename.startswith("torch/include/") or entry.filename == "torch/version.py"
+        if wanted and not entry.is_dir():
+            target = folder / entry.filename.removeprefix("torch/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(entry))
 
 
 def fetched() -> list[Path]:
