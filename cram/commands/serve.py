@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", default=128, type=int, help="requests that wait at most (default: 128)")
     parser.add_argument("--max-tokens", default=1024, type=int, help="of an answer at most (default: 1024)")
     parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's)")
-    text = "tokens of a prompt that are read between two steps (default: 128)"
-    parser.add_argument("--piece", default=128, type=int, help=text)
+    text = "tokens of a prompt that are read between two steps (default: 64 on a CPU, else 512)"
+    parser.add_argument("--piece", type=int, help=text)
     parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
     parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
     add_dtype(parser)
@@ -90,11 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
     from cram.serve.http.body import Settings
 
     for option in ("rows", "queue", "max_tokens", "piece"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"{option} must be at least 1, got {getattr(arguments, option)}")
+        given = getattr(arguments, option)
+        if given is not None and given < 1:
+            raise ValueError(f"{option} must be at least 1, got {given}")
     watched = watched_bundles(arguments)
     served = load_served(arguments)
-    sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, arguments.piece)
+    piece = arguments.piece or (64 if served.model.device.type == "cpu" else 512)
+    sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, piece)
     engine = Engine(served.model, served.processor, Limits(*sizes), arguments.gate_floor)
     local = arguments.host in LOOPBACK
     settings = Settings(

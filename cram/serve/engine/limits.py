@@ -23,7 +23,7 @@ class Limits:
     waiting: int = 128
     tokens: int = 1024
     context: int | None = None
-    piece: int = 128
+    piece: int = 64
 
     def check(self, request: Request) -> None:
         """Refuse a request that asks for more than there is.
