@@ -1,4 +1,4 @@
-"""Bundles, run folders and streams under random damage; `-m slow` does thousands of mutations."""
+"""Bundles, run folders, streams and calls under random damage; `-m slow` does thousands of mutations."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz import bundles, runs, streams
+from tests.fuzz import bundles, calls, runs, streams
 from tests.fuzz.guard import Tally
 
 TARGETS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, range, Path], Tally]]] = {
     "bundles": (bundles.prepare, bundles.run),
     "streams": (streams.prepare, streams.run),
     "runs": (runs.prepare, runs.run),
+    "calls": (calls.prepare, calls.run),
 }
-SHORT = {"bundles": 40, "streams": 60, "runs": 6}
-LONG = {"bundles": 2600, "streams": 2000, "runs": 400}
+SHORT = {"bundles": 40, "streams": 60, "runs": 4, "calls": 100}
+LONG = {"bundles": 2600, "streams": 2000, "runs": 400, "calls": 3000}
 # Another first seed makes other mutations.
 FIRST = int(os.environ.get("CRAM_FUZZ_SEED", "0"))
 
