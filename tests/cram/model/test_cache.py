@@ -91,9 +91,12 @@ def test_one_token_in_a_static_cache_that_was_reset_is_a_prompt() -> None:
         model(**batch_of(processor, 0), **continuing(model, cache), use_cache=True)
         route = cram.state.route
         cache.reset()
-        model(input_ids=TOKEN, **continuing(model, cache))
-        assert cram.state.route is not route and not cram.state.decoding
-        assert step(model, cache) == 0 and cram.state.decoding
+        with pytest.raises(ValueError, match="must be in one prefill, got its first token alone"):
+            model(input_ids=TOKEN, **continuing(model, cache))
+        with cram.fixed(route):
+            model(input_ids=TOKEN, **continuing(model, cache))
+            assert not cram.state.decoding
+            assert step(model, cache) == 0 and cram.state.decoding
 
 
 def test_padding_is_known_behind_the_mask_of_a_static_cache() -> None:
