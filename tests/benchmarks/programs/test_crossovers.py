@@ -25,7 +25,8 @@ def test_a_new_row_replaces_its_own_or_goes_first() -> None:
     assert crossovers.line(changed) in crossovers.written(text, changed)
     assert crossovers.line(row) not in crossovers.written(text, changed)
     new = replace(row, vendor="Other")
-    assert crossovers.written(text, new).index(crossovers.line(new)) < text.index(crossovers.line(row))
+    added = crossovers.written(text, new)
+    assert added.index(crossovers.line(new)) < added.index(crossovers.line(row))
 
 
 def test_a_row_has_the_first_run_of_wins() -> None:
