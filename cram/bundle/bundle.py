@@ -120,9 +120,8 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     kept = (METHOD, ROUTER) if method == "cram" else (METHOD,)
     specs = {name: spec for name, spec in description.specs().items() if name in kept}
     state_files = [check_tensors(folder / name, spec) for name, spec in specs.items()]
-    read_at_once = {file.path.relative_to(folder).as_posix() for file in files}
-    check_hashes(folder, description, description.listed.keys() - read_at_once)
-    packs = read_packs(folder, description, files, linears)
+    check_hashes(folder, description)
+    packs = read_packs(description, files, linears)
     state = {name: tensor for file in state_files for name, tensor in file.read()}
     if encoder is None and present is None:
         encoder = _named_encoder(description, model)

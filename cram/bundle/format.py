@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,13 +191,13 @@ def describe(folder: Path) -> Description:
     return description
 
 
-def check_hashes(folder: Path, description: Description, names: Iterable[str] | None = None) -> None:
-    """Compare the named files of a described bundle, by default all, with their sha256 in the manifest.
+def check_hashes(folder: Path, description: Description) -> None:
+    """Compare every file of a described bundle with its sha256 in the manifest.
 
     Raises:
         ValueError: If a file was altered.
     """
-    for name in description.listed if names is None else names:
+    for name in description.listed:
         _check_hash(folder, name, description.listed)
 
 

@@ -6,13 +6,13 @@ is one tensor at a time, so a load needs the memory of the experts and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cram.bundle.format import SHARED_A, Description, check_hashes
+from cram.bundle.format import SHARED_A, Description
 from cram.bundle.peft_folder import PREFIX, adapter_spec, check_adapter
 from cram.bundle.tensors import TensorFile, check_tensors
 from cram_kernels import PackedExperts
@@ -35,14 +35,11 @@ def check_experts(folder: Path, description: Description) -> list[TensorFile]:
 
 
 def read_packs(
-    folder: Path, description: Description, files: list[TensorFile], linears: Mapping[str, nn.Linear]
+    description: Description, files: list[TensorFile], linears: Mapping[str, nn.Linear]
 ) -> dict[str, PackedExperts]:
     """Read all experts into one frozen pack per module.
 
-    A file is compared with its sha256 just before it is read, while the processor's cache still holds it.
-
     Args:
-        folder: The bundle.
         description: The bundle's description.
         files: What `check_experts` gave.
         linears: Module path -> base linear, on whose device the pack lies.
@@ -51,28 +48,22 @@ def read_packs(
         Module path -> pack; empty for a bundle without experts.
 
     Raises:
-        ValueError: If a file was altered, or a value is NaN or infinite.
+        ValueError: If a value is NaN or infinite.
     """
     experts = description.experts
     if not experts:
         return {}
     packs = {path: _empty_pack(description, path, linears[path]) for path in description.modules}
     if description.shared_a:
-        for name, tensor in _checked(folder, description, files[0]):
+        for name, tensor in files[0].read():
             path, _ = _place(name)
             for index in range(len(experts)):
                 _fill(packs[path], index, "A", tensor)
     for index, file in enumerate(files[len(files) - len(experts) :]):
-        for name, tensor in _checked(folder, description, file):
+        for name, tensor in file.read():
             path, side = _place(name)
             _fill(packs[path], index, side, tensor)
     return packs
-
-
-def _checked(folder: Path, description: Description, file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file that is what the manifest says."""
-    check_hashes(folder, description, [file.path.relative_to(folder).as_posix()])
-    return file.read()
 
 
 def _empty_pack(description: Description, path: str, linear: nn.Linear) -> PackedExperts:
