@@ -11,10 +11,9 @@ Faithful to the released code: a hard top-1 gate passes no gradient to its route
 R_v and R_i in the first task only, so they keep their initial values. In this package they are saved
 constants. Every task trains the experts and I_v, I_f. The scale is inside the fusion scores.
 
-Own reading: e is CLIP's text feature. The released code has one sentence embedding per task, and its
-evaluation is told which of them to take. The mean leaves out padding; the released mean depends on the batch.
-Logits are made without dropout. A and the routers start as in the other methods, and each expert has rank
-`rank`.
+Own reading: e is CLIP's text feature. The released code has one sentence embedding per task, and is told
+which to take. The mean leaves out padding; the released mean depends on the batch. Logits are made without
+dropout. A and the routers start as in the other methods, and each expert has rank `rank`.
 """
 
 from __future__ import annotations
