@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -198,6 +199,7 @@ def test_readme_opens_with_the_two_commands() -> None:
 def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder where `base_folder()` is a tiny random model and the built-in stream is short."""
     import cram.base
+    import cram.commands
     import cram.compare.comparison
     import cram.loading
     import cram.streams
@@ -210,6 +212,9 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (cram.base, cram.loading):
         monkeypatch.setattr(module, "base_folder", lambda: tmp_path / "base")
     stream = builtin.build(train_samples=32, test_samples=2)
+    # Commands are imported when they are called; one that is first imported below would keep the short stream.
+    for found in pkgutil.walk_packages(cram.commands.__path__, "cram.commands."):
+        importlib.import_module(found.name)
     monkeypatch.setattr(cram.streams, "load_stream", lambda name: stream if name == "builtin" else None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
