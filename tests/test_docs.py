@@ -212,7 +212,7 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (cram.base, cram.loading):
         monkeypatch.setattr(module, "base_folder", lambda: tmp_path / "base")
     stream = builtin.build(train_samples=32, test_samples=2)
-    # Commands are imported when they are called; one that is first imported below would keep the short stream.
+    # A command that is first imported below this would keep the short stream.
     for found in pkgutil.walk_packages(cram.commands.__path__, "cram.commands."):
         importlib.import_module(found.name)
     monkeypatch.setattr(cram.streams, "load_stream", lambda name: stream if name == "builtin" else None)
