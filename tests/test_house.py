@@ -421,3 +421,10 @@ def test_every_dependency_is_used() -> None:
     used = {DISTRIBUTIONS.get(root, root) for root in imported}
     declared = requirement_names([*project["dependencies"], *project["optional-dependencies"]["hf"]])
     assert declared <= used, declared - used
+
+
+def test_scripts_name_tests_that_exist() -> None:
+    scripts = [path for path in (ROOT / ".ci").rglob("*") if path.is_file()]
+    named = {found for path in scripts for found in re.findall(r"tests/[\w/.]*\w", path.read_text())}
+    assert "tests/cram/model" in named
+    assert not {name for name in named if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}*.py"))}
