@@ -29,6 +29,16 @@ KEYS_SHOWN = 4
 LEGACY_END_ID = 2  # CLIP configs of old name this id wrongly; transformers then pools at the largest token id
 
 
+def load_image_processor(source: str) -> Any:
+    """Load the image processor of a folder or name.
+
+    In transformers 5.17 the same name at the top of the package asks for torchvision, which is not needed.
+    """
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source)
+
+
 class ClipEncoder:
     """CLIP features of instructions and images, in float32.
 
@@ -78,7 +88,7 @@ class ClipEncoder:
             ValueError: If `source` holds no CLIP, or not exactly its weights.
             OSError: If there is nothing at `source`.
         """
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "clip":
@@ -90,7 +100,7 @@ class ClipEncoder:
         if model is not None:
             clip = clip.to(next(model.parameters()).device)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        return cls(clip, tokenizer, AutoImageProcessor.from_pretrained(source), model, str(source))
+        return cls(clip, tokenizer, load_image_processor(source), model, str(source))
 
     @property
     def sha256(self) -> str:

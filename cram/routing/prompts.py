@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cram.families import Family
-from cram.routing.clip import ClipEncoder, mean_per_sample
+from cram.routing.clip import ClipEncoder, load_image_processor, mean_per_sample
 from cram.routing.pictures import Pixels, tiles_per_picture, units_per_sample
 from cram.routing.query import Query
 from cram.routing.threads import PerThread
@@ -225,9 +225,7 @@ class PromptReader:
     def _pixel_rules(self) -> Any:
         """The image processor, which says how pixels were normalised."""
         if self._image_processor is None:
-            from transformers import AutoImageProcessor
-
-            self._image_processor = AutoImageProcessor.from_pretrained(self._folder())
+            self._image_processor = load_image_processor(self._folder())
         return self._image_processor
 
     def _folder(self) -> str:

@@ -21,6 +21,7 @@ from cram.model.cache import made_cache
 from cram.routing.query import Query
 from tests.cram import factories, runs
 from tests.cram.factories import QUESTIONS, continuing
+from tests.cram.model.versions import AHEAD
 
 Samples = list[tuple[str, list[Any]]]
 COLOURS = ((40, 60, 190), (60, 160, 60), (220, 190, 60))
@@ -159,6 +160,7 @@ def test_pictures_of_any_shape_take_the_route_of_their_explicit_query(name: str)
     assert furthest < (0.15 if name.startswith("qwen") else 1e-5)
 
 
+@AHEAD
 @pytest.mark.parametrize("name", factories.MODELS)
 def test_features_computed_ahead_bring_their_pictures(name: str) -> None:
     model, processor, cram = routed(name)

@@ -66,7 +66,8 @@ def test_gates_are_computed_once_at_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     )
     answers(model, batch_of(processor, SAMPLES), num_beams=3)
     assert len(queries) == len(routes) == 1
-    assert len(queries[0]) == len(SAMPLES)
+    # Before 5.18 transformers repeats the rows of a prompt for its beams and only then reads it.
+    assert len(queries[0]) in (len(SAMPLES), 3 * len(SAMPLES))
 
 
 def test_decoding_equals_one_forward_over_the_whole_sequence() -> None:

@@ -20,6 +20,7 @@ from cram.routing.prompts import Call, Images
 from cram.routing.query import Query
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
+from tests.cram.model.versions import AHEAD
 
 SAMPLES: list[tuple[str, list[Any]]] = [
     (QUESTIONS[0], [image(0)]),
@@ -231,6 +232,7 @@ def test_positional_inputs_are_routed() -> None:
     assert torch.equal(model.lm_head(model.model(*arguments).last_hidden_state), expected)
 
 
+@AHEAD
 def test_precomputed_image_features_are_routed_by_their_own_images() -> None:
     model, processor, cram = routed_llava()
     batch = batch_of(processor, SAMPLES[:1])
