@@ -123,6 +123,11 @@ class PromptReader:
         given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         encoded = given.get("mm_encoder_outputs")
+        if encoded is not None and "mm_encoder_outputs" not in self._signature.parameters:
+            raise ValueError(
+                "mm_encoder_outputs must be absent with this transformers, whose model ignores them and sees "
+                "no image, got some; pass pixel_values"
+            )
         image = encoded.get("image") if isinstance(encoded, Mapping) else None
         real = None if ids is None else real_tokens(mask, *ids.shape)
         positions = given.get("position_ids")

@@ -246,6 +246,15 @@ def test_precomputed_image_features_are_routed_by_their_own_images() -> None:
         model(**batch, mm_encoder_outputs={"image": stranger})
 
 
+@pytest.mark.skipif(not AHEAD.args[0], reason="this transformers takes features that were computed ahead")
+def test_features_that_the_model_would_ignore_are_refused() -> None:
+    model, processor, _ = routed_llava()
+    batch = batch_of(processor, SAMPLES[:1])
+    encoded = model.get_image_features(pixel_values=batch.pop("pixel_values"), return_dict=True)
+    with pytest.raises(ValueError, match="mm_encoder_outputs must be absent"):
+        model(**batch, mm_encoder_outputs={"image": encoded})
+
+
 def test_a_separate_encoder_reads_the_models_pixels() -> None:
     clip = factories.clip_model()
     model, processor = factories.llava(seed=3), factories.llava_processor()
