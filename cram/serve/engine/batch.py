@@ -33,8 +33,6 @@ class Batch:
         self._cram: AttachedModel = model.cram
         self._cache = RowCache()
         self._state: ForwardState | None = None
-        self._seen: list[Tensor] = []
-        self._penalty = float(model.generation_config.repetition_penalty or 1.0)
         self._cache_argument = cache_argument(model)
         self._three_axes = hasattr(model.get_submodule(self._cram.family.core), "rope_deltas")
         self.answers: list[Answer] = []
@@ -49,7 +47,7 @@ class Batch:
         return self._cache.num_bytes
 
     def join(
-        self, answers: Sequence[Answer], prefill: Any, state: ForwardState, ids: Tensor, logits: Tensor
+        self, answers: Sequence[Answer], prefill: Any, state: ForwardState, logits: Tensor
     ) -> None:
         """Answers of one request join.
 
@@ -57,10 +55,9 @@ class Batch:
             answers: The answers; each becomes a row.
             prefill: The cache of the prompt's one row.
             state: The state with which the cache continues.
-            ids: The prompt [T].
             logits: Of the prompt's last token, [V].
         """
-        scores = self._scores(logits[None], [ids])[0]
+        scores = logits.float()
         greedy = int(scores.argmax())
         if not bool(torch.isfinite(logits).all()):
             self._fail(answers[0].request)
@@ -76,8 +73,6 @@ class Batch:
             rows = rows if self._state is None else concatenate(self._state, rows)
         self._cache.join(prefill, len(going))
         self._state = rows
-        if self._penalty != 1.0:
-            self._seen += [ids] * len(going)
         self.answers += going
         self._continue()
 
@@ -98,10 +93,7 @@ class Batch:
         )
         cache.advance()
         logits = output.logits[:, -1]
-        seen = self._seen
-        if seen:
-            seen = [torch.cat([s, s.new_tensor(a.token_ids)]) for s, a in zip(seen, answers, strict=True)]
-        scores = self._scores(logits, seen)
+        scores = logits.float()
         finite = torch.isfinite(logits).all(-1).tolist()
         for row, (answer, greedy) in enumerate(zip(answers, scores.argmax(-1).tolist(), strict=True)):
             if answer.request.cancelled:
@@ -123,7 +115,6 @@ class Batch:
         if not leaving:
             return
         self.answers = [self.answers[row] for row in rows]
-        self._seen = [self._seen[row] for row in rows] if self._seen else []
         if self._state is not None:
             self._state = select(self._state, rows, self._overrides) if rows else None
         self._continue()
@@ -140,17 +131,6 @@ class Batch:
         """A request whose numbers have broken down takes no neighbour with it."""
         self._heard(request, Failed("the model's output for this request is not finite", "server"))
         request.cancel()
-
-    def _scores(self, logits: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """Float32 scores [B, V] with the checkpoint's own repetition penalty."""
-        scores = logits.float()
-        if self._penalty == 1.0:
-            return scores
-        scores = scores.clone()
-        for row, ids in enumerate(seen):
-            known = scores[row, ids]
-            scores[row, ids] = torch.where(known < 0, known * self._penalty, known / self._penalty)
-        return scores
 
 
 def _joined(

@@ -163,7 +163,7 @@ class Worker:
             Answer(request, index, self._tokenizer, self._ends, prefill.limit, read.position)
             for index in range(request.sampling.n)
         ]
-        batch.join(answers, read.cache, read.state, prefill.ids, read.logits)
+        batch.join(answers, read.cache, read.state, read.logits)
 
     def _step(self, version: Version, batch: Batch) -> None:
         self._versions.act(version)

@@ -60,6 +60,19 @@ def test_requests_that_join_and_leave_get_their_offline_answers() -> None:
     assert engine.load == (0, 0)
 
 
+def test_the_checkpoints_own_generation_settings_decide_nothing() -> None:
+    model, processor, _ = routed_llava()
+    asked = llava_prompt(processor, QUESTIONS[0], 0)
+    expected = offline(model, asked, 12)
+    for name, value in {"repetition_penalty": 8.0, "do_sample": True, "min_new_tokens": 12}.items():
+        setattr(model.generation_config, name, value)
+    engine = Engine(model, processor)
+    request, heard = ask(asked, max_tokens=12)
+    engine.submit(request)
+    run(engine, heard)
+    assert heard.choices[0].token_ids == expected
+
+
 def test_the_answer_depends_on_its_own_gates() -> None:
     model, processor, cram = routed_llava()
     engine = Engine(model, processor)
