@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -18,7 +17,7 @@ from typing import Any
 from cram.config import CramConfig
 from cram.console import ProgressBar
 from cram.learning.batches import build_prompt
-from cram.learning.training import total_steps
+from cram.learning.schedule import total_steps
 from cram.streams.types import Sample, Stream, open_image
 
 # Processors refuse pictures of extreme shape; only such ones are shown to the processor ahead.
@@ -69,12 +68,6 @@ def few_steps(stream: Stream, config: CramConfig) -> list[str]:
     return lines
 
 
-def warn_of_few_steps(stream: Stream, config: CramConfig, shown: bool) -> None:
-    """Print the lines of `few_steps` to stderr, if anything is shown."""
-    for line in few_steps(stream, config) if shown else []:
-        print(f"cram: {line}", file=sys.stderr)
-
-
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Matches every token that stands for something else than its text, such as the end of an answer."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -82,10 +75,6 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     names |= {str(token) for token in added if getattr(token, "special", False)}
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _place(sample: Sample) -> str:
-    return sample.source or f"sample {sample.id!r}"
 
 
 def _check_texts(sample: Sample, control: re.Pattern[str]) -> None:
@@ -96,7 +85,7 @@ def _check_texts(sample: Sample, control: re.Pattern[str]) -> None:
         found = next((match for text in texts if (match := control.search(text))), None)
         if found is not None:
             raise ValueError(
-                f"{_place(sample)}: the {field} must hold no control token of the model, got {found[0]!r}"
+                f"{sample.place}: the {field} must hold no control token of the model, got {found[0]!r}"
             )
 
 
@@ -130,7 +119,7 @@ def _size(sample: Sample, image: Any, processor: Any) -> Size:
         if max(picture.size) > THIN * min(picture.size):
             processor.image_processor(images=[picture], return_tensors="pt")
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{_place(sample)}: {_named(image)}{error}") from error
+        raise ValueError(f"{sample.place}: {_named(image)}{error}") from error
     return picture.height, picture.width
 
 
@@ -151,7 +140,7 @@ def _check_lengths(
             needed = prompt + (limit or answer + 1) + sum(_image_tokens(processor, shown)) - len(shown)
             if needed > context:
                 raise ValueError(
-                    f"{_place(sample)}: prompt and answer must fit into {context} tokens, got {needed}"
+                    f"{sample.place}: prompt and answer must fit into {context} tokens, got {needed}"
                 )
 
 

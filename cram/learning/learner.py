@@ -11,7 +11,7 @@ the test samples. The first one writes.
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ from cram.learning.answers.generate import published_line, run_test
 from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
-from cram.learning.checks import check_samples, warn_of_few_steps
+from cram.learning.checks import check_samples, few_steps
+from cram.learning.foresight import check_pictureless
 from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.parallel.sharding import shard
 from cram.learning.run_folder import (
@@ -41,7 +42,8 @@ from cram.learning.run_folder import (
     model_identity,
     stream_identity,
 )
-from cram.learning.training import total_steps, train_task
+from cram.learning.schedule import task_seed, total_steps
+from cram.learning.training import train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Published, Report, Routing
 from cram.scoring.scorers import SCORERS
@@ -169,8 +171,7 @@ class ContinualLearner:
     def _run(self) -> Report:
         finished, trained = self._resume()
         if trained < len(self.stream.tasks):
-            check_samples(self.stream, self.processor, self.model, self._shown)
-            warn_of_few_steps(self.stream, self.config, self._shown)
+            self._check_samples()
         report = self._report() if finished and finished == trained else None
         for index in range(finished, len(self.stream.tasks)):
             if index >= trained:
@@ -179,6 +180,12 @@ class ContinualLearner:
             report = self._report()
         assert report is not None
         return report
+
+    def _check_samples(self) -> None:
+        check_samples(self.stream, self.processor, self.model, self._shown)
+        for line in (*check_pictureless(self.stream, self.method), *few_steps(self.stream, self.config)):
+            if self._shown:
+                print(f"cram: {line}", file=sys.stderr)
 
     def learn(self, index: int) -> None:
         """Train the method on a task and commit the state to its folder."""
@@ -305,12 +312,6 @@ class ContinualLearner:
         cells = "  ".join(f"{name} {accuracy:.1f}" for name, accuracy in zip(names, accuracies, strict=True))
         mean = sum(accuracies) / len(accuracies)
         self._say(f"after {names[-1]}: {cells}  mean {mean:.2f}  ({clock(seconds)})")
-
-
-def task_seed(seed: int, index: int) -> int:
-    """Return the seed of a task's training. Interruptions of the run do not change it."""
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _check_stream(stream: Stream) -> None:

@@ -20,44 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.config import CramConfig
 from cram.console import ProgressBar
 from cram.learning.batches import IGNORED, Example, to_model, training_batch
 from cram.learning.parallel.processes import gathered_rows, own_share, rank, sum_gradients, totals, world
+from cram.learning.schedule import batch_order, learning_rate, total_steps
 from cram.learning.step import TaskSteps
 from cram.methods import Method
 from cram.methods.base import MethodState
 
 FP16_INITIAL_LOSS_SCALE = 1024.0
-
-
-def total_steps(num_samples: int, config: CramConfig) -> int:
-    """Return the number of optimiser steps of a task: `max_steps` if set, else the batches of all epochs."""
-    return config.max_steps or config.epochs * math.ceil(num_samples / config.batch_size)
-
-
-def batch_order(num_samples: int, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield the sample indices of every step. Each epoch has a new order and may end in a small batch."""
-    generator = torch.Generator().manual_seed(seed)
-    done = 0
-    while done < steps:
-        order = torch.randperm(num_samples, generator=generator).tolist()
-        for start in range(0, num_samples, batch_size):
-            if done < steps:
-                yield order[start : start + batch_size]
-            done += 1
-
-
-def learning_rate(step: int, steps: int, config: CramConfig) -> float:
-    """Return the rate of a step (from 0): linear warm-up over ceil(ratio * steps) steps, then cosine to zero.
-
-    The usual scheduler gives the first step the rate zero. Here it is above zero, because otherwise a buffer
-    that trains for one step would stay zero.
-    """
-    warm = math.ceil(config.lr_warmup_ratio * steps)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class TaskLoop:

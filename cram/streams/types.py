@@ -51,6 +51,11 @@ class Sample:
         """Every accepted answer, at least one."""
         return self.references or (self.answer,)
 
+    @property
+    def place(self) -> str:
+        """Where an error message finds the sample."""
+        return self.source or f"sample {self.id!r}"
+
 
 @dataclass(frozen=True)
 class Task:

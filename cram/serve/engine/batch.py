@@ -46,9 +46,7 @@ class Batch:
         """Bytes of the key-value allocation."""
         return self._cache.num_bytes
 
-    def join(
-        self, answers: Sequence[Answer], prefill: Any, state: ForwardState, logits: Tensor
-    ) -> None:
+    def join(self, answers: Sequence[Answer], prefill: Any, state: ForwardState, logits: Tensor) -> None:
         """Answers of one request join.
 
         Args:

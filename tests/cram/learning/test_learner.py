@@ -20,8 +20,8 @@ from cram.console import ProgressBar
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.answers.generate import end_ids, generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, encode_sample, pad_id, training_batch
-from cram.learning.learner import task_seed
-from cram.learning.training import answer_loss, batch_order, learning_rate, total_steps
+from cram.learning.schedule import batch_order, learning_rate, task_seed, total_steps
+from cram.learning.training import answer_loss
 from cram.methods import METHODS
 from cram.report.schema import validate_report
 from cram.scoring.scorers import read_predictions
@@ -370,6 +370,7 @@ def test_text_alone_cannot_join_a_group_of_experts(tmp_path: Path) -> None:
     seen = runs.task("seen", "Which shade", ("lo", "hi"), 90)
     bare = runs.task("bare", "Which shade", ("lo", "hi"), 90, images=0)
     learner = runs.learner(tmp_path / "run", tasks=Stream("toy", (seen, bare)))
+    learner.learn(0)
     with pytest.raises(ValueError, match="'bare' must show images in its warm-up .* got text"):
-        learner.run()
+        learner.learn(1)
     assert not (tmp_path / "run/tasks/02-bare").exists()

@@ -19,7 +19,7 @@ from cram.atomic import read_json
 from cram.compare.entries import BUDGETS
 from cram.console import ProgressBar
 from cram.learning.batches import EncodedSplit
-from cram.learning.learner import task_seed
+from cram.learning.schedule import task_seed
 from cram.learning.training import train_task
 from cram.methods import METHODS
 from cram.methods.base import Method, check_state
