@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from cram.attach import attach
 from cram.bundle.bundle import save
+from cram.bundle.format import MANIFEST, fingerprint
+from cram.config import CramConfig
 from cram.serve.engine.limits import Limits
-from tests.cram.factories import QUESTIONS, image, routed_llava
+from tests.cram.factories import MODELS, QUESTIONS, clip_encoder, image, routed_llava
 from tests.cram.serve.http.running import data_url, messages, serving
 from tests.cram.serve.serving import llava_prompt, offline
 
@@ -193,12 +198,29 @@ def test_a_client_that_leaves_costs_nothing_more() -> None:
             assert made < 400 * (2 - stream)
 
 
+def bad_bundles(root: Path) -> dict[str, str]:
+    """Bundles that must be refused; name -> what the reply says of it."""
+    model, _, _ = routed_llava()
+    for name in ("cut", "nan"):
+        save(model, root / name)
+    cut, nan = (next((root / name / "experts" / "old").glob("*.safetensors")) for name in ("cut", "nan"))
+    cut.write_bytes(cut.read_bytes()[:-10])
+    tensors = load_file(nan)
+    tensors[min(tensors)][0, 0] = torch.nan
+    save_file(tensors, nan)
+    manifest = json.loads((root / "nan" / MANIFEST).read_text())
+    manifest["files"][nan.relative_to(root / "nan").as_posix()] = fingerprint(nan)
+    (root / "nan" / MANIFEST).write_text(json.dumps(manifest))
+    other = MODELS["qwen2_5_vl"]()
+    attach(other, CramConfig(), clip_encoder())
+    save(other, root / "stranger")
+    return {"cut": "bytes", "nan": "must be finite", "stranger": "must be of family 'qwen2_5_vl'"}
+
+
 def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> None:
     model, _, cram = routed_llava()
     save(model, tmp_path / "three")
-    save(model, tmp_path / "broken")
-    file = next((tmp_path / "broken" / "experts" / "old").glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-10])
+    bad = bad_bundles(tmp_path)
     settings = replace(Settings(), admin_token=TOKEN)
     key = {"Authorization": f"Bearer {TOKEN}"}
     with serving(settings=settings, bundles=tmp_path) as (client, _, _, engine):
@@ -207,10 +229,13 @@ def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> 
         assert client.send("/v1/cram/bundle", {"name": "three"})[0] == 401
         for name in ("../three", "nobody", "a/b", ""):
             assert client.send("/v1/cram/bundle", {"name": name}, key)[0] == 400
-        status, reply, _ = client.send("/v1/cram/bundle", {"name": "broken"}, key)
-        assert status == 400 and "bundle broken was refused" in reply["error"]["message"]
-        assert str(tmp_path) not in json.dumps(reply)
-        assert client.chat(**question)[1]["cram"] == before["cram"]
+        for name, reason in bad.items():
+            status, reply, _ = client.send("/v1/cram/bundle", {"name": name}, key)
+            message = reply["error"]["message"]
+            assert status == 400 and message.startswith(f"bundle {name} was refused: "), message
+            assert reason in message and str(tmp_path) not in message and "\n" not in message, message
+            after = client.chat(**question)[1]
+            assert after["cram"] == before["cram"] and after["choices"] == before["choices"]
         status, reply, _ = client.send("/v1/cram/bundle", {"name": "three"}, key)
         assert status == 200 and reply["version"] == 2 and reply["experts"] == ["old", "other", "new"]
         after = client.chat(**question)[1]
