@@ -16,8 +16,8 @@ from cram.config import CramConfig
 from cram.families import family_of
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
+from cram.model.frozen.saving import SaveBase
 from cram.model.linear import ExpertLinear, is_peft_layer
-from cram.model.saving import SaveBase
 from cram.routing.clip import ClipEncoder
 from cram_kernels import native_libraries
 

@@ -46,6 +46,7 @@ from cram.families import family_of, match_linears
 from cram.loading import load_encoder
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
+from cram.model.frozen.identity import check_base_values
 from cram.routing.clip import ClipEncoder
 from cram_kernels import PackedExperts
 
@@ -166,9 +167,11 @@ def _describe(
     experts = [
         {"name": name, "ranks": cram.expert_ranks(index)} for index, name in enumerate(cram.expert_names)
     ]
+    base = cram.base_values
     return {
         "format": FORMAT_VERSION,
         "family": cram.family.name,
+        **({} if base is None else {"base_values": base}),
         "config": cram.config.to_dict(),
         "encoder": {
             **{name: kind(getattr(encoder, name)) for name, kind in ENCODER_FIELDS.items()},
@@ -218,6 +221,7 @@ def _check_base(model: nn.Module, description: Description, folder: Path) -> dic
     for name, sizes in description.modules.items():
         if found[name] != sizes:
             raise ValueError(f"{name} must have (in, out) sizes {sizes} as in {folder}, got {found[name]}")
+    check_base_values(description.base_values, linears, folder)
     return linears
 
 

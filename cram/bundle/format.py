@@ -9,6 +9,7 @@ its size is known to be one that the bundle can need: first the manifest, then t
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import stat
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Description:
         format: Format of the bundle.
         config: The configuration, which names the method.
         family: Model family.
+        base_values: Some of the base's weights; see `cram.model.frozen.identity`. Older bundles have none.
         encoder: The CLIP that routes; see `ENCODER_FIELDS`. Older bundles have no `sha256` of its weights.
         num_layers: Decoder layers.
         modules: Full module path -> (D_in, D_out), in model order.
@@ -93,6 +95,7 @@ class Description:
     format: int
     config: CramConfig
     family: str
+    base_values: tuple[float, ...] | None
     encoder: dict[str, Any]
     num_layers: int
     modules: dict[str, tuple[int, int]]
@@ -171,7 +174,8 @@ def describe(folder: Path) -> Description:
         raise ValueError(f"{file} must have at most {limit} bytes for its experts, got {size}")
     _check_hash(folder, DESCRIPTION, listed)
     data = read_json(file, limit)
-    _check_fields(data, _FIELDS[version], str(file))
+    values = {"base_values": list} if isinstance(data, dict) and "base_values" in data else {}
+    _check_fields(data, _FIELDS[version] | values, str(file))
     if data["format"] != version:
         raise ValueError(
             f"{folder}: format of {DESCRIPTION} must be {version} as in {MANIFEST}, got {data['format']}"
@@ -288,6 +292,7 @@ def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Descripti
         format=version,
         config=config,
         family=data["family"],
+        base_values=_parse_base_values(data.get("base_values")),
         encoder=data["encoder"],
         num_layers=data["num_layers"],
         modules=modules,
@@ -297,6 +302,14 @@ def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Descripti
         values=values,
         listed=listed,
     )
+
+
+def _parse_base_values(values: list[Any] | None) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if not all(type(value) is float and math.isfinite(value) for value in values):
+        raise ValueError(f"base_values must be finite numbers, got {values!r:.200}")
+    return tuple(values)
 
 
 def _parse_experts(

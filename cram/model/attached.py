@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cram.config import CramConfig
 from cram.families import Family, Matched, family_of, match_linears
 from cram.model.factors import Factors, check_factors
+from cram.model.frozen.identity import base_values
 from cram.model.hooks import ForwardHooks
 from cram.model.linear import ExpertLinear
 from cram.model.stack import join_stacks
@@ -73,6 +74,8 @@ class AttachedModel:
         self.projector: nn.Module | None = None if projector is None else model.get_submodule(projector)
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
+        linears = {path: linear for path, (_, linear) in self.report.modules.items()}
+        self._values_at_attach = base_values(linears)
         self._current = Current()
         self.modules: dict[str, ExpertLinear] = {}
         for path, (layer, linear) in self.report.modules.items():
@@ -98,6 +101,15 @@ class AttachedModel:
     def device(self) -> torch.device:
         """Device that the first adapted linear computes on."""
         return next(iter(self.modules.values())).device
+
+    @property
+    def base_values(self) -> list[float] | None:
+        """Some of the base's weights, as `cram.model.frozen.identity` compares them.
+
+        They are those at `attach` where the weights have been sharded, quantised or offloaded since.
+        """
+        now = base_values({path: module.base for path, module in self.modules.items()})
+        return self._values_at_attach if now is None else now
 
     @property
     def num_experts(self) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cram.model.base_forward import beside, device_of, in_place, is_plain
 from cram.model.factors import Factors
+from cram.model.frozen.forward import beside, device_of, in_place, is_plain
 from cram.model.gating import LayerGating
 from cram.model.stack import Stack, pays
 from cram.model.state import Current, ForwardState
@@ -35,7 +35,7 @@ class ExpertLinear(nn.Module):
 
     Attributes:
         base: The linear that it stands for; untouched. A plain one is computed together with the experts from
-            its weight, any other is called (see `cram.model.base_forward`).
+            its weight, any other is called (see `cram.model.frozen.forward`).
         experts: All experts of the module in float32, or None before the first one.
         solo: Experts that act alone, each with gate 1: in training or not while they are trained, afterwards
             only outside of training mode and where the route does not override them. CRAM's warm-up LoRA is

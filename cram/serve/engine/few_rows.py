@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cram.model.attached import AttachedModel
-from cram.model.base_forward import is_plain
+from cram.model.frozen.forward import is_plain
 from cram_kernels import PackedExperts, available_impls, expert_lora, pack_experts
 
 LEAST_ROWS, MOST_ROWS = 3, 8

@@ -211,10 +211,11 @@ def bad_bundles(root: Path) -> dict[str, str]:
     manifest = json.loads((root / "nan" / MANIFEST).read_text())
     manifest["files"][nan.relative_to(root / "nan").as_posix()] = fingerprint(nan)
     (root / "nan" / MANIFEST).write_text(json.dumps(manifest))
-    other = MODELS["qwen2_5_vl"]()
-    attach(other, CramConfig(), clip_encoder())
-    save(other, root / "stranger")
-    return {"cut": "bytes", "nan": "must be finite", "stranger": "must be of family 'qwen2_5_vl'"}
+    for name, other in (("stranger", MODELS["qwen2_5_vl"]()), ("sibling", MODELS["llava"](seed=1))):
+        attach(other, CramConfig(), clip_encoder())
+        save(other, root / name)
+    family, base = "must be of family 'qwen2_5_vl'", "must be the base that sibling was trained on"
+    return {"cut": "bytes", "nan": "must be finite", "stranger": family, "sibling": base}
 
 
 def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from cram.attach import attach, detach
 from cram.config import CramConfig
 from cram.model.attached import AttachedModel
-from cram.model.base_forward import beside, is_plain
+from cram.model.frozen.forward import beside, is_plain
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, expert_weights, image, prompt, routed_llava
