@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from cram.atomic import read_json
 from cram.cli import main
-from cram.compare.board import run_comparison
+from cram.compare.board import Board, run_comparison
 from cram.compare.comparison import EXTRA, Comparison, Run, equal_rank, stored
 from cram.compare.entries import ABLATIONS, entries
 from cram.config import CramConfig
@@ -201,6 +202,19 @@ def comparison(place: Path, out: Path, **changes: Any) -> Comparison:
     options: dict[str, Any] = {"entries": tuple(entries(["cram"], ())), "seeds": 1, **changes}
     file = str(place / "data/stream.yaml")
     return Comparison(out=out, config=runs.config(), sources=sources, stream=file, **options)
+
+
+def test_every_seed_runs_on_its_own_stream(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[int, str]] = []
+    load = Comparison.load_stream
+    monkeypatch.setattr(Comparison, "load_stream", lambda self, seed: replace(load(self, 0), name=str(seed)))
+    monkeypatch.setattr(Run, "execute", lambda self, stream, shown: ran.append((self.seed, stream.name)))
+    monkeypatch.setattr(Board, "update", lambda self, done: setattr(self, "report", {}))
+    made = comparison(place, tmp_path, seeds=3, entries=tuple(entries(["cram", "isolated"], ())))
+    run_comparison(made, shown=False)
+    assert ran == [(0, "0"), (0, "0"), (1, "1"), (1, "1"), (2, "2"), (2, "2")]
 
 
 def test_a_run_without_cram_beside_it_has_the_full_rank(place: Path, tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def test_training_uses_the_locked_group_and_inference_does_not() -> None:
         assert cram.state.route.groups.tolist() == [1, 1]
         model.eval()(**batch)
         assert cram.state.route.groups.tolist() == [0, 1]
+        with cram.method.training_group(0):
+            model.train()(**batch)
+            assert cram.state.route.groups.tolist() == [0, 0]
+        model(**batch)
+        assert cram.state.route.groups.tolist() == [1, 1]
     assert cram.method.locked_group is None
 
 
@@ -121,6 +126,21 @@ def test_observers_see_queries_before_the_first_expert() -> None:
     cram.method.warm_up.begin()
     model(**batch_of(processor, SAMPLES))
     assert len(queries) == 2 and cram.state.route is None
+
+
+def test_every_layer_has_gates_of_its_own() -> None:
+    model, processor, cram = routed_llava()
+    batch = batch_of(processor, SAMPLES)
+    gates = torch.tensor([[0.5, 0.0, 2.0], [0.0, -1.0, 0.25]])
+    with torch.no_grad(), cram.fixed(gates[:, None]):
+        found = model(**batch).logits
+    experts = [cram.expert_weights(index) for index in range(3)]
+    with torch.no_grad(), cram.disabled():
+        for path, module in cram.modules.items():
+            for gate, expert in zip(gates[module.layer], experts, strict=True):
+                a, b = expert[path]
+                module.base.weight += gate * cram.config.scale * b @ a
+        torch.testing.assert_close(found, model(**batch).logits)
 
 
 def test_forced_expert_acts_alone() -> None:
