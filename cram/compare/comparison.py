@@ -27,6 +27,7 @@ from cram.compare.inference_time import measure_inference
 from cram.config import CramConfig
 from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
+from cram.learning.replay import all_kept_samples
 from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
 from cram.report.examples import BASE
@@ -168,7 +169,10 @@ class Run:
                 "told_task": METHODS[self.entry.method].told_task,
                 "note": self.entry.note,
             }
-            write_json(self.folder / EXTRA, {"entry": entry, "inference": inference})
+            extra: dict[str, Any] = {"entry": entry, "inference": inference}
+            if (kept := learner.method.kept_samples) > 0:
+                extra["kept_samples"] = len(all_kept_samples(stream, kept, self.seed))
+            write_json(self.folder / EXTRA, extra)
 
     def report(self) -> MethodReport:
         """Return the report of the finished run."""

@@ -34,6 +34,7 @@ from cram.learning.checks import check_samples, few_steps
 from cram.learning.foresight import check_pictureless
 from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.parallel.sharding import shard
+from cram.learning.replay import training_samples
 from cram.learning.run_folder import (
     RESULT,
     RunFolder,
@@ -193,16 +194,17 @@ class ContinualLearner:
         name = f"{index + 1}/{len(self.stream.tasks)} {task.name}"
         started = time.monotonic()
         self._interrupted = True
-        split = EncodedSplit(self.processor, task.train, self._budget)
+        samples = training_samples(self.stream, index, self.method.kept_samples, self.config.seed)
+        split = EncodedSplit(self.processor, samples, self._budget)
         keeper = self._checkpoints(index)
         self._ending.deferred = True
-        with ProgressBar(f"train {name}", total_steps(len(task.train), self.config), self._shown) as bar:
+        with ProgressBar(f"train {name}", total_steps(len(samples), self.config), self._shown) as bar:
             loss = train_task(
                 self.model,
                 self.method,
                 split.example,
                 task=task.name,
-                num_samples=len(task.train),
+                num_samples=len(samples),
                 padding=self._padding,
                 seed=task_seed(self.config.seed, index),
                 bar=bar,

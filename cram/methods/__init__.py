@@ -5,11 +5,13 @@ from __future__ import annotations
 from cram.methods.base import Method
 from cram.methods.branchlora import BranchLoraMethod
 from cram.methods.cram import CramMethod
+from cram.methods.disco import DiscoMethod
 from cram.methods.hide import HideMethod
 from cram.methods.isolated import IsolatedMethod
 from cram.methods.many import ManyMethod
 from cram.methods.moelora import MoELoraMethod
 from cram.methods.olora import OLoraMethod
+from cram.methods.replay import ReplayMethod
 from cram.methods.sequential import SequentialMethod
 from cram.methods.smolora import SMoLoraMethod
 
@@ -18,12 +20,14 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         CramMethod,
         SequentialMethod,
+        ReplayMethod,
         MoELoraMethod,
         BranchLoraMethod,
         SMoLoraMethod,
         OLoraMethod,
         ManyMethod,
         HideMethod,
+        DiscoMethod,
         IsolatedMethod,
     )
 }

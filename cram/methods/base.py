@@ -52,6 +52,7 @@ class Method:
         told_task: True if evaluation tells the method the true task (`gates`). Such a method cannot route.
         uses_queries: True if `route` or `observe` needs the features of the samples.
         pool: Names of the experts where all tasks train one pool; None where every task adds an expert.
+        kept_samples: How many training samples of older tasks later tasks see again; 0 for none.
         budget: How a comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.
     """
 
@@ -59,6 +60,7 @@ class Method:
     told_task: ClassVar[bool] = False
     uses_queries: bool = False
     pool: ClassVar[tuple[str, ...] | None] = None
+    kept_samples: ClassVar[int] = 0
     budget: ClassVar[str] = "task"
 
     def __init__(self, cram: AttachedModel) -> None:

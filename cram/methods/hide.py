@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cram.methods.base import Method, MethodState, check_state
+from cram.methods.parts.anchors import Anchors, cosines
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors, new_lora
 from cram.routing.means import CentroidMean
@@ -40,38 +40,30 @@ class HideMethod(Method):
 
     def __init__(self, cram: AttachedModel) -> None:
         super().__init__(cram)
-        self._image = torch.zeros(0, cram.encoder.image_dim)
-        self._text = torch.zeros(0, cram.encoder.text_dim)
-        self._means = CentroidMean(), CentroidMean()
+        self._image, self._text = Anchors(cram.encoder.image_dim), Anchors(cram.encoder.text_dim)
 
     def begin_task(self, task: str, total_steps: int) -> None:
-        """Start the task's LoRA and its anchors. The anchors are zero until the first query."""
+        """Start the task's LoRA and its anchors."""
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
-        self._image, self._text = (F.pad(anchors, (0, 0, 0, 1)) for anchors in (self._image, self._text))
-        self._means = CentroidMean(), CentroidMean()
+        self._image.begin()
+        self._text.begin()
 
     def observe(self, query: Query) -> None:
         """Move the task's anchors to the mean over all samples seen so far."""
-        image, text = self._means
-        image.update(query.image, query.has_image)
-        text.update(query.text)
-        self._move_anchors()
-
-    def _move_anchors(self) -> None:
-        for mean, anchors in zip(self._means, (self._image, self._text), strict=True):
-            if mean.count:
-                anchors[-1] = mean.mean()
+        self._image.update(query.image, query.has_image)
+        self._text.update(query.text)
 
     def training_means(self) -> dict[str, CentroidMean]:
         """Return the means that the anchors follow."""
-        return {"image": self._means[0], "text": self._means[1]}
+        return {"image": self._image.mean, "text": self._text.mean}
 
     def import_training(
         self, task: str, total_steps: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
     ) -> None:
         """Begin a task again and take up an exported training, with the anchors."""
         super().import_training(task, total_steps, tensors, values)
-        self._move_anchors()
+        self._image.follow()
+        self._text.follow()
 
     def end_task(self) -> None:
         """Freeze the LoRA and fuse it with the older ones."""
@@ -85,12 +77,13 @@ class HideMethod(Method):
             gates = torch.eye(experts)[-1:]
         else:
             assert query is not None
-            gates = anchor_gates(query, self._image, self._text, batch_maximum=self.config.released_code)
+            anchors = self._image.rows, self._text.rows
+            gates = anchor_gates(query, *anchors, batch_maximum=self.config.released_code)
         return Route(gates.expand(layers, -1, -1))
 
     def export_state(self) -> MethodState:
         """Return the anchors, one row per task: image [E, D_q] and text [E, D_t]."""
-        return MethodState({"image_anchors": self._image, "text_anchors": self._text}, {})
+        return MethodState({"image_anchors": self._image.rows, "text_anchors": self._text.rows}, {})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up the anchors and fuse the loaded experts."""
@@ -99,7 +92,7 @@ class HideMethod(Method):
             tensors,
             {"image_anchors": (experts, encoder.image_dim), "text_anchors": (experts, encoder.text_dim)},
         )
-        self._image, self._text = tensors["image_anchors"].clone(), tensors["text_anchors"].clone()
+        self._image.rows, self._text.rows = (tensors[f"{side}_anchors"].clone() for side in ("image", "text"))
         self._fuse()
 
     def _fuse(self) -> None:
@@ -126,8 +119,7 @@ def anchor_gates(query: Query, image: Tensor, text: Tensor, batch_maximum: bool 
         batch_maximum: If True, each anchor uses its largest cosine in the batch, separately for images and
             texts. Then the result is [1, E].
     """
-    pairs = ((query.image, image), (query.text, text))
-    cosines = [F.cosine_similarity(rows[:, None], anchors.to(rows), dim=-1) for rows, anchors in pairs]
+    found = [cosines(query.image, image), cosines(query.text, text)]
     if batch_maximum:
-        cosines = [cosine.amax(0, keepdim=True) for cosine in cosines]
-    return torch.softmax((cosines[0] + cosines[1]) / 2 / TEMPERATURE, dim=-1)
+        found = [cosine.amax(0, keepdim=True) for cosine in found]
+    return torch.softmax((found[0] + found[1]) / 2 / TEMPERATURE, dim=-1)

@@ -19,4 +19,4 @@ class SequentialMethod(Method):
         """Train the LoRA: a new one in the first task, later the one of the last task."""
         fresh = new_lora(self.cram.modules, self.config.rank)
         weights = self.cram.expert_weights(0) if self.cram.num_experts else fresh
-        self.cram.set_experts([EXPERT], [weights], trained=1)
+        self.cram.set_experts(self.pool, [weights], trained=1)

@@ -70,6 +70,12 @@ COLUMNS = (
         lambda value: f"{value:,.2f}",
     ),
     Column(
+        "Kept data",
+        "Kept data = training samples of older tasks that the method keeps and trains on again.",
+        lambda method: method.kept_samples,
+        human_count,
+    ),
+    Column(
         "Training (s)",
         "Training = wall-clock seconds of training on all tasks.",
         lambda method: method.train_seconds,

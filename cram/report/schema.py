@@ -89,7 +89,8 @@ class MethodReport(TypedDict):
 
     `matrix[t][i]` is the accuracy on task i after task t was learnt, so row t has t + 1 numbers.
     `ranks[task][module]` is the rank of the task's expert in a module, and `groups[task]` its instruction
-    group. Only runs of a comparison have the last three keys.
+    group. Only runs of a comparison have the last four keys; `kept_samples` counts the training samples that
+    a method keeps of older tasks, if it keeps any.
     """
 
     tasks: list[str]
@@ -108,6 +109,7 @@ class MethodReport(TypedDict):
     entry: NotRequired[Entry]
     stored: NotRequired[Stored]
     inference: NotRequired[Inference]
+    kept_samples: NotRequired[int]
 
 
 class Report(TypedDict):
@@ -230,6 +232,8 @@ def _comparison_parts(method: dict[str, Any], where: str) -> None:
                 _number(number, f"{where}.{key}.{name}")
                 if number <= 0:
                     raise ValueError(f"{where}.{key}.{name} must be positive, got {number!r}")
+    if "kept_samples" in method and (type(kept := method["kept_samples"]) is not int or kept < 1):
+        raise ValueError(f"{where}.kept_samples must be a positive number, got {kept!r}")
     if "entry" in method:
         entry = _object(method["entry"], f"{where}.entry", Entry)
         for name, wanted in (("method", str), ("changes", dict), ("told_task", bool), ("note", str)):

@@ -56,6 +56,7 @@ class MethodSummary:
         told_task: True for a method that is told the task at test time.
         note: Description of the method; may be empty.
         stored_values, bundle_megabytes: Size of the bundle after the last task. None if not measured.
+        kept_samples: Training samples that are kept of older tasks. None for a method that keeps none.
         added_inference: Percentage by which answers take longer than on the bare base. None if not measured.
     """
 
@@ -78,6 +79,7 @@ class MethodSummary:
     note: str
     stored_values: Spread | None
     bundle_megabytes: Spread | None
+    kept_samples: Spread | None
     added_inference: Spread | None
 
 
@@ -114,6 +116,7 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
         note=entry["note"] if entry is not None else "",
         stored_values=_spread([size["values"] for size in stored], runs),
         bundle_megabytes=_spread([size["bundle_bytes"] / 1e6 for size in stored], runs),
+        kept_samples=_spread([run["kept_samples"] for run in runs if "kept_samples" in run], runs),
         added_inference=_spread([100 * (time["adapted"] / time["base"] - 1) for time in times], runs),
     )
 

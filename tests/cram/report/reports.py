@@ -68,5 +68,7 @@ def _compared(name: str, place: int, seed: int) -> dict[str, Any]:
     entry = {"method": name.split(":")[0], "changes": {}, "told_task": told, "note": f"About {name}."}
     method["entry"] = entry
     method["stored"] = {"values": 1500 * (place + 1), "bundle_bytes": 2_500_000 * (place + 1)}
+    if name == "alpha":
+        method["kept_samples"] = 180
     method["inference"] = {"adapted": 1.1 + 0.2 * seed, "base": 1.0, "samples": 4, "tokens": 3}
     return method

@@ -57,7 +57,8 @@ def test_the_table_says_numbers_spreads_and_definitions(tmp_path: Path) -> None:
     rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
     assert rows["cram"].startswith("| 1 | cram | 93.17 ± 0.71 | ")
     assert rows["isolated"].startswith("| – | isolated | ") and rows["cram: odd"].startswith("| – | ")
-    assert rows["alpha"].split(" | ")[7:10] == ["2 K", "3 K", "5.00"]
+    assert rows["alpha"].split(" | ")[7:11] == ["2 K", "3 K", "5.00", "180"]
+    assert rows["cram"].split(" | ")[10] == "–"
     assert rows["alpha"].endswith("| 20 ± 14 |"), "10 % and 30 %"
     for column in COLUMNS:
         assert f"- {column.definition}" in text

@@ -33,6 +33,7 @@ COMPARED = "seeds.1.alpha"
         (lambda m: m["entry"].update(changes=[]), f"{COMPARED}.entry.changes must be a dict"),
         (lambda m: m["stored"].update(bytes=3), f"{COMPARED}.stored must have the keys"),
         (lambda m: m["stored"].update(values=0), f"{COMPARED}.stored.values must be positive, got 0"),
+        (lambda m: m.update(kept_samples=0), f"{COMPARED}.kept_samples must be a positive number, got 0"),
         (lambda m: m["inference"].update(base="1"), f"{COMPARED}.inference.base must be a finite number"),
     ],
 )
