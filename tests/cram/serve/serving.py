@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from cram.learning.answers.generate import GREEDY
 from cram.serve.request import Collector, Prompt, Request, Sampling
 from tests.cram.factories import image, prompt
 
-ENDS = [2]
+ENDS = (2,)
 
 
 def llava_prompt(processor: Any, question: str, *seeds: int) -> Prompt:
@@ -28,12 +28,17 @@ def llava_prompt(processor: Any, question: str, *seeds: int) -> Prompt:
 
 
 def offline(
-    model: Any, asked: Prompt, tokens: int, route: AbstractContextManager[Any] | None = None
+    model: Any,
+    asked: Prompt,
+    tokens: int,
+    route: AbstractContextManager[Any] | None = None,
+    ends: Sequence[int] = ENDS,
 ) -> list[int]:
     """The greedy answer of `model.generate` to one prompt alone, end token included."""
     inputs = dict(asked.encode())
     with torch.no_grad(), route or nullcontext():
-        made = model.generate(**inputs, **GREEDY, max_new_tokens=tokens, eos_token_id=ENDS, pad_token_id=0)
+        limits = {"max_new_tokens": tokens, "eos_token_id": list(ends), "pad_token_id": 0}
+        made = model.generate(**inputs, **GREEDY, **limits)
     answer: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
     return answer
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cram.bundle.bundle import load
+from cram.bundle.runs import newest_bundle
+from cram.commands.serve import learn_first
+from cram.loading import Sources
 from cram.serve.engine.limits import Limits
+from cram.streams import load_stream
+from cram.streams.types import open_images
 from tests.cram.factories import MODELS
-from tests.cram.model.test_every_family import SAMPLES, routed
+from tests.cram.model.test_every_family import SAMPLES, Samples, routed
 from tests.cram.serve.engine.test_prefill import family_prompt
 from tests.cram.serve.http.running import serving
 from tests.cram.serve.serving import offline
@@ -31,9 +38,9 @@ def content(question: str, images: list[Any]) -> list[dict[str, Any]]:
     return [*parts, {"type": "text", "text": question}]
 
 
-def asked(client: Any, number: int) -> tuple[list[str], list[list[str]], int]:
+def asked(client: Any, samples: Samples, number: int) -> tuple[list[str], list[list[str]], int]:
     """Texts, tokens and group of one request; every second one is streamed."""
-    messages = [{"role": "user", "content": content(*SAMPLES[number % len(SAMPLES)])}]
+    messages = [{"role": "user", "content": content(*samples[number % len(samples)])}]
     fields: dict[str, Any] = {
         "model": "cram",
         "messages": messages,
@@ -63,27 +70,39 @@ def asked(client: Any, number: int) -> tuple[list[str], list[list[str]], int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_fifty_requests_at_once_get_their_offline_answers(name: str) -> None:
-    model, processor, cram = routed(name)
-    alone = []
-    for sample in SAMPLES:
+    assert fifty(*routed(name)[:2], SAMPLES, piece=16) == {0, 1}
+
+
+@pytest.mark.slow
+def test_fifty_requests_about_the_built_in_tasks(tmp_path: Path) -> None:
+    learn_first(tmp_path, "cpu", limit=40, max_steps=10, batch_size=8, eval_batch_size=40)
+    model, processor, encoder = Sources("builtin").load("cpu")
+    load(model, newest_bundle(tmp_path)[0], encoder, processor)
+    tests = [sample for task in load_stream("builtin", limit=2).tasks for sample in task.test[:2]]
+    samples = [(sample.instruction, open_images(sample)) for sample in tests]
+    assert len(fifty(model, processor, samples, piece=64)) > 1
+
+
+def fifty(model: Any, processor: Any, samples: Samples, piece: int) -> set[int]:
+    """Send 50 requests at once and compare every answer with the offline one; returns the groups."""
+    cram, alone = model.cram, []
+    for sample in samples:
         prompt = family_prompt(processor, *sample)
         route = cram.route(cram.encode([prompt.instruction], [list(prompt.images)]))
         assert route.groups is not None
-        alone.append((offline(model, prompt, max(LENGTHS), cram.fixed(route)), int(route.groups[0])))
-    made = (model, processor)
+        ids = offline(model, prompt, max(LENGTHS), cram.fixed(route), [processor.tokenizer.eos_token_id])
+        alone.append((ids, int(route.groups[0])))
     with (
-        serving(Limits(rows=24, piece=16), made=made) as (client, *_),
+        serving(Limits(rows=24, piece=piece), made=(model, processor)) as (client, *_),
         openai.OpenAI(base_url=f"{client.base}/v1", api_key="none") as official,
         ThreadPoolExecutor(50) as pool,
     ):
-        found = list(pool.map(lambda number: asked(official, number), range(50)))
-    groups = set()
+        found = list(pool.map(lambda number: asked(official, samples, number), range(50)))
     for number, (texts, tokens, group) in enumerate(found):
-        ids, expected_group = alone[number % len(SAMPLES)]
+        ids, expected_group = alone[number % len(samples)]
         ids = ids[: LENGTHS[number % len(LENGTHS)]]
         assert group == expected_group
         assert tokens == [[processor.tokenizer.decode([each]) for each in ids]] * (1 + number % 2)
         text = processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
         assert texts == [text] * (1 + number % 2)
-        groups.add(group)
-    assert groups == {0, 1}
+    return {group for _, _, group in found}
