@@ -21,6 +21,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sigma": (lambda v: v > 0, "positive"),
     "tau_alloc": (lambda v: v >= 0, "at least 0"),
     "tau_orth": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "overlap_ratio": (lambda v: v >= 0, "at least 0"),
     "warmup_fraction": (lambda v: 0 < v < 1, "in (0, 1)"),
     "buffer_rank": (lambda v: v >= 1, "at least 1"),
     "rank": (lambda v: v >= 1, "at least 1"),
@@ -65,6 +66,7 @@ class CramConfig:
     # Adaptive-rank instantiation.
     tau_alloc: float = 0.08  # paper: absolute singular-value threshold of s B A
     tau_orth: float = 0.99  # paper: a direction's novelty must exceed this; 0 turns filter and projection off
+    overlap_ratio: float = 0.0  # ours: not 0 takes the place of tau_orth, see cram.methods.parts.instantiate
     warmup_fraction: float = 0.05  # paper: share of a task's steps that train the buffer
     buffer_rank: int = 48  # paper: rank of the temporary buffer
     rank_min: int = 4  # code: floor of an expert's rank per module

@@ -2,10 +2,16 @@
 
     s B_buf A_buf = U diag(S) V^T                          QR of both factors, SVD of the rank-sized core
     candidates {j : S_j > tau_alloc}, at most rank_max     the strongest one if none
-    keep j with ||v_j - Q Q^T v_j|| > tau_orth             Q: rows of the group's older A; or the strongest
+    keep j with ||v_j - Q Q^T v_j|| > tau                  Q: rows of the group's older A; or the strongest
     fill by singular value up to rank_min                  appended, so rows are not sorted by S
     v_j <- normalise(v_j - Q Q^T v_j)                      unless nothing is left of v_j
     B = U sqrt(S'),  A = sqrt(S') V^T
+
+tau is ``tau_orth``, the paper's 0.99 for layers of width 4096. With ``overlap_ratio`` = c it follows width
+and history instead. A random unit vector in D_in dimensions has, on average, the share m / D_in of its
+squared length inside a space of m dimensions. A direction is filtered if its share exceeds c times that:
+
+    tau = sqrt(max(0, 1 - c m / D_in))                     c = 9 gives 0.99 at D_in = 4096 and m = 9
 
 Only the first ``rank_max`` directions can be selected, so only these are expanded to D_out and D_in. No
 matrix of size [D_out, D_in] is formed. S contains s. The faithful default divides s out: S' = S / s. The
@@ -123,8 +129,10 @@ def _instantiate_stack(
     left, values, right = _thin_svd(a, b, config.scale, config.rank_max)
     empty = a.new_zeros(0, a.shape[2])
     old = [torch.cat([empty, *(rows.to(a) for rows in history.get(name, ()))]) for name in names]
-    filtering = config.tau_orth > 0 and any(len(rows) for rows in old)
-    residual = _outside(right, _row_basis(old)) if filtering else right
+    filtering = (config.tau_orth > 0 or config.overlap_ratio > 0) and any(len(rows) for rows in old)
+    basis = _row_basis(old) if filtering else a.new_zeros(len(names), a.shape[2], 0)
+    residual = _outside(right, basis)
+    dimensions = (basis != 0).any(1).sum(1).tolist()
     norms = torch.linalg.vector_norm(residual, dim=1)
     unit = residual / norms.clamp(min=_DEGENERATE)[:, None]
     projected = torch.where((norms < _DEGENERATE)[:, None], right, unit)
@@ -133,7 +141,8 @@ def _instantiate_stack(
     for i, name in enumerate(names):
         filtered = filtering and len(old[i]) > 0
         novelty = tuple(host_norms[i].tolist()) if filtered else (1.0,) * right.shape[2]
-        selected = _select(host_values[i].tolist(), novelty, config)
+        least = least_novelty(config, dimensions[i], a.shape[2])
+        selected = _select(host_values[i].tolist(), novelty, least, config)
         kept = (projected if filtered else right)[i][:, list(selected)]
         root = share[i][list(selected)].sqrt()
         new_a, new_b = (kept * root).T.contiguous(), left[i][:, list(selected)] * root
@@ -168,9 +177,18 @@ def _outside(directions: Tensor, basis: Tensor) -> Tensor:
     return directions - basis @ (basis.mT @ directions)
 
 
-def _select(values: list[float], novelty: Sequence[float], config: CramConfig) -> tuple[int, ...]:
+def least_novelty(config: CramConfig, dimensions: int, width: int) -> float:
+    """Return tau for a history of so many dimensions in a space of ``width``."""
+    if not config.overlap_ratio:
+        return config.tau_orth
+    return max(0.0, 1 - config.overlap_ratio * dimensions / width) ** 0.5
+
+
+def _select(
+    values: list[float], novelty: Sequence[float], least: float, config: CramConfig
+) -> tuple[int, ...]:
     """Indices of the kept directions. Order of the rules: threshold, cap, novelty filter, floor."""
     above = [j for j, value in enumerate(values[: config.rank_max]) if value > config.tau_alloc] or [0]
-    kept = [j for j in above if novelty[j] > config.tau_orth] or above[:1]
+    kept = [j for j in above if novelty[j] > least] or above[:1]
     spare = [j for j in range(min(config.rank_max, len(values))) if j not in kept]
     return tuple(kept + spare[: max(0, config.rank_min - len(kept))])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cram.config import CramConfig
-from cram.methods.parts.instantiate import Factors, Instantiation, _select, instantiate_modules
+from cram.methods.parts.instantiate import Factors, Instantiation, _select, instantiate_modules, least_novelty
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 NAMES = (
@@ -129,13 +129,44 @@ def test_a_direction_must_exceed_both_thresholds(
     values: list[float], novelty: tuple[float, ...], kept: tuple[int, ...]
 ) -> None:
     config = CramConfig(tau_alloc=0.5, tau_orth=0.25, rank_min=1, rank_max=4)
-    assert _select(values, novelty, config) == kept
+    assert _select(values, novelty, config.tau_orth, config) == kept
 
 
 def test_the_floor_takes_the_largest_of_the_others() -> None:
     config = CramConfig(tau_alloc=0.5, tau_orth=0.25, rank_min=3, rank_max=4)
-    assert _select([0.9, 0.8, 0.7, 0.1, 0.1], (1.0, 0.1, 0.1, 1.0, 1.0), config) == (0, 1, 2)
-    assert _select([0.9, 0.1], (1.0, 1.0), config) == (0, 1)
+    assert _select([0.9, 0.8, 0.7, 0.1, 0.1], (1.0, 0.1, 0.1, 1.0, 1.0), 0.25, config) == (0, 1, 2)
+    assert _select([0.9, 0.1], (1.0, 1.0), 0.25, config) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "dimensions", "tau"), [(4096, 9, 0.990), (192, 9, 0.760), (192, 18, 0.395)]
+)
+def test_the_threshold_follows_width_and_history(width: int, dimensions: int, tau: float) -> None:
+    config = CramConfig(overlap_ratio=9.0)
+    assert abs(least_novelty(config, dimensions, width) - tau) < 1e-3
+    assert least_novelty(config, width, width) == 0
+    assert least_novelty(CramConfig(), dimensions, width) == 0.99
+
+
+def test_a_ratio_keeps_what_the_constant_rejects_in_a_narrow_layer() -> None:
+    """9 of 64 dimensions are old. The stronger direction leans on them, the other does as chance would."""
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0].T
+    old, outside = frame[:9], frame[9:11]
+    share = (9 / 64) ** 0.5
+    typical = share * old[0] + (1 - share**2) ** 0.5 * outside[0]
+    leaning = 0.9 * old[1] + 0.19**0.5 * outside[1]
+    b = torch.linalg.qr(torch.randn(32, 2, generator=generator))[0]
+    buffers = {"m": (torch.stack([leaning, typical]), b * torch.tensor([2.0, 1.0]))}
+    # Twice the old rows do not make two histories of one.
+    history = {"m": [old, old * 2]}
+    kept = {
+        ratio: instantiate_modules(
+            buffers, history, CramConfig(rank_min=0, rank_max=2, buffer_rank=2, overlap_ratio=ratio)
+        )["m"].selected
+        for ratio in (0.0, 2.0, 5.0, 7.0)
+    }
+    assert kept == {0.0: (0,), 2.0: (1,), 5.0: (1,), 7.0: (0, 1)}
 
 
 def test_projected_rows_avoid_the_history_and_keep_their_length() -> None:
