@@ -22,8 +22,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cram/routing/means.py": ("routing/test_router.py", "routing/test_groups.py"),
     "cram/routing/router.py": ("routing/test_router.py",),
     "cram/methods/cram.py": ("methods/test_base.py", "routing/test_router.py", "learning/test_learner.py"),
-    "cram/methods/isolated.py": ("methods/test_base.py",),
-    "cram/methods/sequential.py": ("methods/test_base.py",),
+    "cram/methods/baselines/isolated.py": ("methods/test_base.py",),
+    "cram/methods/baselines/sequential.py": ("methods/test_base.py",),
     "cram/methods/parts/grouped.py": ("methods/test_base.py", "routing/test_router.py"),
     "cram/methods/parts/warm_up.py": ("methods/test_base.py", "learning/test_learner.py"),
     "cram/methods/parts/penalty.py": (

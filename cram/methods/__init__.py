@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from cram.methods.base import Method
+from cram.methods.baselines.isolated import IsolatedMethod
+from cram.methods.baselines.replay import ReplayMethod
+from cram.methods.baselines.sequential import SequentialMethod
 from cram.methods.branchlora import BranchLoraMethod
 from cram.methods.cram import CramMethod
 from cram.methods.disco import DiscoMethod
 from cram.methods.hide import HideMethod
-from cram.methods.isolated import IsolatedMethod
+from cram.methods.keeplora import KeepLoraMethod
 from cram.methods.many import ManyMethod
 from cram.methods.moelora import MoELoraMethod
 from cram.methods.olora import OLoraMethod
-from cram.methods.replay import ReplayMethod
-from cram.methods.sequential import SequentialMethod
 from cram.methods.smolora import SMoLoraMethod
 
 METHODS: dict[str, type[Method]] = {
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         ManyMethod,
         HideMethod,
         DiscoMethod,
+        KeepLoraMethod,
         IsolatedMethod,
     )
 }

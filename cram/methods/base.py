@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cram.methods.parts.task_state import load_task_tensors, task_tensors
+from cram.methods.parts.task.state import load_task_tensors, task_tensors
 from cram.model.attached import AttachedModel
 from cram.model.state import ForwardState
 from cram.routing.means import CentroidMean

@@ -1,7 +1,7 @@
 """BranchLoRA (arXiv 2506.02041): one A, eight branches B_i, one router and two frozen branches per task.
 
     y = W0 x + b + sum_i g_i scale B_i A dropout(x)        g = softmax over the two largest of W_t x_1
-    loss = cross-entropy + key loss (`parts.task_keys`)
+    loss = cross-entropy + key loss (`parts.task.keys`)
 
 x_1 is the first real token of the module's input. Each task has its own routers W_t and its own keys. At test
 time the keys decide a sample's task: it is the task whose keys are most similar to the sample's features. The
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from cram.methods.base import Method, MethodState, check_state
-from cram.methods.parts.task_keys import TaskKeys
-from cram.methods.parts.task_routers import TaskRouters
+from cram.methods.parts.task.keys import TaskKeys
+from cram.methods.parts.task.routers import TaskRouters
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors, new_lora
 from cram.model.state import ForwardState

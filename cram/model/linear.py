@@ -207,7 +207,7 @@ class ExpertLinear(nn.Module):
         packed = self.solo if alone else self.experts
         found: list[nn.Parameter] = []
         if packed is not None and packed.trained_a is not None and packed.trained_b is not None:
-            found = [packed.trained_a, packed.trained_b]
+            found = [p for p in (packed.trained_a, packed.trained_b) if p.requires_grad]
         if self.gating is not None and not alone:
             found += [p for p in self.gating.parameters() if p.requires_grad]
         return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cram.methods.base import MethodState
 from cram.methods.parts.grouped import GroupedMethod
 from cram.methods.parts.instantiate import instantiate_modules, mean_novelty
-from cram.methods.parts.task_state import TRAINED, load_task_tensors
+from cram.methods.parts.task.state import TRAINED, load_task_tensors
 from cram.methods.parts.warm_up import WarmUp, warmup_steps
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors

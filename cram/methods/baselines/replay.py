@@ -11,7 +11,7 @@ Own readings:
 
 from __future__ import annotations
 
-from cram.methods.sequential import SequentialMethod
+from cram.methods.baselines.sequential import SequentialMethod
 
 EXPERT = "replay"
 

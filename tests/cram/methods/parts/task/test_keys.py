@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cram.methods.parts.task_keys import TaskKeys
+from cram.methods.parts.task.keys import TaskKeys
 from cram.routing.query import Query
 
 

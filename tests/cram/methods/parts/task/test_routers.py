@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cram.methods.parts.task_routers import TaskRouters
+from cram.methods.parts.task.routers import TaskRouters
 from cram.model.state import ForwardState
 from cram.routing.query import Route
 

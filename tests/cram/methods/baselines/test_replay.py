@@ -10,7 +10,7 @@ import pytest
 
 from cram.learning import learner as learning
 from cram.learning.replay import all_kept_samples, training_samples
-from cram.methods.replay import ReplayMethod
+from cram.methods.baselines.replay import ReplayMethod
 from cram.streams.types import Sample, Stream
 from tests.cram import runs
 

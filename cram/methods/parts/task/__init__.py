@@ -1,0 +1,1 @@
+"""What a method keeps per task: keys, routers, the state of a task in training."""
