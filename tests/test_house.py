@@ -37,7 +37,7 @@ TEXT_SUFFIXES = {
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 60, 12
 MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS = 110, 24
 # Distribution of an imported name where the two differ.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "resvg_py": "resvg-py"}
 
 Rule = Callable[[Path, str], Iterator[str]]
 
@@ -404,7 +404,9 @@ def test_every_third_party_import_is_declared() -> None:
     core = requirement_names(project["dependencies"])
     allowed = {
         "cram_kernels": core | requirement_names(extras["triton"]),
-        "cram": core.union(*(requirement_names(extras[name]) for name in ("hf", "data", "triton", "serve"))),
+        "cram": core.union(
+            *(requirement_names(extras[name]) for name in ("hf", "data", "triton", "serve", "collect"))
+        ),
     }
     own = {"cram", "cram_kernels", "__future__"} | set(sys.stdlib_module_names)
     for package, distributions in allowed.items():

@@ -1,0 +1,1 @@
+"""The stream `builtin-real`: real pictures from public packages, composed when the stream is loaded."""
