@@ -67,6 +67,8 @@ MODULES = (
     "benchmarks",
     "cram.base.pretrain",
     "cram.serve.vllm.front.proxy",
+    "cram.streams.real.collect",
+    "cram.streams.real.show",
     "tests.cram_kernels.aot",
     "tests.cram_kernels.host",
 )

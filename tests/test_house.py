@@ -244,8 +244,15 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return found
 
 
+def loaded_with(module: str, target: str) -> set[str]:
+    """What `module` loads with `target`: the target, and the packages around it that it is not in itself."""
+    parts = target.split(".")
+    around = {".".join(parts[:count]) for count in range(1, len(parts))}
+    return {target} | {package for package in around if not f"{module}.".startswith(f"{package}.")}
+
+
 def import_graph(package: str) -> dict[str, set[str]]:
-    """Module -> modules of the same package that it imports, also for type checking alone."""
+    """Module -> modules of the same package that it loads, also for type checking alone."""
     paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files(package, suffixes={".py"})}
     names = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     graph: dict[str, set[str]] = {name: set() for name in names}
@@ -254,7 +261,7 @@ def import_graph(package: str) -> dict[str, set[str]]:
             full = f"{module}.{imported}"
             target = full if full in names else module
             if target in names and target != name:
-                graph[name].add(target)
+                graph[name] |= loaded_with(name, target)
     return graph
 
 
@@ -296,6 +303,11 @@ def test_texts_keep_to_plain_words() -> None:
 def test_no_import_goes_in_a_circle(package: str) -> None:
     found = circles(import_graph(package))
     assert not found, "\n".join(found)
+
+
+def test_a_package_is_loaded_with_its_modules() -> None:
+    assert loaded_with("cram.real.tasks", "cram.drawn.tasks") == {"cram.drawn", "cram.drawn.tasks"}
+    assert loaded_with("cram.drawn", "cram.drawn.tasks") == {"cram.drawn.tasks"}
 
 
 def test_a_circle_is_found() -> None:

@@ -37,8 +37,8 @@ from cram.streams.splits import read_split
 from cram.streams.types import Sample, Stream, Task
 from cram.streams.yaml_file import line_of, load_yaml
 
-# Streams of pictures drawn on the spot, in `cram.streams.builtin`.
-BUILTIN = ("builtin", "builtin-20", "builtin-50")
+# Streams of pictures drawn or composed on the spot, in `cram.streams.builtin`.
+BUILTIN = ("builtin", "builtin-real", "builtin-20", "builtin-50")
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -75,7 +75,7 @@ def load_stream(
     """Load a stream and check all of it.
 
     Args:
-        source: A name in `BUILTIN` (six, 20 or 50 tasks with pictures drawn on the spot), the name of a
+        source: A name in `BUILTIN` (six, ten, 20 or 50 tasks with pictures made on the spot), the name of a
             shipped stream file ("ucit", "trigap"), or the path of a stream file.
         seed: Seed of a built-in stream's pictures, or of the random choice that `limit` makes.
         limit: Maximum number of samples per split. A built-in stream draws that many. From a stream file's

@@ -1,4 +1,7 @@
-"""The built-in streams: small tasks with different pictures and answer formats, drawn from a seed."""
+"""The built-in streams: small tasks with different pictures and answer formats, drawn from a seed.
+
+The pictures of `builtin-real` are composed from collected ones (`cram.streams.real`); all others are drawn.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cram.streams.builtin.long import TABLE, make_tasks
-from cram.streams.builtin.tasks import TASKS, BuiltinTask
+from cram.streams.builtin.tasks import TASKS
+from cram.streams.made import BuiltinTask
+from cram.streams.real.tasks import TASKS as REAL_TASKS
 from cram.streams.types import Sample, Stream, Task
 
 _SPLITS = ("train", "test")
@@ -25,6 +30,7 @@ class BuiltinStream:
 # After each task a run tests all tasks so far. So a longer stream has smaller splits.
 STREAMS: dict[str, BuiltinStream] = {
     "builtin": BuiltinStream(TASKS, 1280, 256),
+    "builtin-real": BuiltinStream(REAL_TASKS, 800, 200),
     "builtin-20": BuiltinStream(make_tasks(TABLE[:20]), 1024, 96),
     "builtin-50": BuiltinStream(make_tasks(TABLE), 1024, 96),
 }

@@ -21,7 +21,7 @@ import numpy as np
 
 from cram.streams.builtin.questions import FORMATS, QUESTIONS
 from cram.streams.builtin.scenes import LAYOUTS, STYLES, render
-from cram.streams.builtin.tasks import BuiltinTask, Drawn
+from cram.streams.made import BuiltinTask, Drawn
 
 # Domain -> layout and style.
 DOMAINS: dict[str, tuple[str, str]] = {

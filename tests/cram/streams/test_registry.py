@@ -195,7 +195,7 @@ def test_files_that_are_no_stream_are_refused(tmp_path: Path, text: str) -> None
 def test_unknown_source_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"stream must be one of \['builtin', 'builtin-20', 'builtin-50', 'coin', 'cvit', 'mllm-acl', ",
+        match=r"stream must be one of \['builtin', 'builtin-real', 'builtin-20', 'builtin-50', 'coin', ",
     ):
         load_stream("trigrap")
 
