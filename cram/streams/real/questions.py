@@ -15,7 +15,7 @@ WORD_FORMAT = "Answer with one word."
 FORMATS: dict[str, tuple[str, str, int]] = {
     "letter": (LETTER_FORMAT, "option_letter", 4),
     "number": (NUMBER_FORMAT, "number", 6),
-    "caption": (CAPTION_FORMAT, "caption", 24),
+    "caption": (CAPTION_FORMAT, "caption", 32),
     "word": (WORD_FORMAT, "accuracy", 8),
 }
 
