@@ -18,8 +18,9 @@ from torch import Tensor
 from cram_kernels.expert_lora.kernels.gating import FREE, Gating, block_of, tokens_per_gate
 from cram_kernels.launch import Launch, cdiv, nbytes, power_of_two
 
-# Tiles of 2048 elements keep every value of a block in registers. A segment's tokens are cut into at most
-# SLABS slabs of at least LEAST_SLAB tokens, by the segment's size bucket alone.
+# Tiles of 2048 elements keep every value of a block in registers; half as many where the second launch reads
+# V beside Z. A segment's tokens are cut into at most SLABS slabs of at least LEAST_SLAB tokens, by the
+# segment's size bucket alone.
 ELEMENTS, BLOCK_E, WARPS = 2048, 8, 4
 SLABS, LEAST_SLAB = 32, 256
 # Rows of an expert whose loads are in flight together.
@@ -169,8 +170,8 @@ def gate_gradient(z: Tensor, v: Tensor, out: Tensor, gating: Gating) -> list[Lau
 def _sums_of_experts(z: Tensor, v: Tensor | None, out: Tensor, gating: Gating) -> Launch:
     slabs, rows, pitch = z.shape
     count, experts = gating.owner[0].shape[0], out.shape[1]
-    block_k = SLABS if v is None else 1
-    block_s = ELEMENTS // (BLOCK_E * block_k)
+    block_k, elements = (SLABS, ELEMENTS) if v is None else (1, ELEMENTS // 2)
+    block_s = elements // (BLOCK_E * block_k)
     return Launch(
         kernel=_expert_sums,
         grid=(cdiv(rows, block_s), cdiv(experts, BLOCK_E)),
