@@ -88,7 +88,7 @@ SHRINK: dict[tuple[int, bool], list[ShrinkRow]] = {
         (8192, 128, 128, 32, 4, 8, 3),
         (None, 128, 128, 32, 1, 8, 3),
     ],
-    (80, False): [(64, 16, 16, 64, 8, 4, 2), (8192, 32, 64, 32, 4, 4, 2), (None, 32, 64, 32, 1, 4, 2)],
+    (80, False): [(64, 16, 16, 64, 8, 4, 3), (8192, 32, 64, 32, 4, 4, 3), (None, 32, 64, 32, 1, 4, 3)],
 }
 
 # A decode step whose base products run in one launch with SHRINK (`kernels.stream`): largest T of the bucket
