@@ -269,23 +269,23 @@ struct Backward {
           to.at(0, columns.begin), to.stride, false});
   }
 
-  // dg from the products. An unused expert may hold NaN, which its gate's gradient must not carry into a softmax over
-  // all gates.
+  // dg from the products, summed in double: a softmax behind the gates subtracts sums that are nearly equal. An unused
+  // expert may hold NaN, which its gate's gradient must not carry into a softmax over all gates.
   void sum_gates() const {
     const int64_t experts = layer.gates.size(1);
     const int64_t* of_row = static_cast<const int64_t*>(layer.owner.const_data_ptr());
     const float* value = static_cast<const float*>(layer.gates.const_data_ptr());
-    std::vector<float> sums(layer.rows);
+    std::vector<double> sums(layer.rows), of_expert(experts);
     for (int64_t s = 0; s < gate.segments; ++s) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
+      std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t t = s * gate.tokens; t < (s + 1) * gate.tokens; ++t) {
         for (int64_t r = 0; r < layer.rows; ++r) sums[r] += products[t * layer.rows + r];
       }
       float* row = dgates + s * experts;
-      std::fill(row, row + experts, 0.0f);
-      for (int64_t r = 0; r < layer.rows; ++r) row[of_row[r]] += sums[r];
+      std::fill(of_expert.begin(), of_expert.end(), 0.0);
+      for (int64_t r = 0; r < layer.rows; ++r) of_expert[of_row[r]] += sums[r];
       for (int64_t e = 0; e < experts; ++e) {
-        row[e] *= static_cast<float>(layer.scale);
+        row[e] = static_cast<float>(of_expert[e] * layer.scale);
         if (value[s * experts + e] != 0) continue;
         if (std::isnan(row[e])) row[e] = 0;
         if (std::isinf(row[e])) row[e] = std::copysign(std::numeric_limits<float>::max(), row[e]);
