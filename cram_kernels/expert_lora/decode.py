@@ -4,28 +4,26 @@
 
 Where `tiles.STREAM` says so, the base products are part of the two launches (`kernels.stream`).
 
-The second launch starts before the first has ended (sm_90); nothing stands between them. The first call of a
-kind describes both launches and keeps them with their compiled kernels; later calls of the same shapes,
-dtypes and alignments fill in their tensors. Nothing here waits for the device or reads a tensor, so a CUDA
-graph can capture it.
+The second launch starts before the first has ended (sm_90); nothing stands between them. Both are kept for
+later calls of the same kind (`plans`). Nothing here waits for the device or reads a tensor, so a CUDA graph
+can capture it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cram_kernels import dispatch
-from cram_kernels.expert_lora import tiles
+from cram_kernels.expert_lora import plans, tiles
 from cram_kernels.expert_lora.kernels.expand import expand
 from cram_kernels.expert_lora.kernels.gating import Gating, gating, pitch_of
 from cram_kernels.expert_lora.kernels.shrink import shrink
 from cram_kernels.expert_lora.kernels.stream import join, stream
-from cram_kernels.launch import Launch, Prepared, hooked
+from cram_kernels.launch import Launch
 
 # Up to here EXPAND adds the planes of a split SHRINK itself; beyond, FOLD does.
 PLANES_TOKENS = 64
@@ -33,30 +31,6 @@ PLANES_TOKENS = 64
 CAST_TOKENS = 1024
 # Rank tiles without a live gate can be left out only where R takes more than one.
 SKIP_RANK = 128
-# Kinds of calls that are kept.
-MOST_PLANS = 1024
-
-
-Memory = tuple[torch.Size, torch.dtype]
-
-
-class Plan(NamedTuple):
-    """The two launches of one kind of call, and the memory that the first writes for the second."""
-
-    memory: tuple[Memory, ...]
-    first: Prepared
-    second: Prepared
-
-    def run(self, inputs: Sequence[Tensor | None], ys: Sequence[Tensor], device: torch.device) -> None:
-        """Launch on the current stream; shapes, dtypes and alignments are those of the first tensors."""
-        memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.memory]
-        tensors = (*inputs, *memory, *ys)
-        self.first.run(tensors)
-        self.second.run(tensors)
-
-
-# None: a launch reads a tensor that is made for each call, such as a copy.
-_PLANS: dict[Any, Plan | None] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +89,7 @@ def decode(
     ys, tile, own = _bases(x, weights, biases, arch, streams=bits is None)
     inputs = (x, gates, segments, *a, *bt, *owners, *own)
     key = None
-    if bits is None and not dispatch.interpreted() and not hooked():
+    if bits is None and plans.possible():
         key = (
             arch,
             tile,
@@ -123,16 +97,15 @@ def decode(
             x.device,
             x.shape,
             x.stride(0),
+            x.dtype,
             gates.shape,
             gates.is_contiguous(),
-            None if segments is None else (segments.dtype, segments.is_contiguous()),
+            plans.segments_kind(segments),
             *[y.shape[1] for y in ys],
-            *[(f.shape[0], f.dtype, f.is_contiguous(), f.data_ptr() & 15 == 0) for f in (*a, *bt)],
-            *[o.data_ptr() & 15 == 0 for o in (*owners, *own)],
-            x.dtype,
-            x.data_ptr() & 15 == 0,
+            *plans.factor_kinds((*a, *bt)),
+            *plans.aligned((x, *owners, *own)),
         )
-        plan = _PLANS.get(key)
+        plan = plans.find(key)
         if plan is not None:
             plan.run(inputs, ys, x.device)
             return ys
@@ -141,8 +114,8 @@ def decode(
         memory, first, second = _described(x, a, bt, ys, gate, arch, bits)
     else:
         memory, first, second = _streamed(x, own, a, bt, ys, gate, tile, arch)
-    if key is not None and key not in _PLANS:
-        _keep(key, (*inputs, *memory, *ys), memory, first, second)
+    if key is not None:
+        plans.keep(key, (*inputs, *memory, *ys), memory, first, second)
     first.run()
     second.run()
     return ys
@@ -204,15 +177,3 @@ def _streamed(
     first = stream(x, weights, downs, y, u, gate, tile, dependents=early)
     into = tiles.expand_tile(arch, x.dtype, x.shape[0])
     return [u, y], first, join(u, y, ups, ys, biases or None, into, dependent=early)
-
-
-def _keep(
-    key: Any, tensors: Sequence[Tensor | None], memory: Sequence[Tensor], first: Launch, second: Launch
-) -> None:
-    """Keep both launches, unless one reads a tensor that was made for this call."""
-    ready = first.prepared(tensors), second.prepared(tensors)
-    if len(_PLANS) >= MOST_PLANS:
-        _PLANS.clear()
-    _PLANS[key] = None
-    if ready[0] is not None and ready[1] is not None:
-        _PLANS[key] = Plan(tuple((each.shape, each.dtype) for each in memory), ready[0], ready[1])

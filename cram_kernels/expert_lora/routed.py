@@ -5,13 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cram_kernels.centroid_gates.api import centroid_gates, check_router
 from cram_kernels.dispatch import Op, check_devices, triton_missing
 from cram_kernels.expert_lora import native
-from cram_kernels.expert_lora.api import autocast_dtype, check_base, check_segments, expert_lora
+from cram_kernels.expert_lora.api import (
+    autocast_dtype,
+    check_base,
+    check_segments,
+    expert_lora,
+    without_autocast,
+)
 from cram_kernels.packing import PackedExperts
 
 
@@ -71,7 +76,7 @@ def routed_expert_lora(
     check_devices(x.device, query=query, segments=segments)
     check_segments(x.shape[:-1].numel(), query.shape[0], segments)
     op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return op(
             x, weight, bias, experts, query, centroids, sigma, members, segments, dropout=dropout, seed=seed
         )

@@ -15,18 +15,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates.triton import centroid_gates_backward
 from cram_kernels.expert_lora import tiles
-from cram_kernels.expert_lora.decode import PLANES_TOKENS, new_planes, operands, starts_early
+from cram_kernels.expert_lora.decode import PLANES_TOKENS, linear, new_planes, operands
 from cram_kernels.expert_lora.dropout import keep_scale
 from cram_kernels.expert_lora.kernels.expand import expand
 from cram_kernels.expert_lora.kernels.fold import fold
 from cram_kernels.expert_lora.kernels.gating import gating, pitch_of
-from cram_kernels.expert_lora.kernels.routed_shrink import routed_shrink, routing
+from cram_kernels.expert_lora.kernels.routed_shrink import Router, routed_shrink
+from cram_kernels.expert_lora.routed_decode import new_gates, routed_decode
 from cram_kernels.expert_lora.triton import (
     LayerBackward,
     kept_bits,
@@ -53,31 +53,29 @@ def routed_expert_lora(
     seed: int,
 ) -> Tensor:
     """Compute the layer in Triton; arguments as in `cram_kernels.routed_expert_lora`, already checked."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    leaves = (rows, query, centroids, experts.trained_a, experts.trained_b)
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    buffers: Any = experts._buffers
+    trained = [experts._parameters.get(name) for name in ("trained_a", "trained_b")]
+    leaves = (rows, query, centroids, *trained)
     keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    query, centroids = query.float().contiguous(), centroids.float().contiguous()
+    allowed = None if members is None else members.contiguous().view(torch.uint8)
+    a, bt, owner = (buffers[name] for name in ("a", "bt", "expert_of_row"))
+    compiling, sigma = torch.compiler.is_compiling(), float(sigma)
+    if not (keep or dropout or compiling) and 0 < rows.shape[0] <= PLANES_TOKENS and len(a):
+        router, scale, arch = Router(query, centroids, allowed), experts.scale, architecture(x.device)
+        with on_device_of(x):
+            y, _ = routed_decode(rows, router, segments, weight, bias, a, bt, owner, sigma, scale, arch)
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
+    scale = experts.scale * (keep_scale(dropout) if dropout else 1.0)
     arguments: Any = (
-        rows,
-        query.float().contiguous(),
-        centroids.float().contiguous(),
-        experts.trained_a,
-        experts.trained_b,
-        weight,
-        bias,
-        experts.a,
-        experts.bt,
-        experts.expert_of_row,
-        None if members is None else members.contiguous().view(torch.uint8),
-        segments,
-        float(sigma),
-        experts.scale * (keep_scale(dropout) if dropout else 1.0),
-        dropout,
-        seed,
-        keep,
+        *(rows, query, centroids, *trained, weight, bias, a, bt, owner),
+        *(allowed, segments, sigma, scale, dropout, seed, keep),
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         y = torch.ops.cram.routed_expert_lora(*arguments)[0]
     else:
         y = (_RoutedExpertLora.apply if keep else _forward)(*arguments)[0]
@@ -105,29 +103,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Y [T, D_out], then Z [1, T, pitch] and dropout bits (empty if not kept) and gates [S, E]."""
     with on_device_of(x):
-        y = F.linear(x, weight, bias)
-        shape = query.shape[0], centroids.shape[0]
-        if not x.shape[0] or not a.shape[0]:
-            return y, kept_z(x, [a], keep), kept_bits(x, dropout, keep), query.new_zeros(shape)
-        gates, arch, pitch = query.new_empty(shape), architecture(x.device), pitch_of([a.shape[0]])
-        tile = tiles.shrink_tile(arch, x.dtype, x.shape[0], pitch, x.shape[1])
-        folded = keep or x.shape[0] > PLANES_TOKENS
-        early = not folded and starts_early(arch)
-        planes = new_planes(x, tile.split_k, 1, pitch)
-        route, bits = routing(query, centroids, sigma, members), mask_bits(x, dropout, seed)
+        router, tokens = Router(query, centroids, members), x.shape[0]
+        if not tokens or not a.shape[0]:
+            kept = kept_z(x, [a], keep), kept_bits(x, dropout, keep)
+            return linear(x, weight, bias), *kept, new_gates(router).zero_()
+        arch, bits = architecture(x.device), mask_bits(x, dropout, seed)
+        if not keep and tokens <= PLANES_TOKENS:
+            base, packed = (weight, bias), (a, bt, owner)
+            y, gates = routed_decode(x, router, segments, *base, *packed, sigma, scale, arch, bits=bits)
+            return y, x.new_empty(0), kept_bits(x, dropout, keep), gates
+        y, gates, pitch = linear(x, weight, bias), new_gates(router), pitch_of([a.shape[0]])
+        tile = tiles.shrink_tile(arch, x.dtype, tokens, pitch, x.shape[1])
+        planes, u = new_planes(x, tile.split_k, 1, pitch), new_planes(x, 1, 1, pitch)
         (down,), ups = operands([a], x), operands([bt], x)
         gate = gating(gates, (owner,), segments, scale)
-        routed_shrink(x, down, planes, gates, route, tile, bits=bits, dependents=early).run()
-        z, u, kept = x.new_empty(0), planes, kept_bits(x, dropout, keep) if bits is None or not keep else bits
-        if folded:
-            u = new_planes(x, 1, 1, pitch)
-            whole = tile.split_k == 1
-            if keep:
-                z = planes[0] if whole else torch.empty_like(u[0])
-            fold(planes, z if keep and not whole else None, u[0], gate, [a.shape[0]]).run()
-        into = tiles.expand_tile(arch, x.dtype, x.shape[0])
-        expand(u, ups, [y], gate, into, direct=not folded, dependent=early, gated=not folded).run()
-        return y, z, kept, gates
+        routed_shrink(x, down, planes, gates, router, sigma, tile, bits=bits).run()
+        whole = tile.split_k == 1
+        z = x.new_empty(0) if not keep else planes[0] if whole else torch.empty_like(u[0])
+        fold(planes, z if keep and not whole else None, u[0], gate, [a.shape[0]]).run()
+        expand(u, ups, [y], gate, tiles.expand_tile(arch, x.dtype, tokens)).run()
+        return y, z, kept_bits(x, dropout, keep) if bits is None or not keep else bits, gates
 
 
 class _RoutedExpertLora(torch.autograd.Function):

@@ -51,8 +51,8 @@ def test_decode_takes_two_launches(call: str, pair: list[str], found: dict[str, 
     assert launches(found[call]) == pair
 
 
-# What a call allocates beside its base products: U in planes; gates, and what backward would keep; each Y.
-@pytest.mark.parametrize(("call", "allocated"), [("linear", 1), ("stack", 1), ("routed", 4), ("streamed", 5)])
+# What a call allocates beside its base products: U in planes; gates; each Y and its planes.
+@pytest.mark.parametrize(("call", "allocated"), [("linear", 1), ("stack", 1), ("routed", 2), ("streamed", 5)])
 def test_decode_can_be_captured(call: str, allocated: int, found: dict[str, Any]) -> None:
     """No operation waits for the device, reads a tensor, fills one or copies one."""
     operations = [name for name in found[call]["seen"] if not name.startswith("_")]
@@ -76,6 +76,17 @@ def test_nothing_stands_between_a_launch_and_the_one_that_starts_early(
 @pytest.mark.parametrize("call", ["linear", "stack", "routed", "streamed", "training"])
 def test_known_calls_do_not_ask_the_compiler(call: str, found: dict[str, Any]) -> None:
     assert found[call]["asked"] == 0
+
+
+@pytest.mark.parametrize("call", ["linear", "stack", "routed", "streamed"])
+def test_known_calls_are_not_described_again(call: str, found: dict[str, Any]) -> None:
+    """Unless a launch reads a copy that each call makes."""
+    assert found[call]["described"] == 0
+    assert found.get(f"{call} strided", {"described": 2})["described"] == 2
+
+
+def test_a_kind_first_seen_with_one_pack_thrice_reads_three(found: dict[str, Any]) -> None:
+    assert found["repeated"]["packs"] == 3
 
 
 def test_launches_of_a_training_step(found: dict[str, Any]) -> None:

@@ -23,12 +23,20 @@ from cram_kernels.expert_lora.tiles import ShrinkTile
 from cram_kernels.launch import Launch, cdiv, nbytes
 
 
-class Routing(NamedTuple):
-    """Kernel argument: query [S, D_q], centroids [E, D_q], members [S, E] (uint8) or None, rows adjacent."""
+class Router(NamedTuple):
+    """Kernel argument: query float32 [S, D_q], centroids float32 [E, D_q], members uint8 [S, E] or None.
+
+    Elements of a row are adjacent.
+    """
 
     query: Any
     centroids: Any
     members: Any
+
+
+class Routing(NamedTuple):
+    """Kernel argument: factor of squared distances, D_q, elements between rows of the router's tensors."""
+
     scale: Any
     width: Any
     query_stride: Any
@@ -36,10 +44,10 @@ class Routing(NamedTuple):
     member_stride: Any
 
 
-def routing(query: Tensor, centroids: Tensor, sigma: float, members: Tensor | None) -> Routing:
-    """Return the kernel's view of one layer's router; everything float32."""
-    strides = query.stride(0), centroids.stride(0), 0 if members is None else members.stride(0)
-    return Routing(query, centroids, members, -0.5 / sigma**2, query.shape[1], *strides)
+def routing(router: Router, sigma: float) -> Routing:
+    """Return the kernel's view of how distances become gates."""
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in router]
+    return Routing(-0.5 / sigma**2, router.query.shape[1], *strides)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "experts", "rank"])
@@ -48,6 +56,7 @@ def _routed_shrink(
     factor,  # [rank, width]
     z,  # [SPLIT_K, 1, T, pitch], written
     gates,  # float32 [S, E], written
+    router,
     routing,
     bits,  # the dropout mask on x, uint8 [T, bits_pitch], or None
     tokens,
@@ -96,9 +105,9 @@ def _routed_shrink(
         layer = (tl.program_id(0) - tiles) * tl.num_programs(1) + tl.program_id(1)
         first = (layer * tl.num_programs(2) + tl.program_id(2)) * BLOCK_S
         sample_gates(
-            routing.query,
-            routing.centroids,
-            routing.members,
+            router.query,
+            router.centroids,
+            router.members,
             gates,
             routing.scale,
             first + tl.arange(0, BLOCK_S),
@@ -119,7 +128,8 @@ def routed_shrink(
     factor: Tensor,
     z: Tensor,
     gates: Tensor,
-    route: Routing,
+    router: Router,
+    sigma: float,
     tile: ShrinkTile,
     *,
     bits: Tensor | None = None,
@@ -131,7 +141,8 @@ def routed_shrink(
         x, z, tile, bits, dependents: As in `shrink`, for one projection.
         factor: A [R, D_in], contiguous; x's dtype or float32.
         gates: float32 [S, E], contiguous; written.
-        route: The router.
+        router: Query, centroids and members.
+        sigma: Width of the distance kernel.
     """
     tokens, width = x.shape
     split_k, _, _, pitch = z.shape
@@ -147,7 +158,8 @@ def routed_shrink(
             "factor": factor,
             "z": z,
             "gates": gates,
-            "routing": route,
+            "router": router,
+            "routing": routing(router, sigma),
             "bits": bits,
             "tokens": tokens,
             "segments": gates.shape[0],
@@ -167,9 +179,6 @@ def routed_shrink(
         },
         warps=tile.warps,
         stages=tile.stages,
-        cost=lambda: (
-            nbytes(x, factor, z, bits, route.query, route.centroids, route.members, gates),
-            2 * tokens * factor.numel(),
-        ),
+        cost=lambda: (nbytes(x, factor, z, bits, *router, gates), 2 * tokens * factor.numel()),
         steps=cdiv(cdiv(width, tile.block_k), split_k),
     )
