@@ -16,7 +16,7 @@ from cram.config import CramConfig
 from cram.families import family_of
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
-from cram.model.frozen.saving import SaveBase
+from cram.model.frozen.saving import give_back_methods, take_methods
 from cram.model.linear import ExpertLinear, is_peft_layer
 from cram.routing.clip import ClipEncoder
 from cram_kernels import native_libraries
@@ -60,7 +60,8 @@ def attach(model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any 
     _say_what_is_slow()
     cram = AttachedModel(model, config, encoder, processor)
     cram.method = METHODS[config.method](cram)
-    model.cram, model.save_pretrained = cram, SaveBase(model)
+    model.cram = cram
+    take_methods(model)
     return cram
 
 
@@ -108,7 +109,8 @@ def detach(model: Any) -> None:
         ValueError: If the model is not attached.
     """
     attached(model).release(model)
-    del model.cram, model.save_pretrained
+    give_back_methods(model)
+    del model.cram
 
 
 def attached(model: nn.Module) -> AttachedModel:

@@ -61,23 +61,27 @@ class Family:
         return self.without_placeholders(text[:cut])
 
     def leaves_turn_open(self, prompt: str) -> bool:
-        """Whether a decoded prompt ends inside of a user turn, so that more of the question may follow."""
+        """Whether more of the question may follow a decoded prompt: it ends inside of a user turn, or it has
+        no markers."""
         found = self._last_turn(prompt)
-        return found is not None and found[1] not in found[0]
+        return found is None or found[1] not in found[0]
 
     def _last_turn(self, prompt: str) -> tuple[str, str] | None:
         """What stands behind the opening of the last user turn, and the marker that ends such turns.
 
-        The template is the one whose opening comes first. Its opening opens a further turn only behind the
-        end of an answer; elsewhere it is a part of what is said.
+        The template is the one whose opening comes first. Its opening opens a further turn only behind an
+        answer; elsewhere it is a part of what is said.
         """
         places = [(prompt.find(opening), opening, end) for opening, end in self.turns if opening in prompt]
         if not places:
             return None
         first, opening, end = min(places)
         start = prompt.rfind(opening)
-        while end not in _CONTROL and start > first and not prompt[:start].rstrip().endswith(_ANSWERED):
-            start = prompt.rfind(opening, 0, start)
+        while end not in _CONTROL and start > first:
+            before = prompt.rfind(opening, 0, start)
+            if _is_answered(prompt, before, start, end):
+                break
+            start = before
         return prompt[start + len(opening) :], end
 
     def without_placeholders(self, text: str) -> str:
@@ -120,6 +124,17 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+
+def _is_answered(prompt: str, before: int, start: int, end: str) -> bool:
+    """Whether an answer stands right before the opening at `start`; the opening before it is at `before`.
+
+    Some templates end an answer with `_ANSWERED`. That of the converted LLaVA-1.5 checkpoints does not: there
+    a turn must have ended since the opening before.
+    """
+    if _ANSWERED in prompt:
+        return prompt[:start].rstrip().endswith(_ANSWERED)
+    return end in prompt[before:start]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What is checked of a stream before the first step, with the model and its processor at hand.
 
 A fault in the last row of the last task is named before the first task is trained: a picture that cannot be
-opened or that the processor refuses, a control token of the model within a text, a prompt beyond the context.
+opened or that the processor refuses, a control token of the model within a text, role markers that hide the
+question, a prompt beyond the context.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from cram.config import CramConfig
 from cram.console import ProgressBar
+from cram.families import Family, family_of
 from cram.learning.batches import build_prompt
 from cram.learning.schedule import total_steps
 from cram.streams.types import Sample, Stream, open_image
@@ -39,13 +41,17 @@ def check_samples(stream: Stream, processor: Any, model: Any, shown: bool = Fals
         shown: True if progress is printed.
 
     Raises:
-        ValueError: For the first fault, with the file and the row of the sample.
+        ValueError: For the first fault, with the file and the row of the sample; or if the tokenizer ends
+            every text.
     """
     samples = [(sample, 0) for task in stream.tasks for sample in task.train]
     samples += [(sample, task.max_new_tokens) for task in stream.tasks for sample in task.test]
+    _check_tokenizer(processor.tokenizer)
     control = control_tokens(processor.tokenizer)
+    family = family_of(model)
     for sample, _ in samples:
         _check_texts(sample, control)
+        _check_markers(sample, processor, family)
     with ProgressBar("check pictures", len(samples), shown) as bar:
         sizes = _check_pictures([sample for sample, _ in samples], processor, bar)
     text = getattr(model.config, "text_config", model.config)
@@ -77,6 +83,15 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer that ends every text, so that an answer would follow behind the end."""
+    if tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id:
+        raise ValueError(
+            f"the tokenizer must not end a prompt, got one that adds {tokenizer.eos_token!r}; set its "
+            "add_eos_token to false"
+        )
+
+
 def _check_texts(sample: Sample, control: re.Pattern[str]) -> None:
     for field, texts in (
         ("question", (sample.instruction,)),
@@ -86,6 +101,22 @@ def _check_texts(sample: Sample, control: re.Pattern[str]) -> None:
         if found is not None:
             raise ValueError(
                 f"{sample.place}: the {field} must hold no control token of the model, got {found[0]!r}"
+            )
+
+
+def _check_markers(sample: Sample, processor: Any, family: Family) -> None:
+    """Refuse a row whose prompt is not read back as its question, because a text holds role markers."""
+    texts = (sample.instruction, sample.answer)
+    found = [marker for pair in family.turns for marker in pair if any(marker in text for text in texts)]
+    if not found:
+        return
+    prompt = build_prompt(processor, sample.instruction, len(sample.images))
+    for whole in (prompt, f"{prompt} {sample.answer}{processor.tokenizer.eos_token or ''}"):
+        read = family.user_turn(whole)
+        if read != sample.instruction.strip():
+            raise ValueError(
+                f"{sample.place}: question and answer must leave the question readable in its prompt, got "
+                f"role markers {found}, which make it {read!r:.200}"
             )
 
 

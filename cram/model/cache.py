@@ -110,6 +110,17 @@ class CacheStates:
         self._filled[cache] = _Filled(state, _version(cache.get_seq_length()))
         setattr(cache, _KEPT, _Kept(state))
 
+    def is_cut_short(self, cache: Any, state: ForwardState) -> bool:
+        """Whether the end of a cache's prompt was taken out again, so that another one may follow.
+
+        A static cache cannot be cut, and a traced step continues none that was.
+        """
+        prompt = self.prompts.get(state) if not torch.compiler.is_compiling() else None
+        if prompt is None or prompt.input_ids is None:
+            return False
+        length = cache.get_seq_length()
+        return not isinstance(length, Tensor) and int(length) < prompt.input_ids.shape[1]
+
     def is_filled(self, cache: Any, tokens: int) -> bool:
         """Whether a forward of `tokens` tokens continues what a cache holds.
 

@@ -226,6 +226,7 @@ class ForwardHooks:
         )
         if query is not None and call is not None and self.method.uses_queries:
             self._caches.prompts[made] = Call(call.input_ids, call.mask)
+            made.turn_is_open = not training_mode and self._is_part(call, call, embeds.shape[1])
         return made
 
     def _continued(self, call: Call | None, cache: Any, rows: int, training_mode: bool) -> ForwardState:
@@ -237,13 +238,15 @@ class ForwardHooks:
             )
         self.check_route(state.route, rows)
         tokens = 1 if call is None or call.input_ids is None else call.input_ids.shape[1]
-        if self.method.uses_queries and (tokens > 1 or state.turn_is_open):
+        if self.method.uses_queries and (
+            tokens > 1 or state.turn_is_open or self._caches.is_cut_short(cache, state)
+        ):
             from cram.model.untraced import done
 
-            done(self._check_more, call, state, training_mode)
+            done(self._check_more, call, state, cache, training_mode)
         return state
 
-    def _check_more(self, call: Call, state: ForwardState, training_mode: bool) -> None:
+    def _check_more(self, call: Call, state: ForwardState, cache: Any, training_mode: bool) -> None:
         """Refuses tokens behind a cache that give their sample another route.
 
         These are the next part of a prompt, another question behind a prompt that is used again, or guesses
@@ -256,7 +259,8 @@ class ForwardHooks:
         prompt = self._caches.prompts.get(state)
         if prompt is None or state.query is None or state.route is None:
             return
-        whole = prompt.followed_by(call, len(state.query))
+        held = int(cache.get_seq_length())
+        whole = prompt.followed_by(call, len(state.query), held)
         route = self.method.route(self._reader.query_of_more(whole, state.query), training_mode)
         if not torch.equal(route.gates, state.route.gates):
             raise ValueError(
@@ -264,7 +268,24 @@ class ForwardHooks:
                 f"{EXPLICIT}"
             )
         self._caches.prompts[state] = whole
-        state.turn_is_open = self._reader.leaves_turn_open(whole)
+        assert call.input_ids is not None
+        state.turn_is_open = self._is_part(call, whole, held + call.input_ids.shape[1])
+
+    def _is_part(self, call: Call, whole: Call, tokens: int) -> bool:
+        """Whether more of a prompt may follow a forward, behind which its cache holds so many tokens.
+
+        `generate` tells how long the prompt is. Elsewhere nothing tells a generated token from the next one
+        of an open question.
+        """
+        if call.prompt_tokens is not None:
+            return tokens < call.prompt_tokens
+        return self._reader.leaves_turn_open(whole)
+
+    @contextmanager
+    def generating(self, prompt_tokens: int | None) -> Iterator[None]:
+        """Forwards of this thread inside belong to a generation behind a prompt of so many tokens."""
+        with self._reader.generating(prompt_tokens):
+            yield
 
     def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         """Refuses to route a cache by a first token alone: it is a prompt that comes token by token."""

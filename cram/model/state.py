@@ -33,8 +33,8 @@ class ForwardState:
         mask: Real tokens [B, T] (bool) of a prefill or training forward; None for all.
         memory: What `once` holds; it lives with the KV cache that is made under it.
         decoding: Whether the forward continues a KV cache.
-        turn_is_open: True for a prompt that comes in parts and so far ends inside of its question. A single
-            token is then a part of the question, and else a generated one.
+        turn_is_open: True if more of the question may follow. A single token is then a part of the question,
+            and else a generated one.
     """
 
     turn_is_open = False

@@ -9,7 +9,8 @@ so what is caught travels with the output object itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -61,6 +62,7 @@ class Call:
         images: What the vision tower saw, or None without images.
         positions: Position ids [B, T] or [1, T] that the caller gave, or None.
         packed: Whether the caller has said that a row holds several samples.
+        prompt_tokens: Length of the whole prompt where `generate` has told it, else None.
     """
 
     input_ids: Tensor | None
@@ -68,6 +70,7 @@ class Call:
     images: Images | None = None
     positions: Tensor | None = None
     packed: bool = False
+    prompt_tokens: int | None = None
 
     def holds_packed_rows(self) -> bool:
         """Whether a row holds several samples: its positions start anew among real tokens."""
@@ -78,13 +81,13 @@ class Call:
             anew &= self.mask[:, :-1].to(anew.device)  # behind left padding positions begin
         return bool(anew.any())
 
-    def followed_by(self, more: Call, samples: int) -> Call:
-        """One row for each of S samples: their tokens here, and behind them those of `more`."""
+    def followed_by(self, more: Call, samples: int, kept: int) -> Call:
+        """One row for each of S samples: their first `kept` tokens here, and behind them those of `more`."""
         assert self.input_ids is not None and more.input_ids is not None
-        rows = [ids[:: len(ids) // samples] for ids in (self.input_ids, more.input_ids)]
+        rows = [ids[:: len(ids) // samples] for ids in (self.input_ids[:, :kept], more.input_ids)]
         if self.mask is None:
             return Call(torch.cat(rows, dim=1), None)
-        mask = self.mask[:: len(self.mask) // samples]
+        mask = self.mask[:: len(self.mask) // samples, :kept]
         return Call(
             torch.cat(rows, dim=1), torch.cat([mask, torch.ones_like(rows[1], dtype=torch.bool)], dim=1)
         )
@@ -100,6 +103,7 @@ class PromptReader:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._image_processor = getattr(processor, "image_processor", None)
         self._calls: PerThread[Call | None] = PerThread(None)
+        self._prompt_tokens: PerThread[int | None] = PerThread(None)
 
     @property
     def _call(self) -> Call | None:
@@ -109,6 +113,16 @@ class PromptReader:
     @_call.setter
     def _call(self, call: Call | None) -> None:
         self._calls.set(call)
+
+    @contextmanager
+    def generating(self, prompt_tokens: int | None) -> Iterator[None]:
+        """Inside, the forwards of this thread belong to a generation behind a prompt of so many tokens."""
+        before = self._prompt_tokens.get()
+        self._prompt_tokens.set(prompt_tokens)
+        try:
+            yield
+        finally:
+            self._prompt_tokens.set(before)
 
     def register(self, model: Any) -> list[Any]:
         """Hooks the core module and the vision tower; returns the handles."""
@@ -135,7 +149,8 @@ class PromptReader:
             # Qwen's rows: one of the text, which may be absent, and one per axis of a picture.
             positions = positions[0] if len(positions) == 4 else None
         packed = kwargs.get("cu_seq_lens_q") is not None
-        self._call = Call(ids, real, getattr(image, _CARRIED, None), positions, packed)
+        carried, prompt_tokens = getattr(image, _CARRIED, None), self._prompt_tokens.get()
+        self._call = Call(ids, real, carried, positions, packed, prompt_tokens)
 
     def after_tower(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -250,7 +265,7 @@ class PromptReader:
         return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
 
     def leaves_turn_open(self, call: Call) -> bool:
-        """Whether a row of the inputs ends inside of a user turn, so that more of its question may follow."""
+        """Whether more of a row's question may follow the inputs; see `Family.leaves_turn_open`."""
         assert call.input_ids is not None
         _, prompts = self._prompts(call.input_ids, call.mask)
         return any(map(self._family.leaves_turn_open, prompts))

@@ -13,6 +13,9 @@ from cram.families import FAMILIES
         ("llava", "USER: <image>\nHow many?\nOne word. ASSISTANT: two</s>", "How many?\nOne word."),
         ("llava", "<s> A chat. USER: <image><image>\nSame? ASSISTANT:", "Same?"),
         ("llava", "USER: first ASSISTANT: a</s>USER: second ASSISTANT:", "second"),
+        ("llava", "USER: <image>\nfirst ASSISTANT: a USER: second ASSISTANT:", "second"),
+        ("llava", "USER: a ASSISTANT: b USER: Is USER: a role? ASSISTANT:", "Is USER: a role?"),
+        ("llava", "USER: first ASSISTANT: Who is USER: then?</s>", "first"),
         ("llava", "<|im_start|>user\n<image>\nHow?<|im_end|>\n<|im_start|>assistant\n", "How?"),
         ("llava", "[INST] <image>\nHow? [/INST]", "How?"),
         ("llava", "no marker at all", None),
@@ -53,7 +56,7 @@ def test_placeholders_are_removed_from_a_whole_prompt() -> None:
     [
         ("USER: How", True),
         ("USER: How? ASSISTANT:", False),
-        ("How many?", False),
+        ("How many?", True),
         ("<|im_start|>user\nHow", True),
     ],
 )

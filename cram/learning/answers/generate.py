@@ -20,6 +20,7 @@ from cram.learning.parallel.sharding import is_sharded
 from cram.learning.run_folder import sample_digest
 from cram.learning.step import batch_route
 from cram.methods import Method
+from cram.model.frozen.saving import Generate
 from cram.report.schema import Published, Routing
 from cram.routing.query import Route
 from cram.scoring.scorers import score
@@ -267,6 +268,8 @@ def greedy_view(model: Any) -> Any:
     from transformers import GenerationConfig
 
     view = copy.copy(model)
+    if "generate" in view.__dict__:
+        view.generate = Generate(view)
     view.generation_config = GenerationConfig()
     return view
 

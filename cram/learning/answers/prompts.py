@@ -29,12 +29,15 @@ def message_text(given: Mapping[str, Any]) -> str:
 def chat_text(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     """The prompt of messages whose last one is the user's.
 
+    It is what a tokenizer must be given that adds its own tokens: none of them is in the ids twice.
+
     Args:
         processor: The model's processor.
         messages: `{"role", "content"}` with parts of type "image" and "text".
     """
     if getattr(processor, "chat_template", None):
-        return str(processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        text = str(processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return _begun_once(processor.tokenizer, text)
     placeholder = image_placeholder(processor)
     written = []
     for each in messages:
@@ -45,3 +48,12 @@ def chat_text(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
         else:
             written.append(f" {text}{processor.tokenizer.eos_token or ''}")
     return "".join(written)
+
+
+def _begun_once(tokenizer: Any, text: str) -> str:
+    """A prompt without the token that begins it, where the template writes it and the tokenizer adds it."""
+    begin = tokenizer.bos_token
+    if not begin or not text.startswith(begin):
+        return text
+    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(begin) if adds else text

@@ -1,21 +1,27 @@
-"""`save_pretrained` of an attached model: it writes the base, under the base's own names.
+"""What takes the place of some methods of a model while it is attached.
 
-The experts' modules stand between a decoder layer and its linears. So the state dict of an attached model
-names `q_proj.base.weight` and the experts' tensors. A folder with such names would be read back as a base
-whose adapted linears are missing.
+`save_pretrained` writes the base, under the base's own names. The experts' modules stand between a decoder
+layer and its linears. So the state dict of an attached model names `q_proj.base.weight` and the experts'
+tensors. A folder with such names would be read back as a base whose adapted linears are missing.
+
+`generate` tells its forwards where the prompt ends. A prompt may be read in parts, and a single token behind
+the first part may be the last one of the question or the first one of the answer: a forward cannot tell.
+
+Continuous batching packs the prompts of all requests into one row, and has threads of its own. It is refused.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from cram.model.linear import ExpertLinear
 
 LOGGER = logging.getLogger(__name__)
+METHODS = ("save_pretrained", "generate", "init_continuous_batching")
 
 
 class SaveBase:
@@ -48,14 +54,60 @@ class SaveBase:
         return type(view).save_pretrained(view, save_directory, *arguments, **options)
 
 
+class Generate:
+    """What `model.generate` is while the model is attached."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
+        """Generate as the model's class does.
+
+        Args:
+            inputs: As of the model class.
+            *arguments: As of the model class.
+            **options: As of the model class.
+        """
+        model = self._model
+        given = (inputs, options.get("input_ids"), options.get("attention_mask"))
+        # With a filled cache the ids may be the new ones alone; the mask is that of the whole prompt.
+        lengths = [each.shape[1] for each in given if each is not None and each.dim() == 2]
+        with model.cram.hooks.generating(max(lengths, default=None)):
+            return type(model).generate(model, inputs, *arguments, **options)
+
+
+def refuse_continuous_batching(*arguments: Any, **options: Any) -> NoReturn:
+    """What `model.init_continuous_batching` is while the model is attached; `generate_batch` calls it too.
+
+    Raises:
+        ValueError: Always; the message says what to use.
+    """
+    raise ValueError(
+        "each prompt of an attached model must have a row of its own, got continuous batching, which packs "
+        "them; use model.generate, or `cram serve` for many requests at once"
+    )
+
+
+def take_methods(model: Any) -> None:
+    """Put the methods of an attached model in the place of the model's own."""
+    model.save_pretrained, model.generate = SaveBase(model), Generate(model)
+    model.init_continuous_batching = refuse_continuous_batching
+
+
+def give_back_methods(model: Any) -> None:
+    """Take them out again."""
+    for name in METHODS:
+        model.__dict__.pop(name, None)
+
+
 def base_view(model: nn.Module) -> Any:
     """The model without its experts: modules of its own down to the adapted linears, which are the base's.
 
     Everything else is shared, and the model goes on working while the view is in use.
     """
     view: Any = _without_experts(model)
-    for name in ("save_pretrained", "cram"):
-        view.__dict__.pop(name, None)
+    give_back_methods(view)
+    view.__dict__.pop("cram", None)
     return view
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import processors
 
 from cram.learning.batches import (
     IGNORED,
@@ -44,6 +45,22 @@ def test_prompt_with_a_template_comes_from_it() -> None:
         "{{ messages[0]['content'][-1]['text'] }}{% if add_generation_prompt %}>{% endif %}"
     )
     assert build_prompt(processor, "Q", 2) == "[image][image][text]Q>"
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_begins_a_prompt_is_there_once(adds: bool) -> None:
+    processor = factories.llava_processor()
+    processor.chat_template = "<s>USER: {{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
+    if not adds:
+        processor.tokenizer._tokenizer.post_processor = processors.Sequence([])
+    ids = encode_sample(processor, sample(images=0)).inputs["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1 == ids.index(ids[1])
+    theirs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}],
+        tokenize=True,
+        return_dict=True,
+    )
+    assert theirs["input_ids"][0] == ids
 
 
 def test_a_placeholder_in_the_question_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tokenizers import processors
 
 from cram.learning.checks import check_samples, few_steps
 from cram.loading import load_processor
@@ -40,6 +41,29 @@ def test_control_tokens_in_a_text_are_refused(token: str, field: str) -> None:
         ValueError, match=r"^test\.json, row 3: the (question|answer) must hold no control token"
     ):
         check(**{field: (text,) if field == "references" else text})
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"instruction": "What says ASSISTANT: and then USER: here?"},
+        {"instruction": "Which?", "answer": "ASSISTANT: red"},
+    ],
+)
+def test_role_markers_that_hide_the_question_are_refused(texts: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"row 3: question and answer must leave the question readable"):
+        check(**texts)
+    check(instruction="Who says ASSISTANT: here?", answer="the USER: of it")
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
+    processor = factories.llava_processor()
+    ids = [(token, factories.SPECIAL[token]) for token in ("<s>", "</s>")]
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    with pytest.raises(ValueError, match=r"tokenizer must not end a prompt, got one that adds '</s>'"):
+        check(processor)
 
 
 def test_a_prompt_beyond_the_context_is_counted_and_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cram.attach import attach
+from cram.attach import attach, detach
 from cram.config import CramConfig
 from cram.learning.batches import build_prompt
 from cram.loading import load_model, load_processor
@@ -247,6 +247,38 @@ def test_a_prompt_that_ends_inside_of_a_question_generates() -> None:
         assert answers(model, inputs) == found
 
 
+def test_the_last_token_of_a_question_decides_its_route_also_alone() -> None:
+    model, processor, cram = routed("llava")
+    words = np.random.default_rng(0).choice(["What", "colour", "is", "Write", "a", "long", "story"], (80, 6))
+    begun = [" ".join(row) for row in words]
+    groups = [cram.route(cram.encode([f"{q}{end}" for q in begun], [[]] * 80)).groups for end in ("", "?")]
+    question = f"{begun[int((groups[0] != groups[1]).nonzero()[0])]}?"
+    for prompt in (f"USER: {question}", question):  # neither says where the question ends
+        ids = processor(text=[prompt], return_tensors="pt")["input_ids"]
+        expected = answers(model, {"input_ids": ids})
+        route = cram.route(explicit(cram, [(question, [])]))
+        with cram.fixed(route):
+            assert answers(model, {"input_ids": ids}) == expected
+            assert answers(model, {"input_ids": ids}, prefill_chunk_size=ids.shape[1] - 1) == expected
+        with pytest.raises(ValueError, match=r"got tokens behind a KV cache that change its route"):
+            answers(model, {"input_ids": ids}, prefill_chunk_size=ids.shape[1] - 1)
+        cache = made_cache(model(input_ids=ids[:, :-1], use_cache=True))
+        with pytest.raises(ValueError, match=r"got tokens behind a KV cache that change its route"):
+            model(input_ids=ids[:, -1:], **continuing(model, cache))
+
+
+def test_a_cache_that_was_cut_short_takes_another_question_no_more() -> None:
+    model, processor, cram = routed("llava")
+    first, other = (processor(text=[f"USER: {q} ASSISTANT:"], return_tensors="pt") for q in QUESTIONS[:2])
+    ids, same = other["input_ids"], len("sUSER: ")
+    for step in (1, ids.shape[1]):
+        cache = made_cache(model(**first, use_cache=True))
+        cache.crop(same - first["input_ids"].shape[1])
+        with pytest.raises(ValueError, match=r"got tokens behind a KV cache that change its route"):
+            for place in range(same, ids.shape[1], step):
+                model(input_ids=ids[:, place : place + step], **continuing(model, cache))
+
+
 def test_another_question_behind_a_cache_is_refused() -> None:
     model, processor, cram = routed("qwen2_5_vl")
     cache = made_cache(model(**batch_of(processor, SAMPLES[:1]), use_cache=True))
@@ -274,6 +306,20 @@ def test_packed_rows_are_refused(name: str) -> None:
         model(input_ids=packed, position_ids=positions)
     whole = torch.arange(ids.shape[1])[None]
     assert torch.equal(model(input_ids=ids, position_ids=whole).logits, model(input_ids=ids).logits)
+
+
+def test_continuous_batching_is_refused() -> None:
+    model, processor, _ = routed("llava")
+    ids = batch_of(processor, [(QUESTIONS[0], [])])["input_ids"]
+    refusal = pytest.raises(
+        ValueError, match=r"got continuous batching, which packs them; use model\.generate"
+    )
+    with refusal:
+        model.generate_batch(inputs=ids.tolist())
+    with refusal:
+        model.generate(ids, cache_implementation="paged")
+    detach(model)
+    assert "init_continuous_batching" not in model.__dict__
 
 
 def test_a_video_is_refused() -> None:
