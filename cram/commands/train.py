@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from cram.atomic import write_json
 from cram.commands.options import add_data, add_device, add_dtype, parse_config
 from cram.compare.base_row import measure_base
 from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner, Work
 from cram.learning.parallel.processes import by_first, joined, own_device
-from cram.loading import Sources
+from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
 from cram.report.examples import BASE, gather_examples
 from cram.report.page import write_page
 from cram.report.schema import Report
 from cram.streams import load_stream
+from cram.streams.registry import BUILTIN as STREAMS
+from cram.streams.registry import SHIPPED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = parse_config(arguments.config, arguments.stream, options)
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
     names = ("model", "clip", "dtype", "stream", "limit", "data_root")
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = {name: _anywhere(getattr(arguments, name)) for name in names}
     work = Work(arguments.forwards, arguments.checkpoint_every, arguments.shard)
     out = Path(arguments.out)
     with joined(arguments.device):
@@ -70,6 +73,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
         report = learner.run()
         by_first(lambda: _publish(learner, report, out))
+
+
+def _anywhere(value: Any) -> Any:
+    """A setting that later commands can use in any working directory: an existing path becomes absolute."""
+    named = not isinstance(value, str) or value in (BUILTIN, *STREAMS, *SHIPPED)
+    return value if named or not Path(value).exists() else str(Path(value).absolute())
 
 
 def _publish(learner: ContinualLearner, report: Report, out: Path) -> None:

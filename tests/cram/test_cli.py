@@ -59,11 +59,14 @@ def test_train_learns_a_stream_file_with_every_family(
 
 
 def test_eval_repeats_the_last_row_and_info_describes_the_run(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(train(place, run, "qwen2_5_vl")) == 0
-    assert main(["eval", "--run", str(run)]) == 0
+    monkeypatch.chdir(place)
+    relative = [argument.replace(f"{place}/", "") for argument in train(place, run, "qwen2_5_vl")]
+    assert main(relative) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "--run", "run"]) == 0
     row = read_json(run / "report.json")["methods"]["cram"]["matrix"][-1]
     assert list(read_json(run / "eval/filed/result.json")["accuracies"].values()) == row
     capsys.readouterr()
