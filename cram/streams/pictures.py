@@ -26,11 +26,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     an animation the first frame is taken.
 
     Raises:
-        ValueError: If the picture has several pages, or a channel has more than 16 bits.
+        ValueError: If the picture has no pixel, has several pages, or a channel has more than 16 bits.
         OSError: If its data cannot be decoded.
     """
     from PIL import Image, ImageOps
 
+    if 0 in image.size:
+        raise ValueError(f"must have pixels, got {image.width} x {image.height}")
     pages = getattr(image, "n_frames", 1)
     if image.format in _PAGED and pages > 1:
         raise ValueError(f"must be one picture, got {pages} pages; save each page as a file")
@@ -38,8 +40,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"must have 8 or 16 bits per channel, got {_WIDE[image.mode]}; scale it to 8 bits")
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith(_SIXTEEN_BITS):
-        grey = np.asarray(turned).astype(np.float64) * (255 / 65535)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(turned)
+        grey = (values.astype(np.float64) * (255 / 65535)).round().astype(np.uint8)
+        grey[values == turned.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if not turned.has_transparency_data:
         return turned.convert("RGB")
     shown = turned.convert("RGBA")

@@ -55,7 +55,7 @@ def read_samples(file: Path, image_root: Path, repeated_ids: bool = False) -> li
 
     A row with `conversations` is read as LLaVA JSON: `{id, image?, conversations: [{from, value}]}`. Any
     other row is read as test JSON: `{question_id, image?, text, answer}`. `answer` is a string, a number or a
-    list of accepted answers. `image` is a path, a list of paths, null or absent. Paths are relative to
+    list of accepted answers. `image` or `images` is a path, a list of paths, null or absent. Paths lie under
     `image_root`. Image placeholders are removed from the instruction. Other keys of a row are ignored.
 
     Args:
@@ -265,13 +265,14 @@ def without_placeholders(text: str) -> tuple[str, int]:
 
 
 def _find_images(row: Row, image_root: Path) -> tuple[Path, ...]:
-    value = row.data.get("image")
+    field = "image" if row.data.get("images") in (None, []) else "images"
+    value = row.data.get(field)
     if value is None:
         return ()
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise row.error("image", f"must be a path, a list of paths or absent, got {brief(value)}")
-    return tuple(find_image(row, image_root, name) for name in names)
+        raise row.error(field, f"must be a path, a list of paths or absent, got {brief(value)}")
+    return tuple(find_image(row, image_root, name, field) for name in names)
 
 
 def find_image(row: Row, image_root: Path, name: str, field: str = "image") -> Path:
@@ -333,8 +334,21 @@ def load_json(file: Path) -> Any:
     text = _read(file)
     try:
         return json.loads(text, parse_constant=_refuse_constant)
+    except _Constant as error:
+        raise StreamError(file, _row_of_constant(text), "(row)", f"must be JSON, got {error}") from error
     except (ValueError, RecursionError) as error:
         raise StreamError(file, None, "(file)", f"must be JSON, got {one_line(error)}") from error
+
+
+def _row_of_constant(text: str) -> int | None:
+    """The first row of a JSON list that holds NaN or infinity; None outside of a list."""
+    rows = json.loads(text)
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        try:
+            json.dumps(row, allow_nan=False)
+        except ValueError:
+            return index
+    return None
 
 
 def _read(file: Path) -> str:
@@ -351,8 +365,12 @@ def _read(file: Path) -> str:
         raise StreamError(file, None, "(file)", f"must be JSON, got {one_line(error)}") from error
 
 
+class _Constant(ValueError):
+    """A constant that JSON does not have."""
+
+
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"the constant {name}")
+    raise _Constant(f"the constant {name}")
 
 
 def is_folder(path: Path) -> bool:

@@ -115,10 +115,13 @@ def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) ->
     decoded.
 
     Raises:
-        ValueError: If the image has more than `max_pixels` pixels, cannot be decoded or cannot be made RGB.
+        ValueError: If the image has more than `max_pixels` pixels, cannot be decoded or cannot be made RGB,
+            or is neither opened nor a path.
     """
     from PIL import Image
 
+    if not isinstance(image, Image.Image | Path):
+        raise ValueError(f"image must be an opened PIL image or a Path, got {type(image).__name__}")
     name = image if isinstance(image, Path) else getattr(image, "filename", "") or "in memory"
     try:
         return _read(image, max_pixels) if isinstance(image, Path) else upright_rgb(image)

@@ -145,8 +145,8 @@ DATA: dict[str, tuple[Callable[[Path], None], str]] = {
         "'answer'",
     ),
     "an answer that is no number": (
-        text("test.json", '[{"question_id": 1, "text": "q", "answer": NaN}]'),
-        r"must be JSON, got the constant NaN",
+        text("test.json", '[{"question_id": 1}, {"question_id": 2, "text": "q", "answer": NaN}]'),
+        r"test\.json, row 1, field '.row.': must be JSON, got the constant NaN",
     ),
     "a number of many digits": (
         text("test.json", "[" + "9" * 5000 + "]"),

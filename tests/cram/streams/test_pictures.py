@@ -77,6 +77,23 @@ def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str) -> None:
     assert at(found, 6, 1) == (list(RIGHT) if mode == "RGB" else [0] * 3)
 
 
+def test_a_transparent_value_of_16_bits_becomes_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 32896]], np.uint16)).save(tmp_path / "x.png", transparency=0)
+    assert np.asarray(open_image(tmp_path / "x.png"))[0].tolist() == [[255] * 3, [128] * 3]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.zeros((2, 2, 3), np.uint8), "opened PIL image or a Path, got ndarray"),
+        (Image.new("L", (0, 3)), "0 x 3"),
+    ],
+)
+def test_what_shows_nothing_or_is_no_picture_is_refused(value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        open_image(value)
+
+
 def test_what_is_half_transparent_is_mixed_with_white() -> None:
     assert at(open_image(Image.new("RGBA", (1, 1), (0, 0, 0, 51))), 0, 0) == [204] * 3
 

@@ -66,6 +66,16 @@ def test_question_rows(root: Path) -> None:
     assert len(two.images) == 2
 
 
+def test_pictures_may_stand_under_images(root: Path) -> None:
+    rows = [
+        {"id": "1", "conversations": [HUMAN, GPT], "images": ["a/1.png", "a/2.png"]},
+        {"id": "2", "conversations": [HUMAN, GPT], "images": []},
+    ]
+    assert [len(sample.images) for sample in read(root, rows)] == [2, 0]
+    with pytest.raises(StreamError, match=r"row 0, field 'images': must be an existing file, got 'gone.png'"):
+        read(root, [{**rows[0], "images": ["gone.png"]}])
+
+
 def test_repeated_ids_are_told_apart_where_they_are_allowed(root: Path) -> None:
     rows = [conversation("x", "a/1.png", "q", f"caption {i}") for i in range(3)]
     assert [s.id for s in read(root, rows, repeated_ids=True)] == ["x", "x#1", "x#2"]
