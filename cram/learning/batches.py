@@ -83,6 +83,13 @@ def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> Tensor:
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
+def context_of(model: Any) -> int | None:
+    """Return the tokens of prompt and answer that a model can tell apart; None where it does not say."""
+    text = getattr(model.config, "text_config", model.config)
+    context = getattr(text, "max_position_embeddings", None)
+    return None if context is None else int(context)
+
+
 def pad_id(tokenizer: Any) -> int:
     """Return the padding id. A tokenizer without one gives the id of the end token."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)

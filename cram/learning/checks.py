@@ -18,7 +18,7 @@ from typing import Any
 from cram.config import CramConfig
 from cram.console import ProgressBar
 from cram.families import Family, family_of
-from cram.learning.batches import build_prompt
+from cram.learning.batches import build_prompt, context_of
 from cram.learning.schedule import total_steps
 from cram.streams.types import Sample, Stream, open_image
 
@@ -54,10 +54,9 @@ def check_samples(stream: Stream, processor: Any, model: Any, shown: bool = Fals
         _check_markers(sample, processor, family)
     with ProgressBar("check pictures", len(samples), shown) as bar:
         sizes = _check_pictures([sample for sample, _ in samples], processor, bar)
-    text = getattr(model.config, "text_config", model.config)
-    context = getattr(text, "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None:
-        _check_lengths(samples, sizes, processor, int(context))
+        _check_lengths(samples, sizes, processor, context)
 
 
 def few_steps(stream: Stream, config: CramConfig) -> list[str]:

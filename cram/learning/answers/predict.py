@@ -18,7 +18,7 @@ from cram.attach import attached
 from cram.console import ProgressBar
 from cram.learning.answers.generate import generate_answers
 from cram.learning.answers.prompts import chat_text, message
-from cram.learning.batches import Example, build_prompt, pad_id
+from cram.learning.batches import Example, build_prompt, context_of, pad_id
 from cram.loading import load_processor
 from cram.model.attached import AttachedModel
 from cram.routing.query import Route
@@ -130,12 +130,13 @@ def answer_all(
         bar: Progress, a conversation each.
 
     Raises:
-        ValueError: If an image cannot be read, a question contains an image placeholder, the method must be
-            told the task and no expert is named, or the expert is unknown.
+        ValueError: If an image cannot be read, a question contains an image placeholder, a conversation fills
+            the context, the method must be told the task and no expert is named, or the expert is unknown.
     """
     cram = attached(model)
     _check_told(cram, expert)
     processor = _processor(model, cram, processor)
+    context = context_of(model)
     prompts = [conversation_prompt(processor, turns) for turns in conversations]
     routings: list[Answer] = [Answer("")] * len(prompts)
     indices_now: list[int] = []
@@ -154,7 +155,7 @@ def answer_all(
         texts = generate_answers(
             model,
             processor.tokenizer,
-            lambda index: _encode(processor, prompts[index], conversations[index]),
+            lambda index: _encode(processor, prompts[index], conversations[index], context),
             routed,
             lengths=[len(prompt) for prompt in prompts],
             max_new_tokens=max_new_tokens,
@@ -247,10 +248,13 @@ def _processor(model: Any, cram: AttachedModel, given: Any) -> Any:
     return load_processor(source)
 
 
-def _encode(processor: Any, prompt: str, turns: Sequence[Turn]) -> Example:
+def _encode(processor: Any, prompt: str, turns: Sequence[Turn], context: int | None) -> Example:
     images = [open_image(image) for turn in turns for image in turn.images]
     inputs = processor(text=[prompt], images=images or None, return_tensors="pt")
-    return Example(dict(inputs), torch.zeros(0, dtype=torch.int64))
+    made = Example(dict(inputs), torch.zeros(0, dtype=torch.int64))
+    if context is not None and made.length >= context:
+        raise ValueError(f"prompt must leave room for an answer in {context} tokens, got {made.length}")
+    return made
 
 
 @contextmanager

@@ -182,6 +182,13 @@ def test_a_conversation_keeps_its_pictures_and_routes_by_the_newest_question(mod
     assert len(chat.turns) == 2
 
 
+def test_a_conversation_that_fills_the_context_is_refused(model: Any) -> None:
+    room = 511 - len("sUSER:  ASSISTANT:")
+    answer(model, "x" * room, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"prompt must leave room for an answer in 512 tokens, got 512"):
+        answer(model, "x" * (room + 1), max_new_tokens=1)
+
+
 def test_the_checkpoints_own_generation_settings_decide_nothing(model: Any) -> None:
     def ask() -> str:
         return str(model.cram.answer(factories.image(0), "Which colour?", max_new_tokens=6))
