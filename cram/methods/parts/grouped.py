@@ -124,7 +124,17 @@ class GroupedMethod(Method):
         return self.cram.num_layers * self.cram.encoder.image_dim
 
     def export_state(self) -> MethodState:
-        """Return groups and centroids."""
+        """Return groups and centroids.
+
+        Raises:
+            ValueError: If an expert of the model has no group, so that nothing could lead to it.
+        """
+        names, routed = self.cram.expert_names, list(self.router.expert_names)
+        if names != routed:
+            raise ValueError(
+                f"experts must have a group and a centroid, got {names} of which {routed} have them; add "
+                "them by `model.cram.method.add_expert`"
+            )
         tensors, values = self.router.export_state()
         counts = tensors.pop("counts").tolist()
         return MethodState(tensors, {**values, "counts": counts})

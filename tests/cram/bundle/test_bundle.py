@@ -232,6 +232,16 @@ def test_save_refuses_what_is_not_a_bundle(tmp_path: Path) -> None:
         save(plain, tmp_path / "b")
 
 
+def test_an_expert_that_nothing_leads_to_is_not_saved(tmp_path: Path) -> None:
+    model, _, cram = factories.routed_llava()
+    cram.add_expert("lost", factories.expert_weights(cram, 5), trained=False)
+    with pytest.raises(
+        ValueError, match=r"a group and a centroid, got .*'lost'\] of which .*method\.add_expert"
+    ):
+        save(model, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_kill_at_any_write_point_leaves_the_old_bundle_or_the_new_one(tmp_path: Path) -> None:
     model, _, cram = factories.routed_llava()
     folder = tmp_path / "here" / "bundle"
