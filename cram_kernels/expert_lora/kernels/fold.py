@@ -20,12 +20,10 @@ from torch import Tensor
 from cram_kernels.expert_lora.kernels.gating import (
     FREE,
     Gating,
+    block_gates,
     block_of,
-    decoded,
     encoded,
     gated,
-    row_gates,
-    stacked,
 )
 from cram_kernels.launch import Launch, cdiv, nbytes
 
@@ -57,17 +55,16 @@ def _fold(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     projection = tl.program_id(2)
-    valid, inside = rows < tokens, columns < decoded(stacked(ranks, projection))
     lines = (projection.to(tl.int64) * tokens + rows)[:, None]
     places = lines * pitch + columns[None, :]
-    stored = valid[:, None] & (columns < pitch)[None, :]
+    stored = (rows < tokens)[:, None] & (columns < pitch)[None, :]
     total = tl.load(planes + places, mask=stored, other=0.0).to(tl.float32)
     for plane in tl.static_range(1, PLANES):
         total += tl.load(
             planes + plane * STACK * tl.cast(tokens, tl.int64) * pitch + places, mask=stored, other=0.0
         )
-    owner = stacked(owners, projection)
-    w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+    given = gates, segments, owners, samples, experts, per_gate, scale
+    w = block_gates(given, tokens, ranks, projection, rows, columns)
     if z is not None:
         tl.store(z + places, total.to(z.dtype.element_ty), mask=stored)
     tl.store(u + lines * u_stride + columns[None, :], gated(total, w).to(u.dtype.element_ty), mask=stored)

@@ -121,6 +121,18 @@ def row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, v
 
 
 @triton.jit
+def block_gates(given, tokens, ranks, projection, rows, columns):
+    """Return w [T, C] of a block of one stacked projection, 0 beyond its rank.
+
+    `given` is (gates, segments, owners, samples, experts, per_gate, scale).
+    """
+    gates, segments, owners, samples, experts, per_gate, scale = given
+    valid, inside = rows < tokens, columns < decoded(stacked(ranks, projection))
+    owner = stacked(owners, projection)
+    return row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+
+
+@triton.jit
 def gated(z, w):
     """Return z o w in float32, exactly 0 where w is."""
     return tl.where(w == 0.0, 0.0, z.to(tl.float32) * w)

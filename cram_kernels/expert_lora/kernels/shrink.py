@@ -27,11 +27,11 @@ from cram_kernels.expert_lora.kernels.dropout import kept
 from cram_kernels.expert_lora.kernels.gating import (
     FREE,
     Gating,
+    block_gates,
     block_of,
     decoded,
     encoded,
     gated,
-    row_gates,
     stacked,
 )
 from cram_kernels.expert_lora.tiles import ShrinkTile
@@ -132,9 +132,8 @@ def _shrink(
     rank = decoded(stacked(ranks, projection))
     plane = tl.program_id(2) * len(factors) + projection
     if SKIP or GATED:
-        valid, inside = rows < tokens, columns < rank
-        owner = stacked(owners, projection)
-        w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+        given = gates, segments, owners, samples, experts, per_gate, scale
+        w = block_gates(given, tokens, ranks, projection, rows, columns)
     if SKIP:  # noqa: SIM102 - a compile-time condition around a run-time one
         if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) == 0:
             if GATED:

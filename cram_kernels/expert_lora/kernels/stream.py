@@ -27,10 +27,10 @@ from cram_kernels.expert_lora.kernels.expand import Strides as PlaneStrides
 from cram_kernels.expert_lora.kernels.gating import (
     FREE,
     Gating,
+    block_gates,
     decoded,
     encoded,
     gated,
-    row_gates,
     stacked,
 )
 from cram_kernels.expert_lora.kernels.shrink import shrink_block, store_block
@@ -106,9 +106,8 @@ def _stream(
         projection = (block - tiles) // each
         columns = (block - tiles) % each * BLOCK_R + tl.arange(0, BLOCK_R)
         rank = decoded(stacked(ranks, projection))
-        owner = stacked(owners, projection)
-        valid, inside = rows < tokens, columns < rank
-        w = row_gates(gates, segments, owner, samples, experts, per_gate, scale, rows, valid, columns, inside)
+        given = gates, segments, owners, samples, experts, per_gate, scale
+        w = block_gates(given, tokens, ranks, projection, rows, columns)
         acc = shrink_block(
             x,
             stacked(factors, projection),
