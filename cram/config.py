@@ -30,6 +30,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scale": (lambda v: v > 0, "positive"),
     "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "penalty_weight": (lambda v: v >= 0, "at least 0"),
+    "overlap_weight": (lambda v: v >= 0, "at least 0"),
     "target_projections": (lambda v: 0 < len(v) == len(set(v)), "a non-empty tuple of distinct names"),
     "learning_rate": (lambda v: v > 0, "positive"),
     "lr_warmup_ratio": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -76,6 +77,8 @@ class CramConfig:
     scale: float = 2.0  # code: LoRA alpha / r, the same for the buffer and for every rank
     dropout: float = 0.05  # code: LoRA dropout on the layer input
     penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
+    overlap_weight: float = 0.5  # code: O-LoRA's; its public ports to LLaVA have 0.05 or 0.5
+    merge_by_inputs: bool = False  # ours: True merges MAny's LoRAs by the inputs, not by the rows of A
     released_code: bool = False  # ours: True reproduces the released code where it differs from the paper
     target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA
     method: str = "cram"  # ours: a name in cram.methods.METHODS

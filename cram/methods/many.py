@@ -5,8 +5,9 @@ There is no public code. The equations are the paper's; the rest of this text is
 LPM: each task trains its own LoRA alone. After the task, the recursion of `parts.merge` merges the LoRAs of
 every module, in float64 on the CPU. At inference the merged weight acts alone, on every sample and without a
 router. Two things are not public: rho, and whether the regression is on the rows of A, on activations or on
-B. This file takes the rows of A. In a small experiment the activations were much better, see
-docs/results.md. The bundle keeps the tasks' LoRAs. Loading makes the merged weight from them again.
+B. The default is the rows of A. With `merge_by_inputs` the regression is on the inputs of the linears, see
+`parts.inputs`; in a small experiment that was much better, see docs/results.md. The bundle keeps the tasks'
+LoRAs and the inputs' second moments. Loading makes the merged weight from them again.
 
 CPM: each task also trains a small LoRA on the projector's linears. (A full copy of a 7B model's projector
 would be 21 million values per task.) Visual prototypes mix the outputs of the tasks' projectors per image,
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cram.methods.base import Method, MethodState, check_state, uniform_route
+from cram.methods.parts.inputs import InputRegression
 from cram.methods.parts.merge import merge
 from cram.methods.parts.projector import MixedProjector
 from cram.model.attached import AttachedModel
@@ -41,12 +43,15 @@ class ManyMethod(Method):
         super().__init__(cram)
         parts = cram.projector, cram.vision_tower
         self.projector = None if parts[0] is None else MixedProjector(cram, parts[0], parts[1], TEMPERATURE)
+        self.inputs = InputRegression(cram.modules) if self.config.merge_by_inputs else None
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRAs."""
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))
         if self.projector is not None:
             self.projector.begin_task(new_lora(self.projector.modules, self.config.rank))
+        if self.inputs is not None:
+            self.inputs.begin_task()
 
     def extra_parameters(self) -> list[nn.Parameter]:
         """Return the task's LoRAs of the projector."""
@@ -61,6 +66,8 @@ class ManyMethod(Method):
         self.cram.freeze()
         if self.projector is not None:
             self.projector.end_task()
+        if self.inputs is not None:
+            self.inputs.end_task(self.cram.expert_weights(self.cram.num_experts - 1))
         self._merge()
 
     def route(self, query: Query | None, training: bool) -> Route:
@@ -71,18 +78,25 @@ class ManyMethod(Method):
         return route
 
     def export_state(self) -> MethodState:
-        """Return the projector's LoRAs and prototypes, named "projector.<name>"."""
+        """Return the projector's LoRAs and prototypes, "projector.<name>", and the inputs' moments."""
         kept = {} if self.projector is None else self.projector.state()
-        return MethodState({f"projector.{name}": tensor for name, tensor in kept.items()}, {})
+        moments = {} if self.inputs is None else self.inputs.state()
+        return MethodState({f"projector.{name}": tensor for name, tensor in kept.items()} | moments, {})
 
     def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take up the projector's state and merge the loaded experts."""
-        shapes = {}
+        """Take up the projector's state and the inputs' moments, and merge the loaded experts."""
+        shapes, moments = {}, {}
         if self.projector is not None:
             shapes = self.projector.shapes(self.cram.num_experts, self.config.rank)
-        check_state(tensors, {f"projector.{name}": shape for name, shape in shapes.items()})
+        if self.inputs is not None:
+            indices = range(self.cram.num_experts)
+            ranks = {p: sum(len(a) for a, _ in m.factors(indices)) for p, m in self.cram.modules.items()}
+            moments = self.inputs.shapes(ranks)
+        check_state(tensors, {f"projector.{name}": shape for name, shape in shapes.items()} | moments)
         if self.projector is not None:
             self.projector.load_state({name: tensors[f"projector.{name}"] for name in shapes})
+        if self.inputs is not None:
+            self.inputs.load_state(tensors)
         self._merge()
 
     def trained_values(self) -> int:
@@ -91,12 +105,31 @@ class ManyMethod(Method):
         return sum(tensor.numel() for name, tensor in tensors.items() if name[-2:] in (".a", ".b"))
 
     def release(self) -> None:
-        """Give back the plain projector."""
+        """Give back the plain projector, and take the hooks out of the model."""
         if self.projector is not None:
             self.projector.release()
+        if self.inputs is not None:
+            self.inputs.release()
+
+    def export_training(self) -> MethodState:
+        """Return the task in training with the inputs that it has seen."""
+        tensors, values = super().export_training()
+        return MethodState(tensors | ({} if self.inputs is None else self.inputs.training_state()), values)
+
+    def import_training(
+        self, task: str, total_steps: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Begin a task again and take up an exported training."""
+        super().import_training(task, total_steps, tensors, values)
+        if self.inputs is not None:
+            self.inputs.load_training(tensors)
 
     def _merge(self) -> None:
         """Merge the experts of every module."""
         indices = range(self.cram.num_experts)
-        modules = self.cram.modules.items() if indices else ()
-        self.cram.set_solo({path: merge(module.factors(indices), RHO) for path, module in modules})
+        parts = {path: m.factors(indices) for path, m in self.cram.modules.items()} if indices else {}
+        by_inputs = self.inputs
+        if by_inputs is None:
+            self.cram.set_solo({path: merge(factors, RHO) for path, factors in parts.items()})
+        else:
+            self.cram.set_solo({path: by_inputs.merged(path, factors) for path, factors in parts.items()})

@@ -1,13 +1,13 @@
 """O-LoRA (arXiv 2310.14152): one LoRA per task, whose A is kept orthogonal to older A. All LoRAs add up.
 
-    loss = cross-entropy + 0.5 * sum over modules of sum_ij |A_old A_new^T|_ij
+    loss = cross-entropy + overlap_weight * sum over modules of sum_ij |A_old A_new^T|_ij
 
 Faithful to the released code: the added loss is an entrywise sum of magnitudes, not a squared norm. It runs
 over the frozen A of all older tasks. Every task has gate 1 at test time. The released code can also penalise
 the norms of the new factors. The weight of that term is 0 in the paper's runs, so this file has no such term.
 
 Own reading: target linears, scale and dropout are the configuration's, and each LoRA has rank `rank`. The
-public ports to LLaVA weigh the penalty by 0.05 or 0.5.
+released code weighs the penalty by 0.5, the default; its public ports to LLaVA have 0.05 or 0.5.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor
 from cram.methods.base import Method
 from cram.model.factors import new_lora
 from cram.model.state import ForwardState
-
-WEIGHT = 0.5
 
 
 class OLoraMethod(Method):
@@ -41,7 +39,7 @@ class OLoraMethod(Method):
             assert experts is not None and experts.trained_a is not None
             older = experts.a[: experts.total_rank - experts.trained_rank]
             terms.append(overlap(older, experts.trained_a))
-        return WEIGHT * torch.stack(terms).sum()
+        return self.config.overlap_weight * torch.stack(terms).sum()
 
 
 def overlap(older: Tensor, new: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("scale", -2.0, "scale must be positive"),
     ("dropout", 1.0, "dropout must be in"),
     ("penalty_weight", math.inf, "penalty_weight must be a finite float"),
+    ("overlap_weight", -0.5, "overlap_weight must be at least 0"),
     ("released_code", 1, "released_code must be a bool, got 1"),
     ("target_projections", [], "target_projections must be a non-empty tuple"),
     ("target_projections", ["q_proj", "q_proj"], "distinct names"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cram import attach
-from cram.methods.many import RHO
+from cram.methods.many import RHO, ManyMethod
 from cram.model.attached import AttachedModel
 from tests.cram import factories, runs
 
@@ -103,6 +104,19 @@ def test_a_merged_weight_has_the_sum_of_the_ranks_or_the_width() -> None:
     for module in cram.modules.values():
         assert module.solo is not None and module.solo.num_experts == 1 and not module.solo.trained
         assert module.solo.ranks == (min(20, module.in_features, module.out_features),)
+
+
+def test_a_stream_is_learnt_by_inputs(tmp_path: Path) -> None:
+    made = runs.learner(tmp_path / "run", "many", merge_by_inputs=True)
+    made.run()
+    assert isinstance(made.method, ManyMethod) and made.method.inputs is not None
+    tokens = {path: total.diagonal().min() for path, total in made.method.inputs.totals.items()}
+    assert tokens and all(value > 0 for value in tokens.values())
+    resumed = runs.learner(tmp_path / "run", "many", merge_by_inputs=True)
+    resumed.run()
+    for path, module in made.cram.modules.items():
+        pairs = zip(module.solo_factors(), resumed.cram.modules[path].solo_factors(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_projector_values_are_counted() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cram.methods.olora import WEIGHT, overlap
+from cram.config import CramConfig
+from cram.methods.olora import overlap
 from tests.cram import runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
@@ -45,9 +46,9 @@ def test_the_loss_is_that_of_the_released_code(name: str) -> None:
         torch.testing.assert_close(leaf.grad, data[key.replace("param.", "grad.")], **budget)
 
 
-def test_the_weight_is_the_released_one() -> None:
+def test_the_default_weight_is_the_released_one() -> None:
     case, _ = load("olora_loss", "basic")
-    assert case["config"]["lambda_1"] == WEIGHT
+    assert case["config"]["lambda_1"] == CramConfig().overlap_weight
 
 
 def test_the_penalty_is_that_of_another_port() -> None:
@@ -64,8 +65,9 @@ def test_the_penalty_is_that_of_another_port() -> None:
         torch.testing.assert_close(a.grad, data[f"grad.m{index}.A"], atol=2e-5, rtol=1e-4)
 
 
-def test_the_first_task_has_no_penalty_and_older_loras_stay(tmp_path: Path) -> None:
-    made = runs.learner(tmp_path / "run", "olora")
+@pytest.mark.parametrize("weight", [0.5, 0.05])
+def test_the_first_task_has_no_penalty_and_older_loras_stay(tmp_path: Path, weight: float) -> None:
+    made = runs.learner(tmp_path / "run", "olora", overlap_weight=weight)
     cram, method = made.cram, made.method
     method.begin_task("colour", 5)
     assert method.extra_loss(cram.state) is None
@@ -76,7 +78,7 @@ def test_the_first_task_has_no_penalty_and_older_loras_stay(tmp_path: Path) -> N
     expected = sum((old[path][0] @ new[path][0].T).abs().sum() for path in cram.modules)
     loss = method.extra_loss(cram.state)
     assert loss is not None
-    torch.testing.assert_close(loss.detach(), WEIGHT * expected)
+    torch.testing.assert_close(loss.detach(), weight * expected)
     loss.backward()
     with torch.no_grad():
         for parameter in cram.trainable_parameters():
