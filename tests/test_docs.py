@@ -440,7 +440,11 @@ def test_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
     command = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    shipped = {n for n in zipfile.ZipFile(wheel).namelist() if n.split("/")[0] in packages}
+    assert wheel.stat().st_size < 30_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    notices = {n.split("/licenses/")[1] for n in names if "/licenses/" in n}
+    assert notices == {"LICENSE", *(n for n in names if "/LICENSE-" in n and n.startswith("cram/"))}
+    shipped = {n for n in names if n.split("/")[0] in packages}
     present = {
         p.relative_to(ROOT).as_posix() for name in packages for p in (ROOT / name).rglob("*") if p.is_file()
     }
