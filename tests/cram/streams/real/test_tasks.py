@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cram.streams import load_stream
 from cram.streams.builtin import STREAMS, build
 from cram.streams.builtin.tasks import TASKS as DRAWN_TASKS
 from cram.streams.real.charts import draw_window
-from cram.streams.real.chosen import GROUNDS
+from cram.streams.real.chosen import ANIMALS, GROUNDS
 from cram.streams.real.compose import CARDS, PLACES, SIZE, Look, crop, place
 from cram.streams.real.flag_colors import COLORS, clear_regions
 from cram.streams.real.questions import FORMATS, WORDINGS, number_words
@@ -95,6 +96,14 @@ def test_answers_have_their_form_and_score_full(stream: Stream, name: str) -> No
     assert score(task.scorer, {s.id: s.answer for s in task.test}, task.test) > 99.9
     most = Counter(sample.answer for sample in task.train).most_common(1)[0][1]
     assert most <= 0.5 * len(task.train), "one answer is too often right"
+
+
+def test_the_page_of_streams_has_the_sizes() -> None:
+    page = (Path(__file__).parents[4] / "docs/streams.md").read_text()
+    own = STREAMS["builtin-real"]
+    assert f"| {own.train_samples}, {own.test_samples} |" in page
+    assert f"one of {len(flag_names())} flags" in page and f"one of {len(ANIMALS)} animals" in page
+    assert all(f"| {i} | `{task.name}` |" in page for i, task in enumerate(TASKS, start=1))
 
 
 def test_order_sizes_and_keys() -> None:
@@ -227,7 +236,7 @@ def test_wrong_numbers_share_a_digit_with_the_right_one(stream: Stream) -> None:
             )
 
 
-def test_flags_have_a_clear_region_and_two_tasks_show_the_same(stream: Stream) -> None:
+def test_flags_have_a_clear_region() -> None:
     assert len(flag_names()) >= 110
     assert clear_regions()["Chad"] == {
         "on the left of the flag": "blue",
