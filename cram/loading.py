@@ -142,12 +142,12 @@ def _blank_processor(name: str) -> Any:
     return kind.__new__(kind)
 
 
-def load_encoder(source: str | Path, model: nn.Module) -> ClipEncoder:
+def load_encoder(source: str | Path, model: nn.Module | None = None) -> ClipEncoder:
     """Load the CLIP that routes; it reads the model's own vision tower where the two are the same network.
 
     Args:
         source: A folder, a name, or "builtin" for the CLIP of the shipped base, its name on every machine.
-        model: The multimodal model.
+        model: The multimodal model, or None for a CLIP of its own.
     """
     if str(source) != BUILTIN:
         return ClipEncoder.from_pretrained(str(source), model=model)

@@ -24,6 +24,7 @@ from torch import nn
 
 from cram.atomic import new_folder, write_json
 from cram.attach import attach, attached, detach
+from cram.bundle.encoder import check_encoder, named_encoder
 from cram.bundle.format import (
     DESCRIPTION,
     ENCODER_FIELDS,
@@ -43,11 +44,9 @@ from cram.bundle.peft_folder import write_adapter, write_factors
 from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import check_tensors
 from cram.families import family_of, match_linears
-from cram.loading import load_encoder
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
 from cram.model.frozen.identity import check_base_values
-from cram.routing.clip import ClipEncoder
 from cram_kernels import PackedExperts
 
 
@@ -115,7 +114,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     method = (present or description).config.method
     _check_method(method, description, folder)
     if present is not None or encoder is not None:
-        _check_encoder(present.encoder if present is not None else encoder, description, folder)
+        check_encoder(present.encoder if present is not None else encoder, description, folder)
     files = check_experts(folder, description)
     # Before format 3 every method's bundle had CRAM's centroids and prototypes, of no use to the others.
     kept = (METHOD, ROUTER) if method == "cram" else (METHOD,)
@@ -125,8 +124,8 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     packs = read_packs(description, files, linears)
     state = {name: tensor for file in state_files for name, tensor in file.read()}
     if encoder is None and present is None:
-        encoder = _named_encoder(description, model)
-        _check_encoder(encoder, description, folder)
+        encoder = named_encoder(description, model)
+        check_encoder(encoder, description, folder)
     cram = present or attach(model, description.config, encoder, processor)
     _take_up(cram, description, packs, state, folder, model if present is None else None)
     return cram
@@ -233,19 +232,6 @@ def _check_method(name: str, description: Description, folder: Path) -> None:
         raise ValueError(f"experts of {name} in {folder} must be {list(pool)} or none, got {names!r:.200}")
 
 
-def _check_encoder(encoder: Any, description: Description, folder: Path) -> None:
-    for name in ("text_dim", "image_dim"):
-        if getattr(encoder, name) != (wanted := description.encoder[name]):
-            raise ValueError(
-                f"{name} of the encoder must be {wanted} as in {folder}, got {getattr(encoder, name)}"
-            )
-    if (wanted := description.encoder.get("sha256")) not in (None, encoder.sha256):
-        raise ValueError(
-            f"encoder must be the CLIP that {folder} was trained with "
-            f"({description.encoder['source']!r}), got other weights from {encoder.source!r}"
-        )
-
-
 def _check_target(cram: AttachedModel | None, description: Description, folder: Path) -> None:
     if cram is None:
         return
@@ -256,16 +242,3 @@ def _check_target(cram: AttachedModel | None, description: Description, folder: 
         config = replace(config, method=cram.config.method)  # the format does not say which method made it
     if cram.config != config:
         raise ValueError(f"model must be attached with the bundle's configuration, got another than {folder}")
-
-
-def _named_encoder(description: Description, model: nn.Module) -> ClipEncoder:
-    source = description.encoder["source"]
-    if not source:
-        raise ValueError("encoder must be given: the bundle does not name the CLIP it was trained with")
-    try:
-        return load_encoder(source, model)
-    except OSError as error:
-        raise ValueError(
-            f"the CLIP that the bundle names must be at {source!r}, got none there; give the same CLIP as "
-            "`encoder=` (in commands --clip)"
-        ) from error

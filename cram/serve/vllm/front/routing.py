@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cram.bundle.encoder import check_encoder, named_encoder
 from cram.bundle.format import METHOD, ROUTER, check_hashes, describe
 from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import check_tensors
 from cram.families import FAMILIES, Family
+from cram.loading import load_encoder
 from cram.methods.parts.grouped import MAX_COUNT
 from cram.routing.clip import ClipEncoder, mean_per_sample
 from cram.routing.query import Query
@@ -84,7 +86,7 @@ class BundleRouter:
             device: Where CLIP runs.
 
         Raises:
-            ValueError: If the bundle is damaged or was not exported, or CLIP has other widths.
+            ValueError: If the bundle is damaged or was not exported, or was trained with another CLIP.
         """
         folder = bundle_at(Path(bundle))
         adapters = exported(folder, out)
@@ -106,16 +108,9 @@ class BundleRouter:
         tensors = {**state, "counts": torch.tensor(counts, dtype=torch.int64)}
         router.import_state(tensors, description.values)
         if not isinstance(encoder, ClipEncoder):
-            source = encoder or description.encoder["source"]
-            if not source:
-                raise ValueError(f"--clip must name the CLIP that routes, which {folder} does not, got none")
-            encoder = ClipEncoder.from_pretrained(source).to(device)
-        for name in ("text_dim", "image_dim"):
-            if getattr(encoder, name) != description.encoder[name]:
-                wanted = description.encoder[name]
-                raise ValueError(
-                    f"{name} of CLIP must be {wanted} as in {folder}, got {getattr(encoder, name)}"
-                )
+            loaded = load_encoder(encoder) if encoder else named_encoder(description)
+            encoder = loaded.to(device)
+        check_encoder(encoder, description, folder)
         return cls(router, encoder, adapters, FAMILIES[description.family])
 
     @property
