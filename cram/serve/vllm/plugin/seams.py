@@ -105,10 +105,15 @@ def claim(owners: dict[str, Any]) -> bool:
 
 
 def wrap(owner: Any, name: str) -> Callable[[Callable[[Callable[..., Any]], Callable[..., Any]]], None]:
-    """Decorator of a function that makes the replacement of `owner.name` from the original."""
+    """Decorator of a function that makes the replacement of `owner.name` from the original.
+
+    A method of the class stays one. The signature stays the original's, so that `check` may run again.
+    """
 
     def replace(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        original = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(make(original)))
+        found = inspect.getattr_static(owner, name)
+        original = found.__func__ if isinstance(found, classmethod) else found
+        made = functools.wraps(original)(make(original))
+        setattr(owner, name, classmethod(made) if isinstance(found, classmethod) else made)
 
     return replace

@@ -61,16 +61,15 @@ def _wrap_loading(owners: dict[str, Any]) -> None:
 
         return _load_adapter
 
-    helper = owners["PEFTHelper"]
-    read = helper.from_local_dir.__func__
+    @wrap(owners["PEFTHelper"], "from_local_dir")
+    def read(original: Original) -> Original:
+        def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
+            made = original(cls, lora_path, *args, **kwargs)
+            if made.bias == MARKER and group_at(lora_path) is not None:
+                made.bias = "none"
+            return made
 
-    def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
-        made = read(cls, lora_path, *args, **kwargs)
-        if made.bias == MARKER and group_at(lora_path) is not None:
-            made.bias = "none"
-        return made
-
-    helper.from_local_dir = classmethod(from_local_dir)
+        return from_local_dir
 
 
 def _wrap_steps(owners: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -75,14 +76,26 @@ def test_other_requests_are_refused_by_the_core(made: Any, message: str) -> None
         frontend.check_core(made)
 
 
-def test_a_wrapped_function_keeps_its_name_and_calls_the_original() -> None:
+def test_a_wrapped_function_keeps_name_and_signature_and_calls_the_original() -> None:
     class Owner:
         def double(self, x: int) -> int:
             """Twice x."""
             return 2 * x
 
+        @classmethod
+        def kind(cls, x: int) -> str:
+            """The class's name and x."""
+            return f"{cls.__name__} {x}"
+
     @seams.wrap(Owner, "double")
     def more(original: Any) -> Any:
-        return lambda self, x: original(self, x) + 1
+        return lambda self, *args: original(self, *args) + 1
+
+    @seams.wrap(Owner, "kind")
+    def longer(original: Any) -> Any:
+        return lambda cls, *args: original(cls, *args) + "!"
 
     assert Owner().double(3) == 7 and Owner.double.__doc__ == "Twice x."
+    assert Owner.kind(2) == "Owner 2!"
+    assert list(inspect.signature(Owner.double).parameters) == ["self", "x"]
+    assert list(inspect.signature(Owner.kind).parameters) == ["x"]
