@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle, read_run
-from cram.commands.options import add_device, add_dtype
+from cram.commands.options import add_device
 from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--piece", type=int, help=text)
     parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
     parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
-    add_dtype(parser)
+    text = "float32, bfloat16 or float16 of the base (default: float32; the checkpoint's with --engine vllm)"
+    parser.add_argument("--dtype", help=text)
     add_device(parser)
     vllm.add_arguments(parser)
 
@@ -164,7 +165,7 @@ def load_served(arguments: argparse.Namespace) -> Served:
     if not candidates:
         raise ValueError(f"{arguments.bundles} must hold a bundle, got none")
     base = arguments.model or settings["model"]
-    sources = Sources(base, arguments.clip or settings["clip"], arguments.dtype)
+    sources = Sources(base, arguments.clip or settings["clip"], arguments.dtype or "float32")
     model, processor, encoder = sources.load(arguments.device)
     bundle = _load_first(model, candidates, encoder, processor)
     return Served(model.eval(), processor, bundle, base == BUILTIN)

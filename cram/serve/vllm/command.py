@@ -14,15 +14,18 @@ from pathlib import Path
 from cram.base import base_folder
 from cram.bundle.runs import newest_bundle, read_run
 from cram.loading import BUILTIN
+from cram.serve.vllm.base import published_base
 from cram.serve.vllm.export import Adapter, export_groups
 from cram.serve.vllm.plugin.seams import check_version, installed_version
 
 ENGINES = ("cram", "vllm")
 MIDDLEWARE = "cram.serve.vllm.front.middleware.CramMiddleware"
 BASE = "base"
+# Greedy where a request says nothing, and nothing from the checkpoint's own settings, as in process.
+SAMPLING = ["--generation-config", "vllm", "--override-generation-config", '{"temperature": 0.0}']
 # The arguments of `cram serve` that mean the same for both engines; vLLM has flags of its own for the others.
 SHARED = {"command", "model", "clip", "bundle", "run", "host", "port", "bundles", "dtype", "device"}
-SHARED |= {"engine", "export", "print", "flags"}
+SHARED |= {"engine", "export", "no_router", "print", "flags"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "with --engine vllm: folder of the exported adapters (default: beside the bundle)"
     parser.add_argument("--export", metavar="DIR", help=text)
     parser.add_argument("--print", action="store_true", help="with --engine vllm: show the command alone")
+    text = "with --engine vllm: leave the router to a proxy in front (cram.serve.vllm.front.proxy)"
+    parser.add_argument("--no-router", action="store_true", help=text)
     text = "with --engine vllm: what follows `--` goes to `vllm serve`"
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help=text)
 
@@ -60,9 +65,10 @@ def chosen(arguments: argparse.Namespace) -> bool:
     """
     if arguments.engine == "vllm":
         return True
-    given = [name for name in ("export", "print", "flags") if getattr(arguments, name)]
+    given = [name for name in ("export", "no_router", "print", "flags") if getattr(arguments, name)]
     if given:
-        raise ValueError(f"--engine vllm must stand with {given[0]}, got --engine {arguments.engine}")
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--engine vllm must stand with {option}, got --engine {arguments.engine}")
     return False
 
 
@@ -85,8 +91,10 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
             )
     model, clip, bundle = sources(arguments)
     out = Path(arguments.export) if arguments.export else bundle.with_name(f"{bundle.name}-vllm")
-    start = planned(model, bundle, out, export_groups(bundle, out), arguments, clip)
-    if arguments.dtype != parser_defaults.dtype and "--dtype" not in arguments.flags:
+    adapters = export_groups(bundle, out)
+    served = str(published_base(out).resolve()) if model == BUILTIN else model
+    start = planned(served, bundle, out, adapters, arguments, clip)
+    if arguments.dtype is not None and "--dtype" not in arguments.flags:
         start.command.extend(["--dtype", arguments.dtype])
     if arguments.print:
         print(start)
@@ -102,7 +110,7 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
 
 
 def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
-    """The base model, the CLIP that routes (None for the one that the bundle names), and the bundle.
+    """The base model, or "builtin"; the CLIP that routes, None for the one that the bundle names; the bundle.
 
     Raises:
         ValueError: If there is neither a bundle with its base nor a run.
@@ -117,7 +125,7 @@ def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
     model, clip = arguments.model or settings["model"], arguments.clip or settings["clip"]
     if BUILTIN in (clip, model) and clip in (None, BUILTIN):
         clip = str(base_folder() / "clip")
-    return str(base_folder() / "llava") if model == BUILTIN else model, clip, bundle
+    return model, clip, bundle
 
 
 def planned(
@@ -131,8 +139,10 @@ def planned(
     """The command that serves exported adapters.
 
     Raises:
-        ValueError: If `$VLLM_PLUGINS` leaves the plugin out.
+        ValueError: If `$VLLM_PLUGINS` leaves the plugin out, or bundles are to be loaded without the router.
     """
+    if arguments.no_router and arguments.bundles:
+        raise ValueError("--bundles must stand without --no-router, whose server takes no bundles, got both")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "cram" not in allowed.split(","):
         raise ValueError(f"VLLM_PLUGINS must contain cram, got {allowed!r}")
@@ -144,7 +154,10 @@ def planned(
     slots = len(adapters) + len(more)
     # Room in memory for a bundle that replaces this one while requests of this one are answered.
     command += ["--max-loras", str(slots), "--max-cpu-loras", str(2 * slots + 2)]
-    command += ["--middleware", MIDDLEWARE, *flags, "--lora-modules", *modules, *more]
+    router = [] if arguments.no_router else ["--middleware", MIDDLEWARE]
+    command += [*SAMPLING, *router, *flags, "--lora-modules", *modules, *more]
+    if arguments.no_router:
+        return Start(command, {})
     variables = {"CRAM_BUNDLE": str(bundle.resolve()), "CRAM_EXPORT": str(out.resolve())}
     optional = {"CRAM_CLIP": clip, "CRAM_BUNDLES": arguments.bundles, "CRAM_DEVICE": arguments.device}
     return Start(command, variables | {name: str(value) for name, value in optional.items() if value})

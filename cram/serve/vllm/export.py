@@ -33,6 +33,7 @@ from cram.methods import METHODS
 from cram.methods.parts.grouped import GroupedMethod
 from cram.model.factors import Factors
 from cram.serve.vllm.group import (
+    ADAPTER,
     FORMAT,
     LADDER,
     MARKER,
@@ -182,7 +183,7 @@ def _export_group(
     modules = tuple(path for path in description.modules if f"{PREFIX}{path}.lora_A.weight" in tensors)
     names = tuple(description.experts[e].name for e in experts)
     content = _content(tensors, (names, ranks, description.num_layers))
-    folder = out / f"cram-g{index}-{content[:_DIGEST]}"
+    folder = out / f"{ADAPTER}{index}-{content[:_DIGEST]}"
     known = _kept(folder, content)
     if known is None:
         with new_folder(folder) as partial:

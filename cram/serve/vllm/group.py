@@ -26,6 +26,8 @@ from cram.bundle.peft_folder import WEIGHTS_FILE
 
 KEY = "cram_gates"
 GROUP_FILE = "cram_group.json"
+# How the names of adapters begin that hold a group.
+ADAPTER = "cram-g"
 # `bias` in the adapter_config.json of a group. Plain vLLM refuses the value; the plugin takes it away.
 MARKER = "cram-gated"
 FORMAT = 1

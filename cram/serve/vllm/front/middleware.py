@@ -1,7 +1,8 @@
 """Gates for requests that bring none: a middleware of `vllm serve --middleware`, or of the proxy beside it.
 
 A request for the model `cram` gets the name of its group's adapter as model and its gates in `vllm_xargs`.
-The answer's headers say which. `cram:expert` and `lora` name the experts instead. All else passes untouched.
+The answer's headers say which. `cram:expert` and `lora` name the experts instead. Chats with the base or
+a group get the special tokens of training. All else passes untouched.
 
 vLLM puts such a middleware outside its own authentication. So the key is checked here first: a request that
 will be refused costs no pass of CLIP.
@@ -31,7 +32,7 @@ from cram.serve.vllm.front.conversation import (
 )
 from cram.serve.vllm.front.replace import ADMIN, Replacer
 from cram.serve.vllm.front.routing import BundleRouter, Choice
-from cram.serve.vllm.group import KEY, encode
+from cram.serve.vllm.group import ADAPTER, KEY, encode
 
 BASE = "base"
 MODELS = "/v1/models"
@@ -108,15 +109,18 @@ class CramMiddleware:
             data = json.loads(body)
         except (ValueError, RecursionError):
             data = None
-        tags: list[tuple[bytes, bytes]] = []
+        asked, tags = data, []
         if isinstance(data, dict) and addressed(data.get("model")):
             try:
                 choice = await self._chosen(path, data)
             except ValueError as error:
                 await refuse(send, 400, f"cram: {error}")
                 return
-            body = json.dumps(rewritten(data, choice, self._prefix)).encode()
-            tags = tagged(choice)
+            asked, tags = rewritten(data, choice, self._prefix), tagged(choice)
+        if path == CHAT:
+            asked = as_trained(asked, self._prefix)
+        if asked is not data:
+            body = json.dumps(asked).encode()
             kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
         await self.app(scope, _replayed(body, receive), _with_headers(send, tags))
@@ -206,6 +210,18 @@ def rewritten(data: dict[str, Any], choice: Choice | None, prefix: str = "") -> 
         return {**kept, "model": BASE}
     extra = {**(data.get("vllm_xargs") or {}), KEY: encode(choice.gates)}
     return {**kept, "model": prefix + choice.adapter.name, "vllm_xargs": extra}
+
+
+def as_trained(asked: Any, prefix: str = "") -> Any:
+    """A chat with the base or a group, with the special tokens that the model's processor puts before it.
+
+    Experts are trained behind them. vLLM leaves them out unless the chat template writes them, which LLaVA's
+    does not.
+    """
+    model = asked.get("model") if isinstance(asked, dict) else None
+    if isinstance(model, str) and (model == BASE or model.startswith(prefix + ADAPTER)):
+        return {"add_special_tokens": True, **asked}
+    return asked
 
 
 def tagged(choice: Choice | None) -> list[tuple[bytes, bytes]]:

@@ -73,6 +73,8 @@ def test_the_printed_command_has_everything(bundle: Path, capsys: pytest.Capture
     assert given["--lora-modules"] == [*places, "mine=/x"]
     assert given["--max-loras"] == ["3"] and given["--max-lora-rank"] == ["8"]
     assert given["--served-model-name"] == [middleware.BASE] and given["--port"] == ["8001"]
+    assert given["--generation-config"] == ["vllm"]
+    assert given["--override-generation-config"] == ['{"temperature": 0.0}']
     assert given["--seed"] == ["3"] and given["--enable-lora"] == [] and "--dtype" not in given
     module, _, name = given["--middleware"][0].rpartition(".")
     assert getattr(__import__(module, fromlist=[name]), name) is middleware.CramMiddleware
@@ -113,6 +115,11 @@ def test_vllm_gets_the_command_and_the_environment(bundle: Path, monkeypatch: py
         ),
         (["--engine", "vllm", "--model", "m", "--bundle", "nowhere"], "must be a bundle"),
         (["--print"], "--engine vllm must stand with print"),
+        (["--no-router"], "--engine vllm must stand with no-router"),
+        (
+            ["--engine", "vllm", "--model", "m", "--bundle", "BUNDLE", "--no-router", "--bundles", "more"],
+            "--bundles must stand without --no-router",
+        ),
         (["--", "--seed", "3"], "--engine vllm must stand with flags"),
     ],
 )
@@ -146,14 +153,26 @@ def test_files_for_more_machines_are_yaml(name: str) -> None:
     assert all(yaml.safe_load_all((ROOT / f"examples/vllm/{name}.yaml").read_text()))
 
 
-def test_the_kubernetes_file_starts_what_the_command_would_start() -> None:
+def test_the_kubernetes_file_starts_a_server_and_a_router_for_the_same_adapters(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server, _, router, service = yaml.safe_load_all((ROOT / "examples/vllm/kubernetes.yaml").read_text())
     (vllm,) = server["spec"]["template"]["spec"]["containers"]
-    given = options([*vllm["command"][2:], *vllm["args"]])
-    wanted = {"--served-model-name", "--host", "--port", "--enable-lora", "--max-lora-rank", "--max-loras"}
-    assert wanted | {"--max-cpu-loras", "--lora-modules"} == set(given) - {""}
+    (export,) = router["spec"]["template"]["spec"]["initContainers"]
     (proxy,) = router["spec"]["template"]["spec"]["containers"]
-    known = {middleware.BUNDLE, middleware.EXPORT, middleware.CLIP}
-    assert {variable["name"] for variable in proxy["env"]} == known
+    variables = {variable["name"]: variable["value"] for variable in proxy["env"]}
+    assert set(variables) == {middleware.BUNDLE, middleware.EXPORT, middleware.CLIP}
     port = proxy["ports"][0]["containerPort"]
     assert service["spec"]["ports"][0]["targetPort"] == port and str(port) in proxy["command"]
+    places = {"/bundle/bundle": str(bundle), "/adapters": str(tmp_path)}
+    assert set(places) == {variables[middleware.BUNDLE], variables[middleware.EXPORT]}
+    shown = []
+    for container in (vllm, export):
+        words = [places.get(word, word) for word in [*container["command"][1:], *container["args"]]]
+        assert main([*words, *([] if "--print" in words else ["--print"])]) == 0
+        shown.append(options(shlex.split(capsys.readouterr().out)))
+    assert shown[0]["--lora-modules"] == shown[1]["--lora-modules"] and "--middleware" not in shown[0]
+    assert len(exported(bundle, tmp_path)) == len(shown[0]["--lora-modules"])
+    assert shown[0]["--port"] == [str(vllm["ports"][0]["containerPort"])] and shown[0]["--host"] == [
+        "0.0.0.0"
+    ]

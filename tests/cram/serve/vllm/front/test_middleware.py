@@ -250,8 +250,8 @@ def test_other_requests_pass_untouched(router: BundleRouter) -> None:
     vllm = FakeVllm()
     app = CramMiddleware(vllm, router)
     for body in (
-        {"model": "base", "x": [1.5]},
-        {"model": router.adapters[0].name, "vllm_xargs": {KEY: "A"}},
+        {"model": "another", "x": [1.5]},
+        {"model": router.adapters[0].name, "add_special_tokens": True, "vllm_xargs": {KEY: "A"}},
         [1],
     ):
         answer = ask(app, CHAT, body)
@@ -316,6 +316,20 @@ def test_the_start_fails_without_a_bundle(monkeypatch: pytest.MonkeyPatch, place
     assert load_router().names == ["old", "new", "other"]
     (started,) = asyncio.run(start(CramMiddleware(FakeVllm())))
     assert started["type"] == "lifespan.startup.complete"
+
+
+def test_chats_with_the_bundle_have_the_special_tokens_of_training(router: BundleRouter) -> None:
+    vllm = FakeVllm()
+    app = CramMiddleware(vllm, router)
+    group = router.adapters[0].name
+    for model in ("cram", "cram:old", "base", group):
+        ask(app, CHAT, conversation("Which?", model=model))
+    assert [sent["add_special_tokens"] for _, sent in vllm.seen] == [True] * 4
+    vllm.seen.clear()
+    ask(app, CHAT, conversation("Which?", add_special_tokens=False))
+    ask(app, CHAT, conversation("Which?", model="another"))
+    ask(app, "/v1/completions", {"model": "base", "prompt": "Which?"})
+    assert [sent.get("add_special_tokens") for _, sent in vllm.seen] == [False, None, None]
 
 
 class FakeModels:
