@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -19,6 +16,8 @@ from cram.base import base_folder
 from cram.loading import load_encoder, load_model, load_processor
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors
+from cram.serve.vllm.base import published_base
+from cram.serve.vllm.export import export_groups
 from tests.cram import factories
 from tests.cram.serve.vllm.bundles import PROJECTIONS
 
@@ -48,18 +47,7 @@ QWEN_TEMPLATE = (
 
 def llava(folder: Path) -> Path:
     """The built-in LLaVA (6 layers, 627 tokens) in float32, under the names of published checkpoints."""
-    source = base_folder() / "llava"
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.safetensors"))
-    tower = "vision_tower."
-    named = {
-        name.replace(tower, f"{tower}vision_model.", 1) if name.startswith(tower) else name: tensor
-        for name, tensor in load_file(source / "model.safetensors").items()
-    }
-    values = {name: tensor.float().contiguous() for name, tensor in named.items()}
-    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return folder
+    return published_base(folder.parent).rename(folder)
 
 
 def qwen2_5_vl(folder: Path) -> Path:
@@ -140,3 +128,11 @@ def add(handle: AttachedModel, name: str, group: int, centroid: Tensor) -> None:
     """One more expert."""
     made = weights(handle, handle.num_experts)
     handle.method.add_expert(name, made, group, centroid, trained=False)
+
+
+def exported_llava(place: Path) -> tuple[Path, Path]:
+    """A checkpoint, and the exported adapter of group 0 of a bundle for it."""
+    model, _, _ = attached(base_folder() / "llava", base_folder() / "clip")
+    cram.save(model, place / "bundle")
+    adapters = export_groups(place / "bundle", place / "out")
+    return llava(place / "model"), place / "out" / adapters[0].name

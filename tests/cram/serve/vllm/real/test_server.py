@@ -21,6 +21,7 @@ import torch
 
 import cram
 from cram.base import base_folder
+from cram.learning.answers.prompts import chat_text, message
 from cram.serve.vllm.group import encode
 from tests.cram import factories
 from tests.cram.serve.vllm.real import checkpoints
@@ -54,6 +55,10 @@ class Served:
         more, _, handle = checkpoints.attached(base_folder() / "llava", base_folder() / "clip")
         checkpoints.add(handle, "newest", 1, handle.method.router.centroids()[0, 0])
         cram.save(more, place / "bundles/more")
+        # One expert more in group 0 than a slot of rank 32 holds.
+        large, _, handle = checkpoints.attached(base_folder() / "llava", base_folder() / "clip")
+        checkpoints.add(handle, "newest", 0, handle.method.router.centroids()[0, 0])
+        cram.save(large, place / "bundles/large")
         (place / "bundles/damaged").mkdir()
 
     def command(self) -> list[str]:
@@ -133,6 +138,14 @@ def automatic(served: Served, prompt: list[int], answer: list[int], seeds: tuple
     return answer_logprobs(served.model, prompt, answer, pixels)
 
 
+def test_prompts_are_those_of_training(served: Served) -> None:
+    for model in ("cram", "base"):
+        prompt, _, _ = read(post(body(model, 0, (0,))))
+        text = chat_text(served.processor, [message("user", checkpoints.QUESTIONS[0], 1)])
+        wanted = served.processor(text=[text], images=[factories.image(0)], return_tensors="pt")
+        assert prompt == wanted["input_ids"][0].tolist()
+
+
 def test_eight_requests_at_once_are_routed_as_in_process(served: Served) -> None:
     with ThreadPoolExecutor(len(CASES)) as pool:
         answers = list(pool.map(lambda case: post(body("cram", *case)), CASES))
@@ -183,6 +196,23 @@ def test_clients_name_experts(served: Served) -> None:
     assert post(body("cram", 0, (0,), lora=[])).headers["x-cram-mode"] == "base"
 
 
+def test_several_answers_and_texts_are_routed_too(served: Served) -> None:
+    # vLLM takes n = 2 for sampling alone; of one token to choose from it takes that one.
+    both = post(body("cram", 0, (0,), n=2, temperature=1, top_k=1)).json()["choices"]
+    first = read(post(body("cram", 0, (0,))))
+    assert [choice["token_ids"] for choice in both] == [first[1]] * 2
+    asked = {"model": "cram", "prompt": f"USER: {checkpoints.QUESTIONS[1]} ASSISTANT:", "max_tokens": 6}
+    text = post({**asked, "temperature": 0, "ignore_eos": True, "return_token_ids": True}, "/completions")
+    assert text.status_code == 200 and text.headers["x-cram-group"] == "1", text.text
+    assert text.json()["choices"][0]["token_ids"] == read(post(body("cram", 1, ())))[1]
+
+
+def picture(url: str | None) -> list[dict[str, Any]]:
+    """Messages with a picture that cannot be had."""
+    given = {} if url is None else {"url": url}
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": given}]}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -190,6 +220,9 @@ def test_clients_name_experts(served: Served) -> None:
         ({"model": "GROUP", "vllm_xargs": {"cram_gates": "A" * 8_000_000}}, "'cram_gates' must be base64"),
         ({"model": "base", "vllm_xargs": {"cram_gates": [1.0]}}, "must come with the adapter of a group"),
         ({"messages": 3}, "messages must be a list"),
+        ({"messages": picture("data:image/png;base64,AAAA")}, "an image must be a whole picture"),
+        ({"messages": picture("http://127.0.0.1/a.png")}, "an image must be a data URL in base64"),
+        ({"messages": picture(None)}, "an image must be a data URL in base64"),
     ],
 )
 def test_bad_requests_are_400_and_the_server_goes_on(
@@ -197,9 +230,7 @@ def test_bad_requests_are_400_and_the_server_goes_on(
 ) -> None:
     group = post(body("cram", 0, ())).headers["x-cram-adapter"]
     changed = {name: group if value == "GROUP" else value for name, value in change.items()}
-    answer = post(
-        body("cram", 0, (), **changed) if "model" not in changed else {**body("cram", 0, ()), **changed}
-    )
+    answer = post({**body("cram", 0, ()), **changed})
     assert answer.status_code == 400 and message in answer.text, answer.text[:500]
     assert post(body("cram", 0, ())).status_code == 200
 
@@ -210,9 +241,11 @@ def test_the_key_is_checked(served: Served) -> None:
 
 def test_a_bad_bundle_is_refused_and_a_good_one_joins(served: Served) -> None:
     before = read(post(body("cram", 0, (0,))))
-    refused = post({"name": "damaged"}, "/cram/bundle", "open")
-    assert refused.status_code == 400 and "the one before stays" in refused.text
-    assert read(post(body("cram", 0, (0,))))[1] == before[1]
+    for name, reason in (("damaged", "must be a bundle"), ("large", "max_lora_rank")):
+        refused = post({"name": name}, "/cram/bundle", "open")
+        assert refused.status_code == 400 and "the one before stays" in refused.text
+        assert reason in refused.text, refused.text
+        assert read(post(body("cram", 0, (0,))))[1] == before[1]
     joined = post({"name": "more"}, "/cram/bundle", "open")
     assert joined.status_code == 200 and "newest" in joined.json()["experts"], joined.text
     after = read(post(body("cram", 0, (0,))))
