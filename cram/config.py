@@ -78,6 +78,7 @@ class CramConfig:
     dropout: float = 0.05  # code: LoRA dropout on the layer input
     penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
     overlap_weight: float = 0.5  # code: O-LoRA's; its public ports to LLaVA have 0.05 or 0.5
+    instruction_types: bool = False  # code: SMoLoRA's instruction feature is one per task, see there
     merge_by_inputs: bool = False  # ours: True merges MAny's LoRAs by the inputs, not by the rows of A
     released_code: bool = False  # ours: True reproduces the released code where it differs from the paper
     target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA

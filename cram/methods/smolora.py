@@ -11,101 +11,31 @@ Faithful to the released code: a hard top-1 gate passes no gradient to its route
 R_v and R_i in the first task only, so they keep their initial values. In this package they are saved
 constants. Every task trains the experts and I_v, I_f. The scale is inside the fusion scores.
 
-Own reading: e is CLIP's text feature. The released code has one sentence embedding per task, and is told
-which to take. The mean leaves out padding; the released mean depends on the batch. Logits are made without
-dropout. A and the routers start as in the other methods, and each expert has rank `rank`.
+Own reading: e is CLIP's text feature. The released code has one sentence embedding per task, its instruction
+type, and is told which to take. With `instruction_types` e is the mean feature of the task's training
+instructions. Nothing is told: a question takes the nearest mean by cosine. The mean of x leaves out padding;
+the released mean depends on the batch. Logits are made without dropout. A and the routers start as in the
+other methods, and each expert has rank `rank`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cram.methods.base import Method
+from cram.methods.base import Method, MethodState
+from cram.methods.parts.anchors import Anchors, cosines
+from cram.methods.parts.separable import HALF, SeparableGating
 from cram.model.attached import AttachedModel
-from cram.model.factors import initial_rows, new_lora
-from cram.model.gating import LayerGating, token_means, top_gates
-from cram.model.linear import ExpertLinear
-from cram.model.state import ForwardState
+from cram.model.factors import new_lora
+from cram.routing.means import CentroidMean
 from cram.routing.query import Query, Route
-from cram_kernels import PackedExperts
 
-HALF = 4
+TYPES = "instruction_types"
 EXPERTS = tuple(f"{half}{index}" for half in ("visual", "instruction") for index in range(HALF))
-
-
-def fusion_rows(experts: PackedExperts, fusion: Tensor) -> Tensor:
-    """Rows scale A_e^T B_e^T I [E, D_in] with I_v, I_f in fusion [2, D_out]. Row e times x is e's score."""
-    whole = experts.trained_a is not None and len(experts.trained_a) == len(experts.a)
-    a, bt = (experts.trained_a, experts.trained_b) if whole else (experts.a, experts.bt)
-    assert a is not None and bt is not None
-    half = len(bt) // 2
-    both = F.linear(bt, fusion)  # [E r, 2]; each row needs the column of its own half
-    scores = experts.scale * torch.cat([both[:half, 0], both[half:, 1]])
-    own = torch.diag_embed(scores.view(experts.num_experts, -1).t(), 0, 0, 1)  # [E, E, r]
-    return own.flatten(1) @ a
-
-
-def fused_gates(x: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-    """Return token gates [B * T, E] of x [B, T, D_in]: a softmax over the experts outside `others` [B, E]."""
-    scores = F.linear(x, rows.to(x.dtype)).masked_fill(others[:, None], -torch.inf)
-    return scores.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
-
-
-class SeparableGating(LayerGating):
-    """Routers and fusion of one module."""
-
-    visual_router: Tensor
-    instruction_router: Tensor
-
-    def __init__(self, linear: ExpertLinear, text_dim: int) -> None:
-        super().__init__()
-        self._linear = (linear,)  # in a tuple, so that torch does not register the linear as a submodule
-        self.register_buffer("visual_router", torch.zeros(HALF, linear.in_features))
-        self.register_buffer("instruction_router", torch.zeros(HALF, text_dim))
-        self.fusion = nn.Parameter(torch.zeros(2, linear.out_features), requires_grad=False)
-        self._folded: tuple[PackedExperts, Tensor] | None = None
-
-    def reset(self) -> None:
-        """Draw the initial values of `nn.Linear`."""
-        for weight in (self.visual_router, self.instruction_router):
-            weight.copy_(initial_rows(*weight.shape))
-        bound = 1 / math.sqrt(self.fusion.shape[1])
-        nn.init.uniform_(self.fusion, -bound, bound)
-
-    def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
-        """Return gates [B * T, E] for x [B, T, D_in]. The route's features are the instructions' [S, D_t]."""
-        linear = self._linear[0]
-        experts, features, name = linear.experts, state.features, linear.name
-        assert experts is not None and features is not None
-
-        def choose() -> Tensor:
-            """Return [B, E], True where a row leaves an expert out. A hard choice has no gradient."""
-            visual = token_means(x.detach(), state.mask) @ self.visual_router.t()
-            instruction = features @ self.instruction_router.t()
-            instruction = instruction.repeat_interleave(len(x) // len(features), 0)
-            return torch.cat([top_gates(visual, 1), top_gates(instruction, 1)], 1) == 0
-
-        rows = self._rows(experts, state)
-        return fused_gates(x, state.once(f"{name}.others", choose), rows)
-
-    def _rows(self, experts: PackedExperts, state: ForwardState) -> Tensor:
-        """Return `fusion_rows`. Frozen experts and fusion compute them once."""
-        if experts.trained or self.fusion.requires_grad:
-            return state.once(f"{self._linear[0].name}.rows", lambda: fusion_rows(experts, self.fusion))
-        owner, rows = self._folded or (None, self.fusion)
-        if owner is not experts or rows.device != experts.a.device:
-            rows = fusion_rows(experts, self.fusion).detach()
-            self._folded = experts, rows
-        return rows
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._folded = None
 
 
 class SMoLoraMethod(Method):
@@ -119,6 +49,7 @@ class SMoLoraMethod(Method):
     def __init__(self, cram: AttachedModel) -> None:
         """Installs routers and fusion in every module."""
         super().__init__(cram)
+        self._types = Anchors(cram.encoder.text_dim) if self.config.instruction_types else None
         self._gatings: list[SeparableGating] = []
         for module in cram.modules.values():
             gating = SeparableGating(module, cram.encoder.text_dim).to(module.weight.device)
@@ -136,6 +67,47 @@ class SMoLoraMethod(Method):
         cram.set_experts(EXPERTS, pool, len(EXPERTS))
         for gating in self._gatings:
             gating.requires_grad_(True)
+        if self._types is not None:
+            self._types.begin()
+
+    def observe(self, query: Query) -> None:
+        """Move the task's instruction type to the mean over all samples seen so far."""
+        if self._types is not None:
+            self._types.update(query.text)
+
+    def training_means(self) -> dict[str, CentroidMean]:
+        """Return the mean that the instruction type follows."""
+        return {} if self._types is None else {"text": self._types.mean}
+
+    def import_training(
+        self, task: str, total_steps: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Begin a task again and take up an exported training, with the instruction type."""
+        super().import_training(task, total_steps, tensors, values)
+        if self._types is not None:
+            self._types.follow()
+
+    def export_state(self) -> MethodState:
+        """Return the gatings' tensors, and the instruction types [T, D_t] of the tasks if they are used."""
+        tensors, values = super().export_state()
+        return MethodState(tensors if self._types is None else {**tensors, TYPES: self._types.rows}, values)
+
+    def import_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up the gatings' tensors and the instruction types."""
+        types = self._types
+        if types is None:
+            super().import_state(tensors, values)
+            return
+        stored, width = tensors.get(TYPES), types.rows.shape[1]
+        if stored is None or stored.dim() != 2 or stored.shape[1] != width:
+            got = "none" if stored is None else list(stored.shape)
+            raise ValueError(f"method state {TYPES} must have shape [tasks, {width}], got {got}")
+        before, types.rows = types.rows, stored.clone()
+        try:
+            super().import_state(tensors, values)
+        except ValueError:
+            types.rows = before
+            raise
 
     def end_task(self) -> None:
         """Freeze experts and fusion."""
@@ -147,4 +119,15 @@ class SMoLoraMethod(Method):
         """Return a route whose features are those of the instructions [S, D_t]."""
         assert query is not None
         gates = torch.ones(self.cram.num_layers, len(query), self.cram.num_experts)
-        return Route(gates, features=query.text)
+        return Route(gates, features=self._features(query, training))
+
+    def _features(self, query: Query, training: bool) -> Tensor:
+        """The instruction features [S, D_t]: the samples' own, or those of their types."""
+        if self._types is None:
+            return query.text
+        rows = self._types.rows.to(query.text)
+        if not training:
+            return rows[cosines(query.text, rows).argmax(-1)]
+        # Before the first step was observed, its batch stands for the task.
+        newest = rows[-1] if self._types.mean.count else query.text.mean(0)
+        return newest.expand(len(query), -1)

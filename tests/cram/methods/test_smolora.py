@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cram.methods.smolora import EXPERTS, HALF, SeparableGating, fused_gates, fusion_rows
+import cram
+from cram.methods.base import Method
+from cram.methods.parts.separable import HALF, SeparableGating, fused_gates, fusion_rows
+from cram.methods.smolora import EXPERTS, SMoLoraMethod
 from cram.model.gating import token_means
 from cram.model.linear import ExpertLinear
 from cram.model.state import Current, ForwardState
-from cram.routing.query import Route
+from cram.routing.query import Query, Route
 from cram_kernels import expert_lora, pack_experts
-from tests.cram import runs
+from tests.cram import factories, runs
 from tests.cram.golden_cases import assert_complete, golden_names, load
 
 
@@ -177,3 +180,75 @@ def test_every_task_trains_experts_and_fusion_and_no_router(tmp_path: Path) -> N
     packs = [module.experts for module in cram.modules.values()]
     fusions = sum(module.gating.fusion.numel() for module in cram.modules.values())
     assert total == sum(pack.a.numel() + pack.bt.numel() for pack in packs) + fusions
+
+
+def queries(method: Method, *texts: list[float]) -> Query:
+    """Queries whose text features begin with the given values."""
+    encoder = method.cram.encoder
+    text = torch.zeros(len(texts), encoder.text_dim)
+    text[:, : len(texts[0])] = torch.tensor(texts)
+    image = torch.zeros(len(texts), encoder.image_dim)
+    return Query(text, image, torch.ones(len(texts), dtype=torch.bool))
+
+
+def test_instruction_types_are_the_means_of_the_tasks_and_the_nearest_one_is_taken(tmp_path: Path) -> None:
+    method = runs.learner(tmp_path / "run", "smolora", instruction_types=True).method
+    assert isinstance(method, SMoLoraMethod)
+    method.begin_task("one", 5)
+    first = queries(method, [1.0, 0.0], [3.0, 0.0])
+    features = method.route(first, training=True).features
+    assert features is not None and features[:, 0].tolist() == [2.0, 2.0], "the first batch's own mean"
+    method.observe(first)
+    method.observe(queries(method, [5.0, 0.0]))
+    features = method.route(queries(method, [9.0, 9.0]), training=True).features
+    assert features is not None and features[:, :2].tolist() == [[3.0, 0.0]]
+    method.end_task()
+    method.begin_task("two", 5)
+    method.observe(queries(method, [0.0, 4.0]))
+    method.end_task()
+    features = method.route(queries(method, [2.0, 1.0], [1.0, 2.0]), training=False).features
+    assert features is not None and features[:, :2].tolist() == [[3.0, 0.0], [0.0, 4.0]]
+
+
+def test_without_instruction_types_each_sample_has_its_own_feature(tmp_path: Path) -> None:
+    method = runs.learner(tmp_path / "run", "smolora").method
+    method.begin_task("one", 5)
+    query = queries(method, [1.0, 0.0], [3.0, 0.0])
+    for training in (True, False):
+        features = method.route(query, training).features
+        assert features is not None and torch.equal(features, query.text)
+    assert "instruction_types" not in method.export_state().tensors and not method.training_means()
+
+
+def test_instruction_types_are_saved_and_checked(tmp_path: Path) -> None:
+    made = runs.learner(tmp_path / "run", "smolora", instruction_types=True)
+    made.learn(0)
+    training = made.method
+    cram.save(made.model, tmp_path / "bundle")
+    plain = factories.llava(clip=factories.clip_model())
+    loaded = cram.load(plain, tmp_path / "bundle", made.cram.encoder, made.processor)
+    types = loaded.method.export_state().tensors["instruction_types"]
+    assert len(types) == 1 and types.abs().max() > 0
+    assert torch.equal(types, training.export_state().tensors["instruction_types"])
+    state = loaded.method.export_state().tensors
+    with pytest.raises(ValueError, match=r"instruction_types must have shape \[tasks, .*got none"):
+        loaded.method.import_state({n: t for n, t in state.items() if n != "instruction_types"}, {})
+    other = {**state, "instruction_types": torch.ones_like(types)}
+    with pytest.raises(ValueError, match="missing"):
+        loaded.method.import_state({n: t for n, t in other.items() if "fusion" not in n}, {})
+    assert torch.equal(loaded.method.export_state().tensors["instruction_types"], types)
+
+
+def test_a_checkpoint_holds_the_moving_instruction_type(tmp_path: Path) -> None:
+    method = runs.learner(tmp_path / "run", "smolora", instruction_types=True).method
+    method.begin_task("one", 5)
+    method.before_step(0)
+    method.observe(queries(method, [1.0, 0.0], [3.0, 0.0]))
+    tensors, values = method.export_training()
+    again = runs.learner(tmp_path / "again", "smolora", instruction_types=True).method
+    again.import_training("one", 5, tensors, values)
+    assert again.export_state().tensors["instruction_types"][0, 0] == 2.0
+    for each in (method, again):
+        each.observe(queries(method, [8.0, 0.0]))
+    types = [each.export_state().tensors["instruction_types"] for each in (method, again)]
+    assert torch.equal(*types) and types[0][0, 0] == 4.0
