@@ -32,6 +32,7 @@ PROGRAMS = {
     "speed": "the table of docs/speed.md from the results in a folder",
     "trainer": "a step of CramTrainer against the plain Trainer with a LoRA of PEFT",
     "tune": "try the tiles of each kernel on this GPU",
+    "vllm": "the gated group in vLLM against a plain LoRA and the base, with the plugin and without",
 }
 
 
