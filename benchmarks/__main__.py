@@ -12,6 +12,7 @@ import torch
 
 # Program -> what it does; each is a module of benchmarks/programs/ with main(argv).
 PROGRAMS = {
+    "base": "what a shipped base can do before a stream is learnt on it",
     "compare": "two results side by side, case by case",
     "crossovers": "which products the native layer computes itself, by measurement",
     "e2e": "training step and generated tokens of whole models",

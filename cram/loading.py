@@ -15,21 +15,23 @@ import torch
 from torch import nn
 
 from cram.base import base_folder
+from cram.base.real import real_base_folder
 from cram.families import FAMILIES
-from cram.routing.clip import ClipEncoder, check_weights
+from cram.routing.clip import ClipEncoder, check_weights, load_image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_CLIP = "openai/clip-vit-large-patch14-336"
-BUILTIN = "builtin"
+BUILTIN, BUILTIN_REAL = "builtin", "builtin-real"
+SHIPPED = (BUILTIN, BUILTIN_REAL)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a model and the CLIP that routes come from: folders or names, or "builtin" for the shipped base.
+    """Where a model and the CLIP that routes come from: folders or names, or a shipped base by its name.
 
     Attributes:
-        model: The multimodal model.
-        clip: None stands for the base's own CLIP with the built-in base, else for the paper's.
+        model: The multimodal model; "builtin" and "builtin-real" are the shipped bases.
+        clip: None stands for a shipped base's own encoder, and for the paper's CLIP with any other model.
         dtype: See `load_model`.
     """
 
@@ -39,13 +41,23 @@ class Sources:
 
     def load(self, device: str | None = None) -> tuple[nn.Module, Any, ClipEncoder]:
         """Load the model, its processor and the encoder; see `load_model` for what may be raised."""
-        model_source, clip_source = self.model, self.clip or PAPER_CLIP
-        if self.model == BUILTIN:
-            model_source = str(base_folder() / "llava")
-        if (self.clip or self.model) == BUILTIN:
-            clip_source = BUILTIN
+        shipped = self.model in SHIPPED
+        model_source = str(shipped_folder(self.model) / "llava") if shipped else self.model
+        clip_source = self.clip or (self.model if shipped else PAPER_CLIP)
         model = load_model(model_source, self.dtype, device)
         return model, load_processor(model_source), load_encoder(clip_source, model)
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a shipped base: `llava/` with the model, `clip/` with the encoder.
+
+    Raises:
+        ValueError: If no base of that name is shipped.
+        FileNotFoundError: If the package was installed without its data.
+    """
+    if name not in SHIPPED:
+        raise ValueError(f"base must be one of {SHIPPED}, got {name!r}")
+    return base_folder() if name == BUILTIN else real_base_folder()
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str | None = None) -> nn.Module:
@@ -87,6 +99,9 @@ def model_type(source: str | Path) -> str:
     """
     from transformers import AutoConfig
 
+    from cram.base.real.tower import register_tower
+
+    register_tower()
     found: str = AutoConfig.from_pretrained(str(source)).model_type
     if found not in FAMILIES:
         raise ValueError(f"model must be of a family among {sorted(FAMILIES)}, got {found!r} at {source}")
@@ -146,11 +161,36 @@ def load_encoder(source: str | Path, model: nn.Module | None = None) -> ClipEnco
     """Load the CLIP that routes; it reads the model's own vision tower where the two are the same network.
 
     Args:
-        source: A folder, a name, or "builtin" for the CLIP of the shipped base, its name on every machine.
+        source: A folder, a name, or the name of a shipped base, which is the same on every machine.
         model: The multimodal model, or None for a CLIP of its own.
+
+    Raises:
+        ValueError: If the shipped base's encoder reads the model's tower, and there is no model.
     """
-    if str(source) != BUILTIN:
-        return ClipEncoder.from_pretrained(str(source), model=model)
-    encoder = ClipEncoder.from_pretrained(str(base_folder() / "clip"), model=model)
-    encoder.source = BUILTIN
+    name = str(source)
+    if name not in SHIPPED:
+        return ClipEncoder.from_pretrained(name, model=model)
+    folder = shipped_folder(name)
+    if name == BUILTIN:
+        encoder = ClipEncoder.from_pretrained(str(folder / "clip"), model=model)
+    elif model is None:
+        raise ValueError(
+            f"model must be given for the encoder {name!r}, which reads its vision tower, got none"
+        )
+    else:
+        encoder = _encoder_of_parts(folder, model)
+    encoder.source = name
     return encoder
+
+
+def _encoder_of_parts(folder: Path, model: nn.Module) -> ClipEncoder:
+    """The encoder whose towers are not a `CLIPModel` of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    from cram.base.real.model import load_routing
+
+    routing, report = load_routing(folder)
+    check_weights(folder / "clip", report)
+    routing.to(next(model.parameters()).device)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "clip")
+    return ClipEncoder(routing, tokenizer, load_image_processor(str(folder / "clip")), model)

@@ -84,7 +84,7 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     """Add `--run`, or `--bundle` with `--model` and `--clip`, and where the model runs."""
     parser.add_argument("--run", metavar="R", help="run folder; its newest state is used")
     parser.add_argument("--bundle", metavar="B", help="bundle, with --model in place of --run")
-    parser.add_argument("--model", metavar="M", help="folder or name of the base model, or builtin")
+    parser.add_argument("--model", metavar="M", help="folder or name of the base, builtin or builtin-real")
     parser.add_argument("--clip", metavar="C", help="folder or name of the CLIP that routes")
     add_dtype(parser)
     add_device(parser)

@@ -23,7 +23,7 @@ from cram.streams.registry import SHIPPED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", required=True, help="folder or name of the base model, or builtin")
+    parser.add_argument("--model", required=True, help="folder or name of the base, builtin or builtin-real")
     parser.add_argument("--stream", required=True, help="builtin, ucit, trigap or a stream file")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder; a stopped run goes on")
     parser.add_argument("--method", help="name of the method (default: cram)")

@@ -60,7 +60,7 @@ class ClipEncoder:
         """Takes the parts of a loaded CLIP.
 
         Args:
-            clip: A transformers `CLIPModel`; frozen here.
+            clip: A transformers `CLIPModel`, or a model with the same parts; frozen here.
             tokenizer: Its tokenizer.
             image_processor: Its image processor.
             model: The multimodal model whose vision tower may be reused.
@@ -264,7 +264,7 @@ def _equal_tower(vision: nn.Module, model: nn.Module | None) -> Any:
     tower: Any = model.get_submodule(family_of(model).vision_tower)
     shape = ("hidden_size", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
     own: Any = vision.config
-    if any(getattr(tower.config, name, None) != getattr(own, name) for name in shape):
+    if any(getattr(tower.config, name, None) != getattr(own, name, None) for name in shape):
         return None
     ours, theirs = vision.state_dict(), tower.state_dict()
     same = ours.keys() == theirs.keys() and all(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cram.base import base_folder
 from cram.bundle.runs import newest_bundle, read_run
-from cram.loading import BUILTIN
+from cram.loading import BUILTIN, BUILTIN_REAL
 from cram.serve.vllm.base import published_base
 from cram.serve.vllm.export import Adapter, export_groups
 from cram.serve.vllm.plugin.seams import check_version, installed_version
@@ -113,7 +113,7 @@ def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
     """The base model, or "builtin"; the CLIP that routes, None for the one that the bundle names; the bundle.
 
     Raises:
-        ValueError: If there is neither a bundle with its base nor a run.
+        ValueError: If there is neither a bundle with its base nor a run, or vLLM cannot serve the base.
     """
     if arguments.run is not None:
         settings = read_run(Path(arguments.run))["settings"]
@@ -123,6 +123,11 @@ def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
     else:
         raise ValueError("--run, or --bundle with --model, must be given for --engine vllm, got neither")
     model, clip = arguments.model or settings["model"], arguments.clip or settings["clip"]
+    if BUILTIN_REAL in (clip, model):
+        raise ValueError(
+            f"model and clip must be such as vLLM knows, got {BUILTIN_REAL}, whose vision tower "
+            "is this package's own; leave --engine vllm out"
+        )
     if BUILTIN in (clip, model) and clip in (None, BUILTIN):
         clip = str(base_folder() / "clip")
     return model, clip, bundle

@@ -114,6 +114,10 @@ def test_vllm_gets_the_command_and_the_environment(bundle: Path, monkeypatch: py
             "vllm must be installed beside this package",
         ),
         (["--engine", "vllm", "--model", "m", "--bundle", "nowhere"], "must be a bundle"),
+        (
+            ["--engine", "vllm", "--model", "builtin-real", "--bundle", "BUNDLE"],
+            "model and clip must be such as vLLM knows",
+        ),
         (["--print"], "--engine vllm must stand with print"),
         (["--no-router"], "--engine vllm must stand with no-router"),
         (
