@@ -51,14 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[World]:
     """The built-in LLaVA with five experts in two groups, in one engine with the module's ENGINE."""
-    yield from llava_in(tmp_path_factory.mktemp("llava"), **getattr(request.module, "ENGINE", {}))
-
-
-def llava_in(place: Path, **settings: Any) -> Iterator[World]:
-    """The same in a folder, in an engine with settings."""
+    place = tmp_path_factory.mktemp("llava")
     checkpoints.llava(place / "model")
-    source, vocabulary = base_folder() / "llava", checkpoints.LLAVA_VOCABULARY
-    yield from world_in(place, source, vocabulary, {"image": 2}, **settings)
+    yield from world_in(
+        place,
+        base_folder() / "llava",
+        checkpoints.LLAVA_VOCABULARY,
+        {"image": 2},
+        **getattr(request.module, "ENGINE", {}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,4 +81,3 @@ def world_in(
     plain = plain_adapter(handle, place / "plain")
     engine = engine_of(place / "model", max_logprobs=vocabulary, limit_mm_per_prompt=limits, **settings)
     yield World(place, source, model, processor, handle, adapters, plain, engine, vocabulary)
-    engine.llm_engine.engine_core.shutdown()

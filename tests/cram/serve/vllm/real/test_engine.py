@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import cram
-from cram.serve.vllm import register
 from cram.serve.vllm.export import export_groups
 from cram.serve.vllm.group import GROUP_FILE, KEY, GateGroup, encode
 from cram.serve.vllm.plugin import seams
@@ -165,11 +164,6 @@ def test_another_bundle_joins_while_the_first_is_served(llava: World, tmp_path: 
     (old,) = llava.run([Job(SHORT, (0,), "base")])
     assert output.outputs[0].logprobs[0] != old.outputs[0].logprobs[0]
     llava.check([Job(SHORT, (0,), llava.gates(0, 1), 1)])
-
-
-def test_vllm_may_call_the_plugin_again(llava: World) -> None:
-    register()
-    llava.check([Job(SHORT, (0,), llava.gates(0))])
 
 
 def test_a_changed_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

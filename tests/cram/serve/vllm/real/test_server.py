@@ -196,17 +196,6 @@ def test_clients_name_experts(served: Served) -> None:
     assert post(body("cram", 0, (0,), lora=[])).headers["x-cram-mode"] == "base"
 
 
-def test_several_answers_and_texts_are_routed_too(served: Served) -> None:
-    # vLLM takes n = 2 for sampling alone; of one token to choose from it takes that one.
-    both = post(body("cram", 0, (0,), n=2, temperature=1, top_k=1)).json()["choices"]
-    first = read(post(body("cram", 0, (0,))))
-    assert [choice["token_ids"] for choice in both] == [first[1]] * 2
-    asked = {"model": "cram", "prompt": f"USER: {checkpoints.QUESTIONS[1]} ASSISTANT:", "max_tokens": 6}
-    text = post({**asked, "temperature": 0, "ignore_eos": True, "return_token_ids": True}, "/completions")
-    assert text.status_code == 200 and text.headers["x-cram-group"] == "1", text.text
-    assert text.json()["choices"][0]["token_ids"] == read(post(body("cram", 1, ())))[1]
-
-
 def picture(url: str | None) -> list[dict[str, Any]]:
     """Messages with a picture that cannot be had."""
     given = {} if url is None else {"url": url}

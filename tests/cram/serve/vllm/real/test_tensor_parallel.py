@@ -1,22 +1,14 @@
-"""Two ranks that share every LoRA: whole A and half of B each, or half of both with the gates in between."""
+"""Two ranks, each with half of every LoRA: the gates act between the halves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.cram.serve.vllm.real.conftest import llava_in
 from tests.cram.serve.vllm.real.worlds import LONG, Job, World, mixed
 
+ENGINE = {"tensor_parallel_size": 2, "fully_sharded_loras": True}
+
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["sharded", "fully sharded"])
-def llava(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The built-in LLaVA on two ranks."""
-    settings = {"tensor_parallel_size": 2, "fully_sharded_loras": request.param}
-    yield from llava_in(tmp_path_factory.mktemp("llava"), **settings)
 
 
 def test_one_batch_of_five_gate_tensors_a_plain_adapter_and_the_base(llava: World) -> None:
