@@ -171,6 +171,7 @@ def test_a_changed_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(owners["Worker"], "execute_model", lambda self, output: None)
     with pytest.raises(ValueError, match="execute_model of this vLLM must take"):
         seams.check()
-    monkeypatch.delattr(owners["Worker"], "execute_model")
-    with pytest.raises(ValueError, match="this vLLM must have .*execute_model"):
+    monkeypatch.undo()
+    monkeypatch.delattr(owners["InputBatch"], "make_lora_inputs")
+    with pytest.raises(ValueError, match="this vLLM must have .*InputBatch.make_lora_inputs"):
         seams.check()
