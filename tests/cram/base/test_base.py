@@ -89,6 +89,7 @@ def test_answers_its_own_mixture(loaded: Any) -> None:
     assert found["name_shape"] > 65 and found["gauge"] > 85 and found["describe_long"] > 50
 
 
+@pytest.mark.slow
 def test_pretraining_writes_a_loadable_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CLIP_STEPS", "FORMAT_STEPS"):
         monkeypatch.setattr(pretrain, name, 2)
