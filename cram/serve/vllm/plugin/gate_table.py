@@ -38,6 +38,7 @@ class GateTable:
         index: [max_tokens] int64.
         acting: False if the multiplication changes nothing in this step. Only a CPU, on which vLLM captures
             nothing, may act on it.
+        idle: True if no token of the step has an adapter. Likewise for a CPU alone.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class GateTable:
         self.table = torch.zeros(layers, max_requests + FIRST, rank, device=device)
         self.table[:, ONES] = 1.0
         self.index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        self.acting = True
+        self.acting, self.idle = True, False
         self._on_cpu = self.table.device.type == "cpu"
         self._known: dict[str, tuple[GateGroup, Gates] | None] = {}
         self._rows: dict[str, int] = {}
@@ -88,7 +89,8 @@ class GateTable:
             each = np.array([self._row(request, busy) for request in requests], dtype=np.int64)
             rows = np.repeat(each, counts[: len(each)])
         rows = np.where(ids == 0, NONE, rows).astype(np.int64)
-        self.acting = not self._on_cpu or bool(ids.any() and (rows != ONES).any())
+        self.idle = self._on_cpu and not ids.any()
+        self.acting = not self._on_cpu or bool(not self.idle and (rows != ONES).any())
         self.index[: len(rows)].copy_(self._host(torch.from_numpy(rows)), non_blocking=True)
 
     def scale(self, shrunk: Tensor | Sequence[Tensor], layer: int) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from cram.serve.vllm.group import GateGroup
 from cram.serve.vllm.plugin.gate_table import GateTable
 
@@ -24,11 +26,20 @@ def layer_view(wrapper: Any, table: GateTable, layer: int) -> Any:
     base: Any = type(wrapper)
 
     class LayerView(base):
-        """The wrapper of one layer."""
+        """The wrapper of one layer.
+
+        A graph that is traced once must hold every step's work, whatever the step is that it is traced in.
+        """
+
+        def add_lora_linear(self, *args: Any, **kwargs: Any) -> Any:
+            """What the wrapper does, which on a CPU computes also where no token has an adapter."""
+            if table.idle and not torch.compiler.is_compiling():
+                return None
+            return super().add_lora_linear(*args, **kwargs)
 
         def add_expand(self, y: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             """Gates, then what the wrapper does."""
-            if table.acting:
+            if table.acting or torch.compiler.is_compiling():
                 table.scale(x, layer)
             return super().add_expand(y, x, *args, **kwargs)
 

@@ -84,10 +84,15 @@ def test_an_unknown_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("requests", "acting"),
-    [(["base", "base"], False), (["plain"], False), (["plain", "base"], True), (["g0"], True)],
+    ("requests", "acting", "idle"),
+    [
+        (["base", "base"], False, True),
+        (["plain"], False, False),
+        (["plain", "base"], True, False),
+        (["g0"], True, False),
+    ],
 )
-def test_a_step_that_nothing_gates_is_not_multiplied(requests: list[str], acting: bool) -> None:
+def test_a_step_that_nothing_gates_is_not_multiplied(requests: list[str], acting: bool, idle: bool) -> None:
     table = table_of("g0", "plain", "base")
     table.prepare(requests, np.ones(len(requests), int), [ADAPTER[request] for request in requests])
-    assert table.acting is acting
+    assert (table.acting, table.idle) == (acting, idle)

@@ -25,6 +25,9 @@ class Wrapper:
     def add_expand(self, y: Any, x: torch.Tensor, *rest: Any, **options: Any) -> None:
         self.called.append(x.clone())
 
+    def add_lora_linear(self, y: Any, x: torch.Tensor) -> None:
+        self.add_expand(y, x)
+
 
 class FakeLinear:
     """A LoRA linear that only keeps its wrapper."""
@@ -63,6 +66,26 @@ PATHS = tuple(
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 )
 GROUP = GateGroup(1, ("a",), (2,), LAYERS, PATHS, "content", {"bytes": 1, "sha256": ""})
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_step_without_adapters_computes_nothing_but_in_a_graph(
+    compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = manager()
+    wrapper = made.punica_wrapper_mapping["language"]
+    view = made.modules["model.layers.0.mlp.down_proj"].punica_wrapper
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    made.cram_table.remember("r", None)
+    for adapter, calls in ((0, int(compiling)), (1, 1)):
+        made.cram_table.prepare(["r"], np.array([1]), [adapter])
+        wrapper.called.clear()
+        view.add_lora_linear(None, torch.ones(1, 1, SLOT))
+        assert len(wrapper.called) == calls
+    # A plain adapter's gates are 1: they are multiplied where a graph may serve other steps.
+    made.cram_table.table.fill_(7.0)
+    view.add_expand(None, torch.ones(1, 1, SLOT))
+    assert wrapper.called[-1].max() == (7.0 if compiling else 1.0)
 
 
 def test_each_layer_multiplies_by_its_own_gates_and_shares_the_state_of_the_wrapper() -> None:
