@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 from unittest import mock
 
@@ -103,8 +103,8 @@ class Call:
 
 
 def shipped(arch: int, full: bool) -> Iterator[Case]:
-    """Yield the cases of an architecture: the fewest that meet every row of the tables, or all sizes."""
-    for call in product_of_sizes() if full else chosen(arch):
+    """Yield the cases of an architecture: the fewest that meet every row of the tables, or all sizes too."""
+    for call in chain(chosen(arch), product_of_sizes() if full else ()):
         large = ("_shrink", "_routed_shrink", "_expand") if call.tokens >= 2048 else ()
         yield Case(call.label, tuple(recorded(call, arch)), NARROW, large, excuses(call), PIPELINED)
     sizes = GATES if full or arch == 90 else GATES[1:2]
