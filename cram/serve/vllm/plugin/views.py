@@ -28,11 +28,11 @@ def layer_view(wrapper: Any, table: GateTable, layer: int) -> Any:
     class LayerView(base):
         """The wrapper of one layer.
 
-        A graph that is traced once must hold every step's work, whatever the step is that it is traced in.
+        A graph is traced in one step and serves all later steps. So no graph leaves work out.
         """
 
         def add_lora_linear(self, *args: Any, **kwargs: Any) -> Any:
-            """What the wrapper does, which on a CPU computes also where no token has an adapter."""
+            """What the wrapper does. A CPU skips it in steps without adapters."""
             if table.idle and not torch.compiler.is_compiling():
                 return None
             return super().add_lora_linear(*args, **kwargs)
