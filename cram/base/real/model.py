@@ -32,6 +32,7 @@ from cram.base.model import (
     token_id,
     wrap_tokenizer,
 )
+from cram.base.real.lookups import start_heads
 from cram.base.real.tower import COARSE, PATCH, SIZE, LiteTower, LiteTowerConfig, register_tower
 
 VOCABULARY = 1536
@@ -126,6 +127,7 @@ def build_models(tokenizer: Tokenizer, tower: dict[str, Tensor]) -> tuple[Any, R
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.03)
     nn.init.normal_(llava.get_input_embeddings().weight, std=0.1)
+    start_heads(llava.model.language_model)
     llava.model.vision_tower.load_state_dict(tower)
     llava.model.vision_tower.requires_grad_(False)
     return llava, routing

@@ -16,19 +16,20 @@ from torch import Tensor
 from cram.base.model import BOS, EOS, IMAGE, TEXT_LENGTH, token_id
 from cram.base.pool import IGNORED
 from cram.base.real.model import IMAGE_TOKENS, PIXEL_MEAN, PIXEL_STD
-from cram.base.real.siblings import MAKERS, Ask, letters
+from cram.base.real.siblings import MAKERS, Ask, any_names
 from cram.base.real.tower import FINE, LiteTower
-from cram.base.real.wordings import FORMATS, LETTERS, instruction
+from cram.base.real.wordings import FORMATS, LETTERS, instruction, list_options
 
 PICTURES_A_PASS, PASSES_MEASURED = 64, 32
 NO_PICTURE = -1
+LOOKUP_TURNS = 7
 
 
 @dataclass
 class Row:
     """One question: its picture's index (or `NO_PICTURE`), maker, format, texts and answer.
 
-    `more` holds the questions and answers of further turns.
+    `more` holds the questions and answers of further turns. Without `roles`, nothing says who speaks.
     """
 
     picture: int
@@ -38,7 +39,7 @@ class Row:
     instruction: str
     answer: str
     more: tuple[tuple[str, str], ...] = ()
-    options: tuple[str, ...] = ()
+    roles: bool = True
 
 
 @dataclass
@@ -104,23 +105,41 @@ def draw_pictures(
 
 
 def draw_lookups(seed: int, count: int) -> list[Row]:
-    """Dialogues without a picture about four options: the letter of each, and the option of two letters."""
+    """Rows without a picture: a list of options, then letters asked by name and names asked by letter.
+
+    Half of them are dialogues of `LOOKUP_TURNS` turns; the others are the bare names and letters, the same
+    lookup in fewer tokens.
+    """
     rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        row = _row(rng, NO_PICTURE, "lookups", letters(rng)[1][:1])
-        names = row.options
-        turns = [(f"And {names[i]}?", LETTERS[i]) for i in rng.permutation(len(names))]
-        turns += [(f"And option {LETTERS[i]}?", names[i]) for i in rng.permutation(len(names))[:2]]
-        row.more = tuple(turns[i] for i in rng.permutation(len(turns)))
-        rows.append(row)
-    return rows
+    names = any_names()
+    words = tuple(sorted({word for name in names for word in name.split()}))
+    return [_lookup(rng, words if rng.random() < 0.5 else names, rng.random() < 0.5) for _ in range(count)]
+
+
+def _lookup(rng: np.random.Generator, names: tuple[str, ...], roles: bool) -> Row:
+    options = [names[i] for i in rng.permutation(len(names))[: rng.integers(2, len(LETTERS) + 1)]]
+    shown = list_options(options)
+    if not roles:
+        asked = rng.integers(0, len(options), 2 * LOOKUP_TURNS)
+        turns = [(options[i], LETTERS[i]) for i in asked]
+        first = f"{shown} {turns[0][0]}"
+        return Row(NO_PICTURE, "lists", "letter", first, first, turns[0][1], tuple(turns[1:]), roles=False)
+    turns = []
+    for i in rng.integers(0, len(options), LOOKUP_TURNS):
+        forward = rng.random() < 0.7
+        asked = options[i] if forward else f"option {LETTERS[i]}"
+        asked = f"And {asked}?" if turns else f"{'Which option' if forward else 'What'} is {asked}?"
+        turns.append((asked, LETTERS[i] if forward else options[i]))
+    question, answer = turns[0]
+    form = "letter" if answer in LETTERS else "word"
+    text = f"{question} {shown}" if rng.random() < 0.7 else f"{shown} {question}"
+    return Row(NO_PICTURE, "lookups", form, question, text, answer, tuple(turns[1:]))
 
 
 def _row(rng: np.random.Generator, picture: int, maker: str, asks: list[Ask]) -> Row:
     ask = asks[int(rng.integers(len(asks)))]
     text = instruction(rng, ask.question, list(ask.options), ask.form)
-    return Row(picture, maker, ask.form, ask.question, text, ask.answer, options=ask.options)
+    return Row(picture, maker, ask.form, ask.question, text, ask.answer)
 
 
 @torch.no_grad()
@@ -146,18 +165,25 @@ def tokenize(features: Tensor, rows: list[Row], tokenizer: Tokenizer) -> Pool:
     bos, eos = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
     shown = {True: IMAGE * IMAGE_TOKENS + "\n", False: ""}
     prompts = tokenizer.encode_batch(
-        [f"USER: {shown[row.picture != NO_PICTURE]}{row.instruction} ASSISTANT:" for row in rows]
+        [
+            f"USER: {shown[row.picture != NO_PICTURE]}{row.instruction} ASSISTANT:"
+            if row.roles
+            else row.instruction
+            for row in rows
+        ]
     )
-    answers = [[*each.ids, eos] for each in tokenizer.encode_batch([f" {row.answer}" for row in rows])]
+    ends = {True: [eos], False: []}
+    told = tokenizer.encode_batch([f" {row.answer}" for row in rows])
+    answers = [each.ids + ends[row.roles] for each, row in zip(told, rows, strict=True)]
     texts = tokenizer.encode_batch([row.instruction for row in rows])
     ids = [[bos, *asked.ids, *told] for asked, told in zip(prompts, answers, strict=True)]
     labels = [[IGNORED] * (1 + len(asked.ids)) + told for asked, told in zip(prompts, answers, strict=True)]
     for i, row in enumerate(rows):
         for question, answer in row.more:
-            asked = tokenizer.encode(f"USER: {question} ASSISTANT:").ids
-            told = [*tokenizer.encode(f" {answer}").ids, eos]
-            ids[i] += asked + told
-            labels[i] += [IGNORED] * len(asked) + told
+            asked = tokenizer.encode(f"USER: {question} ASSISTANT:" if row.roles else f" {question}").ids
+            reply = tokenizer.encode(f" {answer}").ids + ends[row.roles]
+            ids[i] += asked + reply
+            labels[i] += [IGNORED] * len(asked) + reply
     return Pool(
         features,
         rows,

