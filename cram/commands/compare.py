@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
@@ -16,6 +17,7 @@ from cram.compare.comparison import (
     Comparison,
 )
 from cram.compare.entries import ABLATIONS, entries
+from cram.compare.search import search
 from cram.loading import BUILTIN, Sources
 from cram.methods import METHODS
 from cram.report.examples import gather_examples
@@ -34,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablations", nargs="*", metavar="A", help="of CRAM; without names all of them")
     parser.add_argument("--seeds", type=int, metavar="N", help="default: 3, quick 2")
     parser.add_argument("--quick", action="store_true", help="fewer steps and test samples")
+    text = "task orders: seed S learns the tasks in order S mod N (default: 1, the stream's own)"
+    parser.add_argument("--orders", default=1, type=int, metavar="N", help=text)
+    text = "first find each method's learning rate and ranks on a seed that is in no result"
+    parser.add_argument("--search", action="store_true", help=text)
     jobs = "runs at once, which share the threads"
     parser.add_argument("--jobs", default=1, type=int, metavar="N", help=jobs)
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="of all methods")
@@ -61,7 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
         data_root=arguments.data_root,
         tests=QUICK_TESTS if quick else None,
         device=arguments.device,
+        orders=arguments.orders,
     )
+    if arguments.search:
+        comparison = replace(comparison, found=search(comparison, arguments.jobs))
     report = run_comparison(comparison, arguments.jobs)
     print_table(report)
     print(f"table: {write_table(out, report)}")

@@ -13,7 +13,7 @@ from cram.learning.parallel.processes import joined, own_device
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 
-# Setting -> types.
+# Setting -> types. A run folder without `order` has the stream's own.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "stream": (str,),
     "limit": (int, type(None)),
@@ -21,6 +21,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "clip": (str, type(None)),
     "dtype": (str, type(None)),
+    "order": (int,),
 }
 
 
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{folder / RUN} must have the settings that `cram train` writes, got no {missing}")
     seed = read_config(record["identity"]["config"]).seed
     stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
+    stream = stream.in_order(settings.get("order", 0))
     if arguments.stream is None:
         stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))
     sources = Sources(settings["model"], settings["clip"], settings["dtype"])

@@ -27,6 +27,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="samples per split at most")
 
 
+def add_order(parser: argparse.ArgumentParser) -> None:
+    """Add `--order`."""
+    text = "0 for the stream's own order of tasks (default), another number for a shuffle of its own"
+    parser.add_argument("--order", default=0, type=int, metavar="N", help=text)
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--dtype`."""
     text = "float32, bfloat16 or float16 of the base (default: float32)"

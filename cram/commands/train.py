@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cram.atomic import write_json
-from cram.commands.options import add_data, add_device, add_dtype, parse_config
+from cram.commands.options import add_data, add_device, add_dtype, add_order, parse_config
 from cram.compare.base_row import measure_base
 from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner, Work
 from cram.learning.parallel.processes import by_first, joined, own_device
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "divide the base's weights between the processes (FSDP2), where it is too large for one GPU"
     parser.add_argument("--shard", action="store_true", help=text)
     add_data(parser)
+    add_order(parser)
     add_dtype(parser)
     add_device(parser)
 
@@ -54,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     }
     config = parse_config(arguments.config, arguments.stream, options)
     stream = load_stream(arguments.stream, config.seed, arguments.limit, arguments.data_root)
-    names = ("model", "clip", "dtype", "stream", "limit", "data_root")
+    stream = stream.in_order(arguments.order)
+    names = ("model", "clip", "dtype", "stream", "limit", "data_root", "order")
     settings = {name: _anywhere(getattr(arguments, name)) for name in names}
     work = Work(arguments.forwards, arguments.checkpoint_every, arguments.shard)
     out = Path(arguments.out)

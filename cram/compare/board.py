@@ -96,6 +96,10 @@ class Board:
             "threads": max(1, torch.get_num_threads() // self._jobs),
             "config": self._comparison.config.to_dict(),
         }
+        if self._comparison.orders > 1:
+            settings["orders"] = self._comparison.orders
+        if self._comparison.found:
+            settings["found"] = dict(self._comparison.found)
         found: dict[str, Any] = {"methods": shown["0"]} if len(shown) == 1 else {"seeds": shown}
         if (base := self._comparison.base(shown)) is not None:
             found["base"] = base

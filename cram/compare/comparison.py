@@ -2,6 +2,7 @@
 
     OUT/seeds/<seed>/<entry>/     the run folder, with comparison.json: what only a comparison measures
     OUT/seeds/<seed>/base/        accuracies and answers of the untrained base
+    OUT/search.json               each method's settings, if they were searched for (`cram.compare.search`)
     OUT/report.json               all runs together, rewritten after each run
 
 A comparison that was stopped goes on where it was. Runs may go side by side, each in a process of its own.
@@ -11,8 +12,8 @@ sums only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Comparison:
         stream: See `load_stream`, also for `limit` and `data_root`.
         tests: Maximum number of test samples per task. None keeps all.
         device: See `load_model`.
+        orders: Number of task orders. Seed s learns the tasks in order s % orders (`Stream.in_order`).
+        found: Method -> fields of the configuration that the method has in place of the common ones.
     """
 
     out: Path
@@ -68,18 +71,24 @@ class Comparison:
     data_root: str | None = None
     tests: int | None = None
     device: str | None = None
+    orders: int = 1
+    found: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tests"):
+        for name in ("seeds", "tests", "orders"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings that a run folder keeps beside the configuration. `cram eval` needs them."""
+        """Return the settings that all runs have in common beside the configuration."""
         names = ("stream", "limit", "data_root", "tests")
         sources = {name: getattr(self.sources, name) for name in ("model", "clip", "dtype")}
         return {**sources, **{name: getattr(self, name) for name in names}}
+
+    def config_of(self, method: str) -> CramConfig:
+        """Return the configuration that a method's entries change."""
+        return CramConfig.from_dict({**self.config.to_dict(), **self.found.get(method, {})})
 
     def base(self, seeds: Iterable[str]) -> dict[str, float] | None:
         """Return task -> mean accuracy of the untrained base over some seeds, or None if one has none."""
@@ -90,8 +99,8 @@ class Comparison:
         return {task: sum(each[task] for each in found) / len(found) for task in found[0]}
 
     def load_stream(self, seed: int) -> Stream:
-        """Load the stream of a seed, with test splits cut to `tests` samples."""
-        stream = load_stream(self.stream, seed, self.limit, self.data_root)
+        """Load the stream of a seed in its order, with test splits cut to `tests` samples."""
+        stream = load_stream(self.stream, seed, self.limit, self.data_root).in_order(seed % self.orders)
         if self.tests is None:
             return stream
         return Stream(
@@ -134,6 +143,39 @@ class Run:
         """True if everything has been measured."""
         return (self.folder / EXTRA).is_file()
 
+    def learn(self, stream: Stream, shown: bool = False) -> tuple[ContinualLearner, dict[str, Any]]:
+        """Learn and test what is missing.
+
+        Returns:
+            The learner, and the fields in which its configuration differs from the comparison's.
+        """
+        comparison = self.comparison
+        model, processor, encoder = comparison.sources.load(comparison.device)
+        config = comparison.config_of(self.entry.method)
+        average = None if self.after is None else self._average_rank(model)
+        found = comparison.found.get(self.entry.method, {})
+        changes = {**found, **self.entry.changes(config, len(stream.tasks), average)}
+        chosen = {"method": self.entry.method, "seed": self.seed}
+        learner = ContinualLearner(
+            model,
+            processor,
+            stream,
+            CramConfig.from_dict({**comparison.config.to_dict(), **changes, **chosen}),
+            out=self.folder,
+            encoder=encoder,
+            progress=shown,
+            settings={**comparison.settings, "order": self.seed % comparison.orders},
+        )
+        learner.run()
+        return learner, changes
+
+    def _average_rank(self, model: Any) -> int:
+        """The rank that follows CRAM's run, times the share by which this method's own size differs."""
+        comparison, cram = self.comparison, self.after
+        assert cram is not None
+        own, its = (comparison.config_of(name).rank_max for name in (self.entry.method, ABLATED))
+        return max(1, round(equal_rank(model, comparison.config, cram.folder) * own / its))
+
     def execute(self, stream: Stream | None = None, shown: bool = False) -> None:
         """Learn, test and measure everything that is missing.
 
@@ -143,22 +185,7 @@ class Run:
         """
         comparison = self.comparison
         stream = stream or comparison.load_stream(self.seed)
-        model, processor, encoder = comparison.sources.load(comparison.device)
-        average = None if self.after is None else equal_rank(model, comparison.config, self.after.folder)
-        changes = self.entry.changes(comparison.config, len(stream.tasks), average)
-        chosen = {"method": self.entry.method, "seed": self.seed}
-        config = CramConfig.from_dict({**comparison.config.to_dict(), **changes, **chosen})
-        learner = ContinualLearner(
-            model,
-            processor,
-            stream,
-            config,
-            out=self.folder,
-            encoder=encoder,
-            progress=shown,
-            settings=comparison.settings,
-        )
-        learner.run()
+        learner, changes = self.learn(stream, shown)
         if self.entry == comparison.entries[0]:
             measure_base(learner, self.folder.parent / BASE, shown)
         if not self.is_done:

@@ -1,8 +1,8 @@
 """The definition of `report.json`, the results of a run folder.
 
 Accuracies are percentages (0..100), times are seconds, and tasks are in the order of learning. The file has
-either `methods` (one seed) or `seeds` (several seeds, each with its own `methods`). The page and the pictures
-show means over the seeds.
+either `methods` (one seed) or `seeds` (several seeds, each with its own `methods`, perhaps in its own order
+of tasks). The page and the pictures show means over the seeds.
 
 The annotations are evaluated at run time, because `validate_report` reads the keys from these definitions.
 """
@@ -145,8 +145,8 @@ def validate_report(data: object) -> Report:
     seeds = _mapping(top["seeds"], "seeds")
     contents = {seed: _methods(methods, f"seeds.{seed}") for seed, methods in seeds.items()}
     first, *others = contents.values()
-    if any(other != first for other in others):
-        raise ValueError(f"seeds must all have the same methods and tasks in the same order, got {contents}")
+    if any((other[0], sorted(other[1])) != (first[0], sorted(first[1])) for other in others):
+        raise ValueError(f"seeds must all have the same methods and tasks, got {contents}")
     _base(top, first[1])
     return cast(Report, top)
 

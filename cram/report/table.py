@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cram.report.columns import Column, in_order, ranks, shown_columns, spread_text
+from cram.report.columns import Column, decimals, in_order, ranks, shown_columns, spread_text
+from cram.report.paired import differences
 from cram.report.schema import METRIC_NAMES, Report, by_seed
 from cram.report.summary import MethodSummary, Spread, summarise
 
@@ -48,7 +49,31 @@ def lines(report: Report) -> list[str]:
         *_remarks(methods),
         "",
         *[f"- **{method.name}**: {method.note}" for method in methods if method.note],
+        *_paired(report),
+        *_found(report.get("settings", {}).get("found", {})),
     ]
+
+
+def _paired(report: Report) -> list[str]:
+    """Every method against CRAM, seed by seed."""
+    rows = []
+    for each in differences(report):
+        last = f"{decimals(each.last.mean)} ± {decimals(each.error)}"
+        rows.append(f"| {each.name} | {last} | {each.ahead} of {each.seeds} |")
+    heading = ["", "## Differences to CRAM, seed by seed", ""]
+    columns = ["| method | Last, in points ± standard error | seeds ahead |", "|---|---:|---:|"]
+    return [*heading, *columns, *rows] if rows else []
+
+
+def _found(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the search chose for each method."""
+    rows = [
+        f"| {method} | {fields['learning_rate']:.2g} | {fields['rank_max']} |"
+        for method, fields in found.items()
+    ]
+    heading = ["", "## Settings found on a seed that is in no result", ""]
+    columns = ["| method | learning rate | largest rank |", "|---|---:|---:|"]
+    return [*heading, *columns, *rows] if rows else []
 
 
 def _seeds(count: int) -> str:
@@ -56,7 +81,7 @@ def _seeds(count: int) -> str:
 
 
 def _setting(settings: dict[str, Any]) -> str:
-    shown = {key: value for key, value in settings.items() if key != "config" and value is not None}
+    shown = {key: value for key, value in settings.items() if key not in ("config", "found")}
     shown.update(
         {key: settings["config"][key] for key in ("max_steps", "batch_size") if "config" in settings}
     )

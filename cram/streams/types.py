@@ -5,6 +5,7 @@ Pillow is imported where an image is opened. So `import cram` and streams withou
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,19 @@ class Stream:
             raise ValueError(f"stream {self.name!r} must have at least one task, got none")
         if len(set(names)) != len(names):
             raise ValueError(f"task names of stream {self.name!r} must be unique, got {names}")
+
+    def in_order(self, order: int) -> Stream:
+        """The same tasks in another order: 0 is the stream's own, every other number a shuffle of its own.
+
+        Raises:
+            ValueError: If `order` is negative.
+        """
+        if order < 0:
+            raise ValueError(f"order must be at least 0, got {order}")
+        tasks = list(self.tasks)
+        if order:
+            random.Random(order).shuffle(tasks)
+        return Stream(self.name, tuple(tasks))
 
     @staticmethod
     def from_datasets(name: str, tasks: Mapping[str, Any], **options: Any) -> Stream:

@@ -120,15 +120,14 @@ def _lookup(rng: np.random.Generator, names: tuple[str, ...], roles: bool) -> Ro
     options = [names[i] for i in rng.permutation(len(names))[: rng.integers(2, len(LETTERS) + 1)]]
     shown = list_options(options)
     if not roles:
-        asked = rng.integers(0, len(options), 2 * LOOKUP_TURNS)
-        turns = [(options[i], LETTERS[i]) for i in asked]
-        first = f"{shown} {turns[0][0]}"
-        return Row(NO_PICTURE, "lists", "letter", first, first, turns[0][1], tuple(turns[1:]), roles=False)
-    turns = []
+        named = [(options[i], LETTERS[i]) for i in rng.integers(0, len(options), 2 * LOOKUP_TURNS)]
+        first = f"{shown} {named[0][0]}"
+        return Row(NO_PICTURE, "lists", "letter", first, first, named[0][1], tuple(named[1:]), roles=False)
+    turns: list[tuple[str, str]] = []
     for i in rng.integers(0, len(options), LOOKUP_TURNS):
         forward = rng.random() < 0.7
-        asked = options[i] if forward else f"option {LETTERS[i]}"
-        asked = f"And {asked}?" if turns else f"{'Which option' if forward else 'What'} is {asked}?"
+        thing = options[i] if forward else f"option {LETTERS[i]}"
+        asked = f"And {thing}?" if turns else f"{'Which option' if forward else 'What'} is {thing}?"
         turns.append((asked, LETTERS[i] if forward else options[i]))
     question, answer = turns[0]
     form = "letter" if answer in LETTERS else "word"

@@ -126,3 +126,14 @@ def test_streams_have_distinct_tasks() -> None:
         Stream("s", (task, task))
     with pytest.raises(ValueError, match="stream 's' must have at least one task"):
         Stream("s", ())
+
+
+def test_an_order_is_the_same_tasks_shuffled_and_the_same_each_time() -> None:
+    tasks = tuple(Task(str(index), (), (), "exact_match", 4) for index in range(10))
+    stream = Stream("toy", tasks)
+    assert stream.in_order(0) == stream
+    orders = [stream.in_order(number).tasks for number in range(4)]
+    assert len(set(orders)) == 4 and all(set(order) == set(tasks) for order in orders)
+    assert stream.in_order(3).tasks == orders[3]
+    with pytest.raises(ValueError, match="order must be at least 0, got -1"):
+        stream.in_order(-1)
