@@ -13,12 +13,12 @@ from cram.compare.comparison import (
     QUICK,
     QUICK_SEEDS,
     QUICK_TESTS,
-    SMALL_BASE,
+    SETTINGS,
     Comparison,
 )
 from cram.compare.entries import ABLATIONS, entries
 from cram.compare.search import search
-from cram.loading import BUILTIN, Sources
+from cram.loading import Sources
 from cram.methods import METHODS
 from cram.report.examples import gather_examples
 from cram.report.page import write_page
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is not done yet; print the table, write table and page."""
     refuse_several_processes("compare")
     quick = arguments.quick
-    defaults = {**(SMALL_BASE if arguments.model == BUILTIN else {}), **(QUICK if quick else {})}
+    defaults = {**SETTINGS.get(arguments.model, {}), **(QUICK if quick else {})}
     methods = tuple(METHODS) if arguments.methods is None else arguments.methods
     ablations = tuple(ABLATIONS) if arguments.ablations == [] else arguments.ablations or ()
     out = Path(arguments.out)

@@ -29,7 +29,7 @@ from cram.config import CramConfig
 from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
 from cram.learning.replay import all_kept_samples
-from cram.loading import BUILTIN, Sources
+from cram.loading import BUILTIN, BUILTIN_REAL, Sources
 from cram.methods import METHODS
 from cram.report.examples import BASE
 from cram.report.schema import MethodReport, Report, Stored, validate_report
@@ -39,6 +39,8 @@ EXTRA = "comparison.json"
 # The built-in base is a thousandth of a real model and takes larger steps. An epoch of its stream has 80
 # steps.
 SMALL_BASE: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 16, "eval_batch_size": 128}
+# Shipped base -> its settings. At width 512 a novelty threshold of 0.99 rejects random directions.
+SETTINGS = {BUILTIN: SMALL_BASE, BUILTIN_REAL: {**SMALL_BASE, "overlap_ratio": 9.0}}
 # Half of the steps and a quarter of the tests. One run takes about a minute on two cores.
 QUICK: dict[str, Any] = {"max_steps": 40}
 QUICK_TESTS, QUICK_SEEDS, FULL_SEEDS = 64, 2, 3

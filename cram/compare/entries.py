@@ -74,7 +74,18 @@ ABLATIONS: dict[str, Ablation] = {
         "every expert has rank_max rows in every module",
     ),
     "no-novelty-filter": Ablation(
-        lambda config: {"tau_orth": 0.0}, "directions are kept by strength alone and are not projected"
+        lambda config: {"tau_orth": 0.0, "overlap_ratio": 0.0},
+        "directions are kept by strength alone and are not projected",
+    ),
+    "rank-after-training": Ablation(
+        lambda config: {
+            "warmup_fraction": 0.95,
+            "rank_min": config.rank_max,
+            "tau_orth": 0.0,
+            "overlap_ratio": 0.0,
+            "penalty_weight": 0.0,
+        },
+        "the buffer trains for almost all steps, then its strongest rank_max directions are kept everywhere",
     ),
     "no-penalty": Ablation(
         lambda config: {"penalty_weight": 0.0},

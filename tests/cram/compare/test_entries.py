@@ -49,7 +49,14 @@ def test_ablations_change_exactly_their_fields() -> None:
         "no-centroid-routing": {"sigma": 1e6},
         "no-groups": {"max_groups": 1},
         "fixed-rank": {"rank_min": 9},
-        "no-novelty-filter": {"tau_orth": 0.0},
+        "no-novelty-filter": {"tau_orth": 0.0, "overlap_ratio": 0.0},
+        "rank-after-training": {
+            "warmup_fraction": 0.95,
+            "rank_min": 9,
+            "tau_orth": 0.0,
+            "overlap_ratio": 0.0,
+            "penalty_weight": 0.0,
+        },
         "no-penalty": {"penalty_weight": 0.0},
         "as-released": {"released_code": True},
     }
