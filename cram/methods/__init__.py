@@ -14,6 +14,7 @@ from cram.methods.keeplora import KeepLoraMethod
 from cram.methods.many import ManyMethod
 from cram.methods.moelora import MoELoraMethod
 from cram.methods.olora import OLoraMethod
+from cram.methods.same import SameMethod
 from cram.methods.smolora import SMoLoraMethod
 
 METHODS: dict[str, type[Method]] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         MoELoraMethod,
         BranchLoraMethod,
         SMoLoraMethod,
+        SameMethod,
         OLoraMethod,
         ManyMethod,
         HideMethod,
