@@ -80,6 +80,7 @@ class CramConfig:
     overlap_weight: float = 0.5  # code: O-LoRA's; its public ports to LLaVA have 0.05 or 0.5
     instruction_types: bool = False  # code: SMoLoRA's instruction feature is one per task, see there
     merge_by_inputs: bool = False  # ours: True merges MAny's LoRAs by the inputs, not by the rows of A
+    fuse_products: bool = False  # ours: True adds up HiDe's products B A, and its top layer takes one task
     released_code: bool = False  # ours: True reproduces the released code where it differs from the paper
     target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA
     method: str = "cram"  # ours: a name in cram.methods.METHODS

@@ -5,6 +5,9 @@ add up the A and the B of all tasks separately, (sum_t B_t)(sum_t A_t), cross te
 weighs the tasks' LoRAs by softmax_t((cos(v, image_t) + cos(u, text_t)) / 2 / 0.1). The anchors image_t and
 text_t are the means of a task's training features. A sample without an image has cosine 0 with every image_t.
 
+With `fuse_products` it is the variant of a public port: the lower layers add up the products, sum_t B_t A_t,
+and the top layer takes the task with the largest weight alone.
+
 Own readings:
 * Rank and projections are the configuration's, so that methods are compared at equal size.
 * v and u are this package's query: CLIP's projected image feature and its text model's pooled output.
@@ -79,6 +82,9 @@ class HideMethod(Method):
             assert query is not None
             anchors = self._image.rows, self._text.rows
             gates = anchor_gates(query, *anchors, batch_maximum=self.config.released_code)
+            if self.config.fuse_products:
+                below = gates.new_ones(layers - 1, *gates.shape)
+                return Route(torch.cat([below, best_alone(gates)[None]]))
         return Route(gates.expand(layers, -1, -1))
 
     def export_state(self) -> MethodState:
@@ -96,7 +102,9 @@ class HideMethod(Method):
         self._fuse()
 
     def _fuse(self) -> None:
-        """Fuse the experts of every module below the top layer."""
+        """Fuse the experts of every module below the top layer, unless their products are added up."""
+        if self.config.fuse_products:
+            return
         indices = range(self.cram.num_experts)
         below = {p: m for p, m in self.cram.modules.items() if m.layer < self.cram.num_layers - 1}
         self.cram.set_solo(
@@ -107,6 +115,11 @@ class HideMethod(Method):
 def fused(parts: Sequence[Factors]) -> Factors:
     """Return the sum of the a [r, D_in] and the sum of the b [D_out, r] of LoRAs of one rank."""
     return torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)
+
+
+def best_alone(gates: Tensor) -> Tensor:
+    """Return gates [S, E] that are 1 for the largest weight of each sample and 0 elsewhere."""
+    return torch.zeros_like(gates).scatter(-1, gates.argmax(-1, keepdim=True), 1.0)
 
 
 def anchor_gates(query: Query, image: Tensor, text: Tensor, batch_maximum: bool = False) -> Tensor:

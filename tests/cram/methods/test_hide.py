@@ -125,11 +125,11 @@ def test_an_absent_image_has_cosine_zero() -> None:
     torch.testing.assert_close(anchor_gates(asked, images, texts)[0], wanted)
 
 
-def learnt(tasks: int) -> tuple[Any, Any, AttachedModel]:
+def learnt(tasks: int, **changes: Any) -> tuple[Any, Any, AttachedModel]:
     """A LLaVA after tasks whose LoRAs and anchors are random."""
     clip = factories.clip_model()
     model, processor = factories.llava(clip=clip), factories.llava_processor()
-    config = runs.config(method="hide", dropout=0.0)
+    config = runs.config(method="hide", dropout=0.0, **changes)
     cram = attach(model, config, factories.clip_encoder(model, clip), processor)
     for task in range(tasks):
         cram.method.begin_task(f"task{task}", 5)
@@ -160,6 +160,23 @@ def test_layers_below_the_top_are_fused_and_the_top_is_weighed() -> None:
         else:
             update = sum(b for _, b in pairs) @ sum(a for a, _ in pairs)
         module.base.weight += 2.0 * update
+    with cram.disabled():
+        torch.testing.assert_close(found, model(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_products_add_up_below_the_top_and_the_top_takes_one_task() -> None:
+    model, processor, cram = learnt(3, fuse_products=True)
+    batch = processor(text=[prompt(QUESTIONS[1])], images=[image(9)], return_tensors="pt")
+    found = model(**batch).logits
+    asked = cram.encode([QUESTIONS[1]], [[image(9)]])
+    best = anchor_gates(asked, *cram.method.export_state().tensors.values())[0].argmax()
+    for module in cram.modules.values():
+        assert module.solo is None
+        products = [b @ a for a, b in module.factors(range(3))]
+        module.base.weight += 2.0 * (
+            products[best] if module.layer == factories.LAYERS - 1 else sum(products)
+        )
     with cram.disabled():
         torch.testing.assert_close(found, model(**batch).logits, atol=1e-4, rtol=1e-4)
 
