@@ -200,3 +200,12 @@ def test_the_three_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "README", "exec"), scope)
     assert (tmp_path / "runs/bundle/experts/colour/adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, which would end the compilation
+def test_a_compiled_model_learns_the_same(whole: list[CramTrainer], tmp_path: Path) -> None:
+    made = learnt(tmp_path, same_group(), torch_compile=True, torch_compile_backend="aot_eager")
+    for name in ("cross_entropy", "penalty"):
+        for compiled, plain in zip(made, whole, strict=True):
+            torch.testing.assert_close(logged(compiled, name), logged(plain, name), rtol=1e-4, atol=1e-5)
