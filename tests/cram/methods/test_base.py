@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,13 @@ def train(made: ContinualLearner, index: int) -> None:
         seed=task_seed(0, index),
         bar=ProgressBar("", 5, shown=False),
     )
+
+
+def each_kind_of_state() -> Iterator[Any]:
+    """All methods; those whose state is of a kind that another has too are slow tests."""
+    for method in METHODS:
+        quick = method in ("cram", "branchlora", "keeplora", "same")
+        yield pytest.param(method, marks=[] if quick else pytest.mark.slow)
 
 
 @pytest.fixture(params=METHODS)
@@ -224,7 +232,7 @@ def test_detach_restores_the_model_and_a_bundle_without_experts_is_legal(method:
     assert load(model, tmp_path / "b", encoder).num_experts == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(each_kind_of_state()))
 def test_a_kill_while_saving_repeats_nothing_and_ends_the_same(method: str, tmp_path: Path) -> None:
     """The kill hits the second task's bundle; the rerun is the uninterrupted run, and its report is valid."""
     first = runs.learner(tmp_path / "run", method)
