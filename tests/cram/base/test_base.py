@@ -81,7 +81,7 @@ def test_answers_its_own_mixture(loaded: Any) -> None:
     tokenizer = type(tokenizer).from_str(
         json.dumps({**json.loads(tokenizer.to_str()), "post_processor": None})
     )
-    pool = tokenize(draw_rows(seed=99, count=256, workers=1), tokenizer)
+    pool = tokenize(draw_rows(seed=99, count=96, workers=1), tokenizer)
     losses = Losses(loaded[0], None, tokenizer)  # type: ignore[arg-type]
     told = json.loads((base_folder() / "training.json").read_text())["held_out_accuracy"]
     found = accuracy_by_kind(losses, pool)
