@@ -13,6 +13,8 @@ from transformers import CompileConfig
 
 from cram.attach import attach
 from cram.config import CramConfig
+from cram.model.state import ForwardState
+from cram.routing.query import Route
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
 
@@ -109,3 +111,22 @@ def test_inductor_compiles_forward_and_decoding() -> None:
     # Inductor adds in another order: 1e-4 of logits up to about 10.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert answers(model, batch, "inductor") == tokens
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, which would end the compilation
+def test_a_linear_is_one_graph_in_both_stages_of_training() -> None:
+    model, encoder = factories.fresh()
+    cram = attach(model, CramConfig(dropout=0.0), encoder, factories.llava_processor())
+    cram.method.begin_task("task", 40)
+    model.train()
+    query = cram.encode([QUESTIONS[0]], [[image(0)]])
+    linear = next(iter(cram.modules.values()))
+    x = torch.randn(1, 3, linear.in_features)
+    for step in (0, 2):  # the buffer, the expert
+        cram.method.before_step(step)
+        cram.method.observe(query)
+        linear.current.state = ForwardState(Route(torch.ones(cram.num_layers, 1, cram.num_experts)))
+        wanted = linear(x)
+        found = torch.compile(linear, backend=counting, fullgraph=True)(x)
+        torch.testing.assert_close(found, wanted)
+    assert len(GRAPHS) == 2
