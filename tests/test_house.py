@@ -185,6 +185,7 @@ ROOMS = (
     "console",
     "config",
     "families",
+    "values",
     "scoring",
     "streams",
     "base",

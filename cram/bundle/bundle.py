@@ -46,7 +46,7 @@ from cram.bundle.tensors import check_tensors
 from cram.families import family_of, match_linears
 from cram.methods import METHODS
 from cram.model.attached import AttachedModel
-from cram.model.frozen.identity import check_base_values
+from cram.model.frozen.identity import base_values, check_base_values, check_older_values
 from cram_kernels import PackedExperts
 
 
@@ -166,15 +166,15 @@ def _describe(
     experts = [
         {"name": name, "ranks": cram.expert_ranks(index)} for index, name in enumerate(cram.expert_names)
     ]
-    base = cram.base_values
     return {
         "format": FORMAT_VERSION,
         "family": cram.family.name,
-        **({} if base is None else {"base_values": base}),
+        "base_values": cram.base_values,
         "config": cram.config.to_dict(),
         "encoder": {
             **{name: kind(getattr(encoder, name)) for name, kind in ENCODER_FIELDS.items()},
             "sha256": encoder.sha256,
+            "values": encoder.values,
         },
         "num_layers": cram.num_layers,
         "modules": {path: [m.in_features, m.out_features] for path, m in cram.modules.items()},
@@ -220,7 +220,11 @@ def _check_base(model: nn.Module, description: Description, folder: Path) -> dic
     for name, sizes in description.modules.items():
         if found[name] != sizes:
             raise ValueError(f"{name} must have (in, out) sizes {sizes} as in {folder}, got {found[name]}")
-    check_base_values(description.base_values, linears, folder)
+    if description.base_values is not None:
+        values = base_values(model) if cram is None else cram.base_values
+        check_base_values(description.base_values, values, folder)
+    if description.older_values is not None:
+        check_older_values(description.older_values, list(linears.values()), folder)
     return linears
 
 

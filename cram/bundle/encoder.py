@@ -10,6 +10,9 @@ from torch import nn
 from cram.bundle.format import Description
 from cram.loading import load_encoder
 from cram.routing.clip import ClipEncoder
+from cram.values import differing
+
+NAMES_SHOWN = 3
 
 
 def check_encoder(encoder: Any, description: Description, folder: Path) -> None:
@@ -28,10 +31,13 @@ def check_encoder(encoder: Any, description: Description, folder: Path) -> None:
             raise ValueError(
                 f"{name} of the encoder must be {wanted} as in {folder}, got {getattr(encoder, name)}"
             )
-    if (wanted := description.encoder.get("sha256")) not in (None, encoder.sha256):
+    wanted = description.encoder.get("sha256")
+    far = differing(description.encoder["values"], encoder.values) if description.encoder["values"] else []
+    if wanted not in (None, encoder.sha256) or far:
+        where = f" in {', '.join(far[:NAMES_SHOWN])}" if far else ""
         raise ValueError(
             f"encoder must be the CLIP that {folder} was trained with "
-            f"({description.encoder['source']!r}), got other weights from {encoder.source!r}"
+            f"({description.encoder['source']!r}), got other weights from {encoder.source!r}{where}"
         )
 
 

@@ -12,6 +12,8 @@ import hashlib
 import math
 import re
 import stat
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from cram.atomic import read_json, recover_folder
 from cram.bundle.peft_folder import CONFIG_FILE, WEIGHTS_FILE, adapter_spec, max_config_bytes
 from cram.bundle.tensors import Spec, max_file_bytes
 from cram.config import CramConfig, read_config
+from cram.values import Values
 
-FORMAT_VERSION = 3
-# Formats 1 and 2 keep CRAM's centroids and prototypes in a file of their own, also for other methods (zeros
-# there); 1 does not say which method made it.
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+# Format 3 has values of two weights of the base. Formats 1 and 2 keep CRAM's centroids and prototypes in a
+# file of their own, also for other methods (zeros there); 1 does not say which method made it.
+READABLE = (1, 2, 3, 4)
 MANIFEST, DESCRIPTION, ROUTER = "manifest.json", "cram.json", "router.safetensors"
 METHOD, SHARED_A = "method.safetensors", "shared_a.safetensors"
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -51,6 +54,7 @@ _FIELDS: dict[int, dict[str, type]] = {
     1: {**_COMMON, "groups": dict},
     2: {**_COMMON, "groups": dict, "method": dict},
     3: {**_COMMON, "shared_a": bool, "method": dict},
+    4: {**_COMMON, "shared_a": bool, "method": dict, "base_values": dict},
 }
 ENCODER_FIELDS: dict[str, type] = {
     "source": str,
@@ -58,6 +62,7 @@ ENCODER_FIELDS: dict[str, type] = {
     "image_dim": int,
     "reuses_vision_tower": bool,
 }
+_ENCODER_WEIGHTS: dict[str, type] = {"sha256": str, "values": dict}
 _EXPERT_FIELDS: dict[str, type] = {"name": str, "ranks": dict}
 _OLDER_EXPERT_FIELDS: dict[str, type] = {**_EXPERT_FIELDS, "group": int}
 _GROUP_FIELDS: dict[str, type] = {"counts": list, "locks": dict}
@@ -81,8 +86,10 @@ class Description:
         format: Format of the bundle.
         config: The configuration, which names the method.
         family: Model family.
-        base_values: Some of the base's weights; see `cram.model.frozen.identity`. Older bundles have none.
-        encoder: The CLIP that routes; see `ENCODER_FIELDS`. Older bundles have no `sha256` of its weights.
+        base_values: Values of the base's weights; see `cram.model.frozen.identity`. None before format 4.
+        older_values: Values of the first and the last adapted weight, in format 3 alone; not all have them.
+        encoder: The CLIP that routes; see `ENCODER_FIELDS`. Older bundles have no `sha256` and no `values` of
+            its weights.
         num_layers: Decoder layers.
         modules: Full module path -> (D_in, D_out), in model order.
         experts: The experts in order.
@@ -95,7 +102,8 @@ class Description:
     format: int
     config: CramConfig
     family: str
-    base_values: tuple[float, ...] | None
+    base_values: Values | None
+    older_values: tuple[float, ...] | None
     encoder: dict[str, Any]
     num_layers: int
     modules: dict[str, tuple[int, int]]
@@ -174,8 +182,8 @@ def describe(folder: Path) -> Description:
         raise ValueError(f"{file} must have at most {limit} bytes for its experts, got {size}")
     _check_hash(folder, DESCRIPTION, listed)
     data = read_json(file, limit)
-    values = {"base_values": list} if isinstance(data, dict) and "base_values" in data else {}
-    _check_fields(data, _FIELDS[version] | values, str(file))
+    older = version < 4 and isinstance(data, dict) and "base_values" in data
+    _check_fields(data, _FIELDS[version] | ({"base_values": list} if older else {}), str(file))
     if data["format"] != version:
         raise ValueError(
             f"{folder}: format of {DESCRIPTION} must be {version} as in {MANIFEST}, got {data['format']}"
@@ -273,8 +281,9 @@ def _check_fields(value: Any, fields: dict[str, type], where: str) -> None:
 
 def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Description:
     version = data["format"]
-    hashed = isinstance(data["encoder"], dict) and "sha256" in data["encoder"]
-    _check_fields(data["encoder"], ENCODER_FIELDS | ({"sha256": str} if hashed else {}), "encoder")
+    older = version < 4 and "base_values" in data
+    known = {name: kind for name, kind in _ENCODER_WEIGHTS.items() if name in data["encoder"]}
+    _check_fields(data["encoder"], ENCODER_FIELDS | (_ENCODER_WEIGHTS if version > 3 else known), "encoder")
     modules = {name: _sizes(name, shape) for name, shape in data["modules"].items()}
     shared = data.get("shared_a", False)
     experts = _parse_experts(
@@ -292,8 +301,9 @@ def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Descripti
         format=version,
         config=config,
         family=data["family"],
-        base_values=_parse_base_values(data.get("base_values")),
-        encoder=data["encoder"],
+        base_values=_named_values("base_values", data["base_values"]) if version > 3 else None,
+        older_values=_finite("base_values", data["base_values"]) if older else None,
+        encoder={**data["encoder"], "values": _named_values("encoder", data["encoder"].get("values", {}))},
         num_layers=data["num_layers"],
         modules=modules,
         experts=experts,
@@ -304,11 +314,15 @@ def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Descripti
     )
 
 
-def _parse_base_values(values: list[Any] | None) -> tuple[float, ...] | None:
-    if values is None:
-        return None
+def _named_values(field: str, values: Any) -> Values:
+    if not isinstance(values, dict) or not all(isinstance(each, list) for each in values.values()):
+        raise ValueError(f"values in {field} must be lists by name, got {values!r:.200}")
+    return {name: array("d", _finite(field, each)) for name, each in values.items()}
+
+
+def _finite(field: str, values: Sequence[Any]) -> tuple[float, ...]:
     if not all(type(value) is float and math.isfinite(value) for value in values):
-        raise ValueError(f"base_values must be finite numbers, got {values!r:.200}")
+        raise ValueError(f"values in {field} must be finite numbers, got {values!r:.200}")
     return tuple(values)
 
 

@@ -25,6 +25,8 @@ RUN_FIELDS: Fields = {"format": int, "identity": dict, "settings": dict}
 IDENTITY_FIELDS: Fields = {"method": str, "config": dict, "stream": dict, "model": dict}
 STREAM_FIELDS: Fields = {"name": str, "tasks": list, "sha256": str}
 MODEL_FIELDS: Fields = {"family": str, "dtype": str, "modules": int, "encoder": list, "sha256": str}
+# What the records of earlier versions lack.
+LATER_FIELDS: Mapping[str, Fields] = {"stream": {"pictures": str}, "model": {"weights": str}}
 TRAINING_FIELDS: Fields = {"seconds": NUMBER, "loss": NUMBER}
 RESULT_FIELDS: Fields = {"accuracies": list, "seconds": NUMBER, "routing": dict}
 ROUTING_FIELDS: Fields = {"group_accuracy": NUMBER, "expert_accuracy": NUMBER, "mean_gates": dict}
@@ -43,8 +45,10 @@ def run_record(file: Path, version: int) -> dict[str, Any]:
     if run["format"] != version:
         raise ValueError(f"format of {file} must be {version}, got {run['format']!r:.100}")
     identity = _fields(run["identity"], IDENTITY_FIELDS, f"{file}: identity")
-    stream = _fields(identity["stream"], STREAM_FIELDS, f"{file}: identity.stream")
-    _fields(identity["model"], MODEL_FIELDS, f"{file}: identity.model")
+    for name, fields in (("stream", STREAM_FIELDS), ("model", MODEL_FIELDS)):
+        later = {key: kind for key, kind in LATER_FIELDS[name].items() if key in identity[name]}
+        _fields(identity[name], {**fields, **later}, f"{file}: identity.{name}")
+    stream = identity["stream"]
     tasks = stream["tasks"]
     if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
         raise ValueError(f"{file}: tasks must be distinct names, got {tasks!r:.200}")

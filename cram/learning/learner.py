@@ -42,6 +42,7 @@ from cram.learning.run_folder import (
     manifest_digest,
     model_identity,
     stream_identity,
+    without_later,
 )
 from cram.learning.schedule import task_seed, total_steps
 from cram.learning.training import train_task
@@ -224,7 +225,7 @@ class ContinualLearner:
 
     def _checkpoints(self, index: int) -> TaskCheckpoints:
         """The checkpoints of a task. They belong to this configuration and to the state before the task."""
-        of = {"identity": digest_of(self._identity), "before": self.folder.state_before(index)}
+        of = {"identity": digest_of(without_later(self._identity)), "before": self.folder.state_before(index)}
         return TaskCheckpoints(
             self.folder.task(index) / "checkpoints",
             self._work.checkpoint_every,

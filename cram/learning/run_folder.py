@@ -18,21 +18,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cram.atomic import LOCK, PARTIAL, locked, recover_folder, write_json
 from cram.bundle.format import MANIFEST, read_description
-from cram.bundle.records import MAX_RECORD_BYTES, OWNERS, result_record, sealed, training_record
+from cram.bundle.records import LATER_FIELDS, MAX_RECORD_BYTES, OWNERS, result_record, sealed, training_record
 from cram.bundle.runs import RUN, RUN_FORMAT, read_run
 from cram.config import read_config
 from cram.methods import Method
 from cram.model.attached import AttachedModel
 from cram.report.schema import MethodReport, Report, validate_report
 from cram.scoring.continual import continual_metrics
-from cram.streams.types import Sample, Stream
+from cram.streams.digests import pictures_digest, said
+from cram.streams.types import Stream
+from cram.values import Values
 
 TRAINING, RESULT = "training.json", "result.json"
 # What a process leaves behind that dies before `run.json` is there.
@@ -147,6 +149,10 @@ class RunFolder:
         config = read_config({**record["config"], "method": record["method"]}).to_dict()
         del config["method"]
         stored, wanted = _flat({**record, "config": config}), _flat(identity)
+        for name, fields in LATER_FIELDS.items():
+            for key in fields:
+                if key not in record[name]:  # a run of an earlier version
+                    wanted.pop(f"{name}.{key}", None)
         if stored != wanted:
             keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
             listed = ", ".join(f"{key} = {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
@@ -261,14 +267,22 @@ def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
 
 
 def stream_identity(stream: Stream) -> dict[str, Any]:
-    """Return name, tasks, and one fingerprint of the ids, instructions and answers of all samples."""
+    """Return name, tasks, one fingerprint of the ids, instructions and answers of all samples, and one of
+    their pictures."""
     digest = hashlib.sha256()
+    samples = []
     for task in stream.tasks:
         digest.update(repr((task.name, task.scorer, task.max_new_tokens)).encode())
-        for split in (task.train, task.test):
-            for sample in split:
-                digest.update(_said(sample))
-    return {"name": stream.name, "tasks": [task.name for task in stream.tasks], "sha256": digest.hexdigest()}
+        for sample in (*task.train, *task.test):
+            digest.update(said(sample))
+            samples.append(sample)
+    names = [task.name for task in stream.tasks]
+    return {
+        "name": stream.name,
+        "tasks": names,
+        "sha256": digest.hexdigest(),
+        "pictures": pictures_digest(samples),
+    }
 
 
 def manifest_digest(bundle: Path) -> str:
@@ -276,30 +290,35 @@ def manifest_digest(bundle: Path) -> str:
     return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
 
 
-def sample_digest(samples: Sequence[Sample]) -> str:
-    """Return the sha256 of the ids, instructions and answers of some samples."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(_said(sample))
-    return digest.hexdigest()
-
-
-def _said(sample: Sample) -> bytes:
-    return repr((sample.id, sample.instruction, sample.accepted, len(sample.images))).encode()
-
-
 def model_identity(cram: AttachedModel, model: Any) -> dict[str, Any]:
-    """Return family, dtype, and a fingerprint of the first and the last adapted weight."""
+    """Return family, dtype, a fingerprint of the first and the last adapted weight, and one of some values
+    of every weight of the base and of the encoder."""
     digest = hashlib.sha256()
-    modules = list(cram.modules.values())
+    encoder, modules = cram.encoder, list(cram.modules.values())
     for module in (modules[0], modules[-1]):
         digest.update(module.weight.detach().float().cpu().numpy().tobytes())
     return {
         "family": cram.family.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "modules": len(modules),
-        "encoder": [cram.encoder.text_dim, cram.encoder.image_dim],
+        "encoder": [encoder.text_dim, encoder.image_dim],
         "sha256": digest.hexdigest(),
+        "weights": digest_of([encoder.sha256, *_values(cram.base_values), *_values(encoder.values)]),
+    }
+
+
+def _values(found: Values) -> list[list[float]]:
+    """Values without the names of their weights, which differ between versions of transformers."""
+    return sorted(list(each) for each in found.values())
+
+
+def without_later(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity as earlier versions wrote it."""
+    return {
+        name: {key: value for key, value in part.items() if key not in LATER_FIELDS.get(name, ())}
+        if isinstance(part, dict)
+        else part
+        for name, part in identity.items()
     }
 
 

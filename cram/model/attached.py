@@ -22,6 +22,7 @@ from cram.routing.clip import ClipEncoder
 from cram.routing.pictures import through_tiles
 from cram.routing.prompts import PromptReader
 from cram.routing.query import Query, Route, Routes
+from cram.values import Values
 from cram_kernels import PackedExperts
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class AttachedModel:
         self.projector: nn.Module | None = None if projector is None else model.get_submodule(projector)
         self._required_grad = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        linears = {path: linear for path, (_, linear) in self.report.modules.items()}
-        self._values_at_attach = base_values(linears)
+        self._values_at_attach = base_values(model)
         self._current = Current()
         self.modules: dict[str, ExpertLinear] = {}
         for path, (layer, linear) in self.report.modules.items():
@@ -103,13 +103,12 @@ class AttachedModel:
         return next(iter(self.modules.values())).device
 
     @property
-    def base_values(self) -> list[float] | None:
-        """Some of the base's weights, as `cram.model.frozen.identity` compares them.
+    def base_values(self) -> Values:
+        """Some values of every weight of the base, as `cram.model.frozen.identity` compares them.
 
-        They are those at `attach` where the weights have been sharded, quantised or offloaded since.
+        They are those at `attach` where a weight has been sharded, quantised or offloaded since.
         """
-        now = base_values({path: module.base for path, module in self.modules.items()})
-        return self._values_at_attach if now is None else now
+        return {**self._values_at_attach, **base_values(self._model)}
 
     @property
     def num_experts(self) -> int:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from cram.families import family_of
 from cram.routing.query import Query
+from cram.values import Values, some_values
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CACHED_TEXTS = 16_384  # at 768 floats a text, 50 MB
 IMAGES_A_PASS = 64
+VALUES_PER_WEIGHT = 4  # that tell an encoder
 KEYS_SHOWN = 4
 LEGACY_END_ID = 2  # CLIP configs of old name this id wrongly; transformers then pools at the largest token id
 
@@ -106,8 +108,8 @@ class ClipEncoder:
     def sha256(self) -> str:
         """Hash of some of the weights, by which two encoders of equal sizes are told apart.
 
-        These are the projection, and the positions and the last normalisation of the text model. A reused
-        tower is left out, because its precision may differ.
+        These are the projection, and the positions and the last normalisation of the text model. The towers
+        are left out, because the precision of a reused one may differ; see `values`.
         """
         text = self._text_model
         chosen = {**text.embeddings.position_embedding.state_dict(), **text.final_layer_norm.state_dict()}
@@ -115,6 +117,13 @@ class ClipEncoder:
         for weight in (self._projection.weight, *chosen.values()):
             digest.update(weight.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def values(self) -> Values:
+        """Up to four values of every weight of both towers, by which encoders are told apart; see
+        `cram.values`."""
+        vision = some_values(self._vision, VALUES_PER_WEIGHT, "vision.")
+        return {**vision, **some_values(self._text_model, VALUES_PER_WEIGHT, "text.")}
 
     def to(self, device: torch.device | str) -> ClipEncoder:
         """Moves the encoder's own networks; a reused tower stays with its model."""

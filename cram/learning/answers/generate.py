@@ -17,13 +17,13 @@ from cram.learning.answers.journal import AnswerRow, Journal
 from cram.learning.batches import EncodedSplit, Example, collate, pad_id, to_model
 from cram.learning.parallel.processes import is_first, own_share
 from cram.learning.parallel.sharding import is_sharded
-from cram.learning.run_folder import sample_digest
 from cram.learning.step import batch_route
 from cram.methods import Method
 from cram.model.frozen.saving import Generate
 from cram.report.schema import Published, Routing
 from cram.routing.query import Route
 from cram.scoring.scorers import score
+from cram.streams.digests import pictures_digest, texts_digest
 from cram.streams.types import Task
 
 # Also in a caller's hands these arguments make `generate` greedy.
@@ -81,7 +81,12 @@ def run_test(
         bar: Progress bar, one step per sample.
         state: Names the state of the model.
     """
-    of = {"state": state, "samples": sample_digest(task.test), "max_new_tokens": task.max_new_tokens}
+    of = {
+        "state": state,
+        "samples": texts_digest(task.test),
+        "pictures": pictures_digest(task.test),
+        "max_new_tokens": task.max_new_tokens,
+    }
     journal = Journal(predictions, task.test, of)
     answered = journal.start()
     bar.advance(len(answered))

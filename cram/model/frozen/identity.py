@@ -1,66 +1,78 @@
-"""How a bundle knows the base model that it was trained on: by some of the weights.
+"""How a bundle knows the base model that it was trained on: by some values of every weight.
 
-A hash would change with the precision in which a base is loaded. So a bundle keeps values and compares them
-with the error that rounding to half precision makes. Weights that were trained further differ by more.
+See `cram.values` for the comparison. Weights of other names (transformers renames modules from time to time)
+and weights that cannot be read are not compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cram.model.frozen.forward import is_plain
+from cram.model.frozen.saving import without_experts
+from cram.values import Values, are_close, differing, some_values
 
-VALUES_PER_WEIGHT = 128
-# Twice the rounding to bfloat16, and below it the smallest numbers of float16.
-RELATIVE, ABSOLUTE = 2.0**-7, 2.0**-23
-
-
-def base_values(linears: Mapping[str, nn.Module]) -> list[float] | None:
-    """Return values of the first and the last adapted weight, at most 128 of each.
-
-    None where the weights cannot be read as they are: quantised, sharded or offloaded ones.
-    """
-    chosen = [list(linears.values())[index] for index in (0, -1)]
-    if not all(map(is_plain, chosen)):
-        return None
-    weights = [cast(nn.Linear, linear).weight for linear in chosen]
-    return (
-        None if any(weight.is_meta for weight in weights) else torch.cat(list(map(_some, weights))).tolist()
-    )
+VALUES_PER_WEIGHT = 16
+# Before format 4: values of the first and of the last adapted weight, in one list.
+OLDER_VALUES_PER_WEIGHT = 128
+NAMES_SHOWN = 3
 
 
-def check_base_values(wanted: Sequence[float] | None, linears: Mapping[str, nn.Module], folder: Path) -> None:
+def base_values(model: nn.Module) -> Values:
+    """Return up to 16 values of every weight of the base, by its name in the base; experts are left out."""
+    return some_values(without_experts(model), VALUES_PER_WEIGHT)
+
+
+def check_base_values(wanted: Values, found: Values, folder: Path) -> None:
     """Refuse a base model with other weights than those of the bundle.
 
     Args:
-        wanted: The bundle's values; None for a bundle without them.
+        wanted: The bundle's values.
+        found: The model's.
+        folder: The bundle, for the message.
+
+    Raises:
+        ValueError: If a weight differs by more than rounding.
+    """
+    far = differing(wanted, found)
+    if far:
+        more = f" and {len(far) - NAMES_SHOWN} more" if len(far) > NAMES_SHOWN else ""
+        raise ValueError(
+            f"model must be the base that {folder} was trained on, got other weights in "
+            f"{', '.join(far[:NAMES_SHOWN])}{more}"
+        )
+
+
+def check_older_values(wanted: Sequence[float], linears: Sequence[nn.Linear], folder: Path) -> None:
+    """Refuse a base model with other weights than those of a bundle before format 4.
+
+    Args:
+        wanted: The bundle's values.
         linears: The base's adapted linears, of the sizes in the bundle.
         folder: The bundle, for the message.
 
     Raises:
         ValueError: If a value differs by more than rounding.
     """
-    found = None if wanted is None else base_values(linears)
-    if found is None:
+    ends = linears[0], linears[-1]
+    if not all(map(is_plain, ends)) or any(linear.weight.is_meta for linear in ends):
         return
-    assert wanted is not None
+    found = [value for linear in ends for value in _older(linear.weight)]
     if len(found) != len(wanted):
         raise ValueError(f"base of {folder} must have {len(found)} values, got {len(wanted)}")
-    ours, theirs = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
-    far = int(((ours - theirs).abs() > RELATIVE * theirs.abs() + ABSOLUTE).sum())
-    if far:
+    if not are_close(found, wanted):
         raise ValueError(
-            f"model must be the base that {folder} was trained on, got other weights "
-            f"({far} of {len(found)} compared values differ)"
+            f"model must be the base that {folder} was trained on, got other weights in its first or last "
+            "adapted linear"
         )
 
 
-def _some(weight: Tensor) -> Tensor:
+def _older(weight: Tensor) -> list[float]:
     flat = weight.detach().flatten()
-    step = max(1, flat.numel() // VALUES_PER_WEIGHT)
-    return flat[::step][:VALUES_PER_WEIGHT].float().cpu()
+    step = max(1, flat.numel() // OLDER_VALUES_PER_WEIGHT)
+    values: list[float] = flat[::step][:OLDER_VALUES_PER_WEIGHT].to(torch.float32).tolist()
+    return values

@@ -137,7 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), "must be a JSON file"),
     "newer format": (
         edit_json("manifest.json", lambda d: d.update(format=99)),
-        r"must be one of \(1, 2, 3\), got 99",
+        r"must be one of \(1, 2, 3, 4\), got 99",
     ),
     "unknown key": (edit_json("cram.json", lambda d: d.update(code="x")), "must have the keys"),
     "unknown config": (edit_json("cram.json", lambda d: d["config"].update(x=1)), "config keys must be"),

@@ -106,7 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "formats that disagree": (edit_json("manifest.json", lambda d: d.update(format=1)), "must have the keys"),
     "older description": (
         edit_json("cram.json", lambda d: d.update(format=2)),
-        r"format of cram\.json must be 3 as in manifest\.json, got 2",
+        r"format of cram\.json must be 4 as in manifest\.json, got 2",
     ),
     "link": (link, "must not be a link"),
 }

@@ -11,6 +11,7 @@ import torch
 
 import cram
 import cram.loading
+from cram.bundle.format import describe
 from cram.loading import Sources, load_encoder, load_model
 from tests.cram import factories
 
@@ -63,3 +64,38 @@ def test_another_clip_of_the_same_size_is_refused(tmp_path: Path) -> None:
     file = bundle / "cram.json"
     assert json.loads(file.read_text())["encoder"]["sha256"] == factories.clip_encoder().sha256
     cram.load(factories.llava(), bundle, factories.clip_encoder())
+
+
+@pytest.mark.parametrize(
+    "part", ["vision_model.encoder.layers.0.mlp.fc1.weight", "text_model.encoder.layers.1.mlp.fc2.bias"]
+)
+def test_a_clip_with_one_other_weight_is_refused(part: str, tmp_path: Path) -> None:
+    bundle = saved(tmp_path / "bundle", factories.clip_encoder(), factories.llava())
+    clip = factories.clip_model()
+    with torch.no_grad():
+        clip.get_parameter(part).add_(0.02)
+    model = factories.llava()
+    with pytest.raises(ValueError, match=rf"got other weights from .* in {part.replace('_model', '')}"):
+        cram.load(model, bundle, factories.clip_encoder(clip=clip))
+    assert not hasattr(model, "cram")
+
+
+def test_a_reused_tower_in_bfloat16_is_the_same_clip(tmp_path: Path) -> None:
+    bundle = saved(
+        tmp_path / "bundle", factories.clip_encoder(), factories.llava(clip=factories.clip_model())
+    )
+    model = factories.llava(clip=factories.clip_model()).to(torch.bfloat16)
+    encoder = factories.clip_encoder(model)
+    assert encoder.reuses_vision_tower
+    cram.load(model, bundle, encoder)
+
+
+def test_bundles_before_format_4_have_no_values_of_their_clip(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "format3" / "cram"
+    model, encoder = factories.fresh()
+    assert describe(folder).encoder["values"] == {}
+    cram.load(model, folder, encoder)
+    with torch.no_grad():
+        encoder._projection.weight.add_(0.1)
+    with pytest.raises(ValueError, match="must be the CLIP that"):
+        cram.load(factories.llava(clip=factories.clip_model()), folder, encoder)

@@ -1,4 +1,4 @@
-"""Bundles that the version of format 2 wrote: they load, answer the same and become format 3."""
+"""Bundles that the versions of formats 2 and 3 wrote: they load, answer the same and become format 4."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def loaded(folder: Path) -> Any:
     return model
 
 
-def test_a_bundle_of_format_2_answers_as_before_and_is_written_as_format_3(
+def test_a_bundle_of_format_2_answers_as_before_and_is_written_as_format_4(
     bundle: Path, tmp_path: Path
 ) -> None:
     assert read_json(bundle / "manifest.json")["format"] == 2
@@ -55,12 +55,12 @@ def test_a_bundle_of_format_2_answers_as_before_and_is_written_as_format_3(
     assert torch.equal(found["tokens"], expected["tokens"])
     torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=1e-4)
     save(model, tmp_path / "again")
-    assert read_json(tmp_path / "again" / "manifest.json")["format"] == FORMAT_VERSION == 3
+    assert read_json(tmp_path / "again" / "manifest.json")["format"] == FORMAT_VERSION == 4
     again = answers(loaded(tmp_path / "again"))
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
-def test_format_3_holds_what_the_method_has_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
+def test_format_4_holds_what_the_method_has_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
     model = loaded(bundle)
     save(model, tmp_path / "again")
     method = bundle.name
@@ -96,6 +96,37 @@ def test_a_damaged_bundle_of_format_2_is_refused(
     with pytest.raises(ValueError, match=message):
         load(model, folder, encoder, factories.llava_processor())
     assert not hasattr(model, "cram")
+
+
+@pytest.fixture
+def third(tmp_path: Path) -> Path:
+    """A copy of the bundle of format 3, which has values of two weights of its base."""
+    return Path(shutil.copytree(Path(__file__).parent / "format3" / "cram", tmp_path / "third"))
+
+
+def test_a_bundle_of_format_3_answers_as_before(third: Path) -> None:
+    expected = load_file(FOLDER / "cram.safetensors")
+    found = answers(loaded(third))
+    assert torch.equal(found["tokens"], expected["tokens"])
+    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layer", "projection"), [(0, "q_proj"), (-1, "o_proj")])
+def test_a_bundle_of_format_3_knows_two_weights_of_its_base(third: Path, layer: int, projection: str) -> None:
+    model, encoder = factories.fresh()
+    with torch.no_grad():
+        model.model.language_model.layers[layer].self_attn.get_submodule(projection).weight.mul_(1.05)
+    with pytest.raises(ValueError, match="other weights in its first or last adapted linear"):
+        load(model, third, encoder, factories.llava_processor())
+    edit_json("cram.json", lambda data: data.pop("base_values"))(third)
+    assert load(model, third, encoder, factories.llava_processor()).num_experts == 3
+
+
+@pytest.mark.parametrize("values", [[], [0.0] * 3, ["1"] * 256, [1] * 256, {}])
+def test_values_of_another_kind_in_format_3_are_refused(third: Path, values: Any) -> None:
+    edit_json("cram.json", lambda data: data.update(base_values=values))(third)
+    with pytest.raises(ValueError, match="base"):
+        loaded(third)
 
 
 def as_format_1(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -143,6 +144,67 @@ def changed_test(**changes: Any) -> Stream:
 def test_a_changed_test_split_is_refused(finished: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stream\.sha256"):
         runs.learner(finished, tasks=changed_test(**changes))
+
+
+def repainted(stream: Stream, image: Any) -> Stream:
+    """The stream with another picture in its last test sample."""
+    *others, last = stream.tasks
+    test = (*last.test[:-1], replace(last.test[-1], images=(image,)))
+    return Stream("toy", (*others, replace(last, test=test)))
+
+
+def test_a_changed_picture_is_refused(finished: Path) -> None:
+    image = runs.stream().tasks[-1].test[-1].images[0].copy()
+    runs.learner(finished, tasks=repainted(runs.stream(), image.copy()))
+    image.putpixel((0, 0), (1, 2, 3))
+    with pytest.raises(
+        ValueError, match=r"configuration: stream\.pictures = '\w+' there, '\w+' here; choose"
+    ):
+        runs.learner(finished, tasks=repainted(runs.stream(), image))
+
+
+def learner_on(out: Path, change: Callable[[Any, Any], None]) -> ContinualLearner:
+    """A learner of the finished run on a base and a CLIP that `change` has changed."""
+    clip = factories.clip_model()
+    model = factories.llava(clip=clip)
+    change(model, clip)
+    encoder = factories.clip_encoder(model, clip)
+    return ContinualLearner(
+        model, factories.llava_processor(), runs.stream(), runs.config(), out=out, encoder=encoder
+    )
+
+
+@torch.no_grad()
+def other_projector(model: Any, clip: Any) -> None:
+    model.model.multi_modal_projector.linear_1.bias.add_(0.1)
+
+
+@torch.no_grad()
+def other_text_tower(model: Any, clip: Any) -> None:
+    clip.text_model.encoder.layers[0].mlp.fc1.bias.add_(0.1)
+
+
+@torch.no_grad()
+def other_projection(model: Any, clip: Any) -> None:
+    clip.visual_projection.weight.add_(0.1)
+
+
+@pytest.mark.parametrize("change", [other_projector, other_text_tower, other_projection])
+def test_other_weights_are_refused(finished: Path, change: Callable[[Any, Any], None]) -> None:
+    with pytest.raises(ValueError, match=r"configuration: model\.weights = '\w+' there, '\w+' here; choose"):
+        learner_on(finished, change)
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = read_json(run / "run.json")
+    del record["identity"]["stream"]["pictures"], record["identity"]["model"]["weights"]
+    (run / "run.json").write_text(json.dumps(record))
+    learner_on(run, lambda model, clip: None)
+    record["identity"]["stream"]["pictures"] = 1
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="pictures must be a str"):
+        learner_on(run, lambda model, clip: None)
 
 
 def test_a_test_changes_nothing_that_a_task_has_learnt(finished: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from cram.attach import attached
 from cram.bundle.bundle import load, save
 from cram.bundle.format import DESCRIPTION, MANIFEST, fingerprint
-from tests.cram.factories import clip_encoder, llava, routed_llava
+from tests.cram.factories import clip_encoder, clip_model, llava, routed_llava
 
 
 @pytest.fixture
@@ -23,27 +23,49 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def adapted(model: Any, layer: int) -> Any:
-    """A weight that carries experts."""
-    return model.model.language_model.layers[layer].self_attn.q_proj.weight
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_base_is_known_in_every_precision(bundle: Path, dtype: torch.dtype) -> None:
-    assert load(llava().to(dtype), bundle, clip_encoder()).num_experts == 3
+    assert load(llava(clip=clip_model()).to(dtype), bundle, clip_encoder()).num_experts == 3
 
 
-@pytest.mark.parametrize("layer", [0, -1])
-def test_a_base_that_was_trained_further_is_refused_and_stays_as_it_was(bundle: Path, layer: int) -> None:
-    model = llava()
-    last = model.model.language_model.layers[-1].self_attn.o_proj.weight
-    weight = adapted(model, 0) if layer == 0 else last
+def scaled(weight: torch.Tensor) -> None:
+    """Change a weight as a short training does."""
     with torch.no_grad():
-        weight.mul_(1 + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match=r"model must be the base that .*bundle was trained on, got other"):
+        weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+
+
+# What decides an answer, part by part.
+PARTS = (
+    "model.language_model.layers.0.self_attn.q_proj.weight",
+    "model.language_model.layers.1.self_attn.o_proj.weight",
+    "model.language_model.layers.1.mlp.down_proj.weight",
+    "model.language_model.norm.weight",
+    "model.language_model.embed_tokens.weight",
+    "model.multi_modal_projector.linear_1.bias",
+    "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+    "lm_head.weight",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_base_that_was_trained_further_is_refused_and_stays_as_it_was(bundle: Path, part: str) -> None:
+    model = llava(clip=clip_model())
+    scaled(model.get_parameter(part))
+    with pytest.raises(
+        ValueError,
+        match=rf"model must be the base that .*bundle was trained on, got other weights in {part}$",
+    ):
         load(model, bundle, clip_encoder())
     with pytest.raises(ValueError, match="attach"):
         attached(model)
+
+
+def test_an_attached_base_is_compared_too(bundle: Path) -> None:
+    model, _, cram = routed_llava()
+    cram.set_experts([], [], 0)
+    scaled(model.model.multi_modal_projector.linear_2.weight)
+    with pytest.raises(ValueError, match=r"other weights in model\.multi_modal_projector\.linear_2\.weight"):
+        load(model, bundle)
 
 
 def test_the_values_at_attach_stay_when_the_weights_are_out_of_reach() -> None:
@@ -51,7 +73,7 @@ def test_the_values_at_attach_stay_when_the_weights_are_out_of_reach() -> None:
     values = cram.base_values
     for layer in model.model.language_model.layers:
         layer.self_attn.to("meta")
-    assert values is not None and cram.base_values == values
+    assert len(values) == len(llava().state_dict()) and cram.base_values == values
 
 
 def rewritten(bundle: Path, change: Any) -> None:
@@ -65,16 +87,23 @@ def rewritten(bundle: Path, change: Any) -> None:
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_a_bundle_without_values_is_taken(bundle: Path) -> None:
-    rewritten(bundle, lambda data: data.pop("base_values"))
-    model = llava()
-    with torch.no_grad():
-        adapted(model, 0).zero_()
-    assert load(model, bundle, clip_encoder()).num_experts == 3
+def test_weights_of_other_names_are_not_compared(bundle: Path) -> None:
+    rewritten(bundle, lambda data: data.update(base_values={"model.renamed.weight": [1.0]}))
+    assert load(llava(clip=clip_model()), bundle, clip_encoder()).num_experts == 3
 
 
-@pytest.mark.parametrize("values", [[], [0.0] * 3, ["1"] * 256, [None] * 256, [1] * 256, [1e308] * 256, {}])
+WRONG = ([], [0.0] * 3, ["1"] * 16, [None] * 16, [1] * 16, [1e308] * 16, {}, 1.0)
+
+
+@pytest.mark.parametrize("values", WRONG)
 def test_values_of_another_kind_are_refused(bundle: Path, values: Any) -> None:
-    rewritten(bundle, lambda data: data.update(base_values=values))
+    rewritten(bundle, lambda data: data.update(base_values={PARTS[0]: values}))
     with pytest.raises(ValueError, match="base"):
-        load(llava(), bundle, clip_encoder())
+        load(llava(clip=clip_model()), bundle, clip_encoder())
+
+
+@pytest.mark.parametrize("values", [None, [0.0] * 256, 1])
+def test_values_must_be_an_object(bundle: Path, values: Any) -> None:
+    rewritten(bundle, lambda data: data.update(base_values=values))
+    with pytest.raises(ValueError, match="base_values must be a dict"):
+        load(llava(clip=clip_model()), bundle, clip_encoder())
