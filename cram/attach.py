@@ -61,7 +61,7 @@ def attach(model: Any, config: CramConfig, encoder: ClipEncoder, processor: Any 
     cram = AttachedModel(model, config, encoder, processor)
     cram.method = METHODS[config.method](cram)
     model.cram = cram
-    take_methods(model)
+    cram.own_methods = take_methods(model)
     return cram
 
 
@@ -108,8 +108,9 @@ def detach(model: Any) -> None:
     Raises:
         ValueError: If the model is not attached.
     """
-    attached(model).release(model)
-    give_back_methods(model)
+    cram = attached(model)
+    cram.release(model)
+    give_back_methods(model, cram.own_methods)
     del model.cram
 
 

@@ -58,6 +58,8 @@ class AttachedModel:
         pool: Replaced by a new object whenever the experts are replaced, and kept when one is appended.
         hooks: Routes the forwards.
         vision_tower: The model's vision tower.
+        own_methods: Methods that stood on the model itself before `attach`, and stand there again after
+            `detach`.
         projector: The module that turns its output into embeddings, or None where the tower contains it.
     """
 
@@ -86,6 +88,7 @@ class AttachedModel:
         reader = PromptReader(model, self.family, encoder, processor)
         self.hooks = ForwardHooks(model, self.family, self.modules, self.num_layers, reader, self._current)
         self._method: BoundMethod | None = None
+        self.own_methods: dict[str, Any] = {}
 
     @property
     def method(self) -> Any:

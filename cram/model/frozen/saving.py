@@ -13,7 +13,9 @@ Continuous batching packs the prompts of all requests into one row, and has thre
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -55,13 +57,16 @@ class SaveBase:
 
 
 class Generate:
-    """What `model.generate` is while the model is attached."""
+    """What `model.generate` is while the model is attached.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    It goes on to work as the model's own after `detach`, for a caller who has kept it.
+    """
+
+    def __init__(self, model: Any, own: Callable[..., Any] | None = None) -> None:
+        self._model, self._own = model, own
 
     def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        """Generate as the model's class does.
+        """Generate as the model's class does, or as what stood on the model in its place before `attach`.
 
         Args:
             inputs: As of the model class.
@@ -72,8 +77,11 @@ class Generate:
         given = (inputs, options.get("input_ids"), options.get("attention_mask"))
         # With a filled cache the ids may be the new ones alone; the mask is that of the whole prompt.
         lengths = [each.shape[1] for each in given if each is not None and each.dim() == 2]
-        with model.cram.hooks.generating(max(lengths, default=None)):
-            return type(model).generate(model, inputs, *arguments, **options)
+        generate = self._own or partial(type(model).generate, model)
+        positional = (inputs, *arguments) if arguments or inputs is not None else ()
+        cram = getattr(model, "cram", None)
+        with nullcontext() if cram is None else cram.hooks.generating(max(lengths, default=None)):
+            return generate(*positional, **options)
 
 
 def refuse_continuous_batching(*arguments: Any, **options: Any) -> NoReturn:
@@ -88,16 +96,28 @@ def refuse_continuous_batching(*arguments: Any, **options: Any) -> NoReturn:
     )
 
 
-def take_methods(model: Any) -> None:
-    """Put the methods of an attached model in the place of the model's own."""
-    model.save_pretrained, model.generate = SaveBase(model), Generate(model)
+def take_methods(model: Any) -> dict[str, Any]:
+    """Put the methods of an attached model in the place of the model's own.
+
+    Returns:
+        What stood on the model itself, and not on its class, by name; for `give_back_methods`.
+    """
+    own = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
+    aside = [name for name in own if name != "generate"]
+    if aside:
+        LOGGER.warning("the model's own %s is out of use until cram.detach", " and ".join(aside))
+    model.save_pretrained, model.generate = SaveBase(model), Generate(model, own.get("generate"))
     model.init_continuous_batching = refuse_continuous_batching
+    return own
 
 
-def give_back_methods(model: Any) -> None:
-    """Take them out again."""
+def give_back_methods(model: Any, own: Mapping[str, Any]) -> None:
+    """Take them out again, and put back what stood there; what has been set since `attach` stays."""
     for name in METHODS:
-        model.__dict__.pop(name, None)
+        present = model.__dict__.get(name)
+        if isinstance(present, SaveBase | Generate) or present is refuse_continuous_batching:
+            del model.__dict__[name]
+            model.__dict__.update({name: own[name]} if name in own else {})
 
 
 def base_view(model: nn.Module) -> Any:
@@ -106,8 +126,8 @@ def base_view(model: nn.Module) -> Any:
     Everything else is shared, and the model goes on working while the view is in use.
     """
     view: Any = without_experts(model)
-    give_back_methods(view)
-    view.__dict__.pop("cram", None)
+    for name in (*METHODS, "cram"):
+        view.__dict__.pop(name, None)
     return view
 
 

@@ -67,6 +67,40 @@ def test_a_detached_model_saves_as_before(tmp_path: Path, caplog: pytest.LogCapt
     assert_base(tmp_path, "llava")
 
 
+def test_detach_gives_back_what_stood_on_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = factories.llava(), factories.inputs("llava")
+    plain = model.generate
+    calls = []
+
+    def generate(**options: Any) -> Any:
+        calls.append(options)
+        return plain(**options, max_new_tokens=2)
+
+    own = {"generate": generate, "save_pretrained": calls.append, "init_continuous_batching": calls.append}
+    vars(model).update(own)
+    with caplog.at_level(logging.WARNING, "cram"):
+        cram = attach(model, CramConfig(method="many"), factories.clip_encoder())
+    assert "own save_pretrained and init_continuous_batching is out of use until" in caplog.messages[-1]
+    cram.set_experts(["one"], [expert_weights(cram, 0)], trained=0)
+    with cram.forced("one"):
+        tokens = model.generate(**batch)
+    assert len(calls) == 1 and tokens.shape[1] == batch["input_ids"].shape[1] + 2
+    detach(model)
+    assert {name: vars(model)[name] for name in own} == own
+
+
+def test_what_was_set_on_an_attached_model_stays_and_works_after_detach() -> None:
+    model, batch = factories.llava(), factories.inputs("llava")
+    expected = model.generate(**batch, max_new_tokens=2)
+    attach(model, CramConfig(method="many"), factories.clip_encoder())
+    inner = model.generate
+    model.generate = lambda **options: inner(**options, max_new_tokens=2)
+    outer = model.generate
+    detach(model)
+    assert model.generate is outer and torch.equal(model.generate(**batch), expected)
+    assert "save_pretrained" not in vars(model) and "init_continuous_batching" not in vars(model)
+
+
 def test_a_checkpoint_of_trainer_is_the_base(tmp_path: Path) -> None:
     model = with_expert("llava")
     batch = factories.inputs("llava")
