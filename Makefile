@@ -30,7 +30,8 @@ versions:
 peer-tests: .venv/.installed-dev
 	@$(BIN)/python -m tests.peers.run build/peers
 
-# Every block of README.md in fresh environments: with and without a compiler, oldest and newest torch.
+# Every block of README.md in fresh environments: with and without a compiler, the oldest torch, a newer Python. A newer
+# torch by `.ci/readme newest-torch`.
 readme:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/readme
 

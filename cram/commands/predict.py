@@ -1,7 +1,8 @@
 """`cram predict`: answer one question, or a file of them, with a trained model.
 
 A file holds one JSON object per line, `{"text": question, "question_id"?: id, "image"?: path or list of
-paths}`, with paths relative to the file. The answers are JSON lines `{question_id, text, group, gates}`.
+paths}`, with paths relative to the file; `images` is another name of `image`. The answers are JSON lines
+`{question_id, text, group, gates}`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cram.atomic import write_text
 from cram.commands.options import add_trained, load_trained
 from cram.console import ProgressBar
 from cram.learning.answers.predict import MAX_NEW_TOKENS, Answer, Turn, answer, answer_all
+from cram.streams.readers import UTF8, Row, listed_pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +83,7 @@ def read_questions(source: str) -> list[tuple[str, Turn]]:
         ValueError: Naming the line and the field of the first fault, or if an id repeats or there is no row.
         OSError: If the file cannot be read.
     """
-    text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding=UTF8)
     root = Path(".") if source == "-" else Path(source).parent
     found: dict[str, Turn] = {}
     # Only "\n" ends a line: JSON strings may hold the other separators of `splitlines`.
@@ -107,14 +109,15 @@ def _read_row(line: str, where: str, number: int, root: Path) -> tuple[str, Turn
     name = row.get("question_id", number)
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise ValueError(f"{where}: question_id must be a string or an integer, got {name!r:.80}")
-    text, images = row.get("text"), row.get("image")
+    text, (field, paths) = row.get("text"), listed_pictures(Row(Path(where), None, row))
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: text must be a non-empty string, got {text!r:.80}")
-    paths = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(path, str) and path and "\0" not in path for path in paths):
-        raise ValueError(f"{where}: image must be a path, a list of paths or absent, got {images!r:.80}")
+        raise ValueError(
+            f"{where}: {field} must be a path, a list of paths or absent, got {row[field]!r:.80}"
+        )
     if missing := [path for path in paths if not (root / path).is_file()]:
-        raise ValueError(f"{where}: image must be an existing file, got {missing[0]!r} under {root}")
+        raise ValueError(f"{where}: {field} must be an existing file, got {missing[0]!r} under {root}")
     return str(name), Turn.of(text, [root / path for path in paths])
 
 

@@ -237,6 +237,11 @@ class ForwardHooks:
                 f"the KV cache must come from a routed prefill of this model, got another; {EXPLICIT}"
             )
         self.check_route(state.route, rows)
+        if self._caches.has_moved_rows(cache, state):
+            raise ValueError(
+                "rows of a KV cache must stay at their places, because each has the route of its prompt; got "
+                f"a reordered cache; {EXPLICIT}"
+            )
         tokens = 1 if call is None or call.input_ids is None else call.input_ids.shape[1]
         if self.method.uses_queries and (
             tokens > 1 or state.turn_is_open or self._caches.is_cut_short(cache, state)

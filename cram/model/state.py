@@ -66,6 +66,11 @@ class ForwardState:
         """Whether the route's gates are used as they are; see `Route.overrides_gating`."""
         return self.route is not None and self.route.overrides_gating
 
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether the rows of a batch have gates of their own."""
+        return bool(self.memory) or (self.route is not None and self.route.gates.shape[1] > 1)
+
     def continued(self) -> ForwardState:
         """The state of the decode steps that continue this forward's KV cache: its route and its memory."""
         state = copy.copy(self)

@@ -189,7 +189,8 @@ class ClipEncoder:
         """Image features [N, D_q] of preprocessed images [N, 3, H, W]."""
         weight = next(self._vision.parameters())
         # `forward` and not the call: hooks on a reused tower belong to the multimodal model's own passes.
-        output = self._vision.forward(pixel_values=pixels.to(weight.device, weight.dtype))
+        with _in_own_precision(weight):
+            output = self._vision.forward(pixel_values=pixels.to(weight.device, weight.dtype))
         return self.project(output.pooler_output)
 
     @torch.no_grad()
@@ -202,7 +203,8 @@ class ClipEncoder:
         if pooled.dim() != 2 or pooled.shape[1] != self._projection.in_features:
             raise ValueError(f"pooled must be [N, {self._projection.in_features}], got {list(pooled.shape)}")
         weight = self._projection.weight
-        return _finite(self._projection(pooled.to(weight.device, weight.dtype)), "image features")
+        with _in_own_precision(weight):
+            return _finite(self._projection(pooled.to(weight.device, weight.dtype)), "image features")
 
     def _run_text(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -213,7 +215,8 @@ class ClipEncoder:
             raise ValueError(
                 f"tokenizer must end every text with the end-of-text id {self._end_id}, got none"
             )
-        output = self._text_model(input_ids=ids, attention_mask=tokens["attention_mask"])
+        with _in_own_precision(self._projection.weight):
+            output = self._text_model(input_ids=ids, attention_mask=tokens["attention_mask"])
         return _finite(output.pooler_output, "text features")
 
 
@@ -257,6 +260,11 @@ def mean_per_sample(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Te
     sample = torch.tensor(owners, dtype=torch.int64, device=features.device)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, sample, features)
     return sums / sizes.clamp(min=1)[:, None], sizes > 0
+
+
+def _in_own_precision(weight: Tensor) -> torch.autocast:
+    """Switches autocast off: features decide routes, and those of texts are kept for later forwards."""
+    return torch.autocast(weight.device.type, enabled=False)
 
 
 def _finite(features: Tensor, what: str) -> Tensor:

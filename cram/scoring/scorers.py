@@ -120,7 +120,8 @@ def read_predictions(file: Path) -> dict[str, str]:
         ValueError: If a line is wrong or an id is repeated. The message names the file and the line.
     """
     predictions: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Only "\n" ends a line: JSON strings may hold the other separators of `splitlines`.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

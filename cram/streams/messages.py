@@ -25,6 +25,7 @@ from cram.streams.readers import (
     brief,
     find_image,
     is_text,
+    listed_pictures,
     load_rows,
     without_placeholders,
 )
@@ -148,8 +149,7 @@ def _sample(row: Row, name: str, root: Path | None) -> Sample:
     (_, question, shown), (_, answer, drawn) = turns
     if drawn:
         raise row.error("messages", "must have pictures in the question alone, got one in the answer")
-    listed = next((row.data[key] for key in ("images", "image") if row.data.get(key) is not None), None)
-    several = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    _, several = listed_pictures(row)
     inside = [picture for picture in shown if picture is not None]
     if inside and several:
         raise row.error("images", "must stand in the content or beside it, got both")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -20,6 +21,10 @@ from cram.streams.types import Sample
 IMAGE_PLACEHOLDER = "<image>"
 # Larger than this is a damaged file; more data come in more tasks.
 MAX_JSON_BYTES = 4 << 30
+UTF8 = "utf-8-sig"  # also with the mark that some editors put in front
+PICTURE_FIELDS = ("images", "image")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LIKE_PICTURES = re.compile("ima?ge?|pict|photo", re.IGNORECASE)
 LINES = (".jsonl", ".ndjson")  # names of files that hold a JSON object a line
 
 
@@ -145,7 +150,7 @@ def _with_references(
 class Row:
     """One row of a file. Its accessors and `error` name the place of a fault."""
 
-    def __init__(self, file: Path, index: int, data: object) -> None:
+    def __init__(self, file: Path, index: int | None, data: object) -> None:
         self.file, self.index = file, index
         if not isinstance(data, dict):
             raise StreamError(file, index, "(row)", f"must be an object, got {brief(data)}")
@@ -265,14 +270,44 @@ def without_placeholders(text: str) -> tuple[str, int]:
 
 
 def _find_images(row: Row, image_root: Path) -> tuple[Path, ...]:
-    field = "image" if row.data.get("images") in (None, []) else "images"
-    value = row.data.get(field)
-    if value is None:
+    field, names = listed_pictures(row)
+    if not names and row.data.get(field) is None:
         return ()
-    names = value if isinstance(value, list) else [value]
+    value = row.data[field]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise row.error(field, f"must be a path, a list of paths or absent, got {brief(value)}")
     return tuple(find_image(row, image_root, name, field) for name in names)
+
+
+def listed_pictures(row: Row) -> tuple[str, list[Any]]:
+    """The field of a row that names its pictures, `images` or `image`, and what the field lists.
+
+    Raises:
+        StreamError: If both fields name pictures and `images` has not those of `image`; or if neither does,
+            and another field seems to hold pictures, which would not be read.
+    """
+    given = {field: _several(row.data.get(field)) for field in PICTURE_FIELDS}
+    field = next((field for field, pictures in given.items() if pictures), PICTURE_FIELDS[-1])
+    if any(picture not in given[field] for each in given.values() for picture in each):
+        raise row.error(
+            "images", f"must hold the pictures of 'image' too, got {brief(row.data['image'])} there"
+        )
+    for name, value in row.data.items() if not given[field] else ():
+        unread = name not in PICTURE_FIELDS and _LIKE_PICTURES.search(str(name))
+        if unread and any(map(_is_picture, _several(value))):
+            raise row.error(str(name), f"must be named 'image' or 'images' to be read, got {brief(value)}")
+    return field, given[field]
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value is an opened picture, an encoded one, or the path of one."""
+    name = value.get("path") if isinstance(value, dict) else value
+    named = isinstance(name, str) and name.lower().endswith(PICTURE_SUFFIXES)
+    return named or hasattr(value, "getpixel") or (isinstance(value, dict) and bool(value.get("bytes")))
 
 
 def find_image(row: Row, image_root: Path, name: str, field: str = "image") -> Path:
@@ -358,7 +393,7 @@ def _read(file: Path) -> str:
             raise StreamError(file, None, "(file)", "must be a readable file, got something that is no file")
         if (size := file.stat().st_size) > MAX_JSON_BYTES:
             raise StreamError(file, None, "(file)", f"must have at most {MAX_JSON_BYTES} bytes, got {size}")
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding=UTF8)
     except OSError as error:
         raise StreamError(file, None, "(file)", f"must be a readable file, got {error.strerror}") from error
     except UnicodeDecodeError as error:

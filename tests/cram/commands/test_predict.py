@@ -84,6 +84,8 @@ FAULTY = {
     ),
     "an id of another type": ('{"question_id": 1.5, "text": "x"}', "line 2: question_id must be a string"),
     "a lost picture": ('{"text": "x", "image": "gone.png"}', "line 2: image must be an existing file"),
+    "a lost picture of several": ('{"text": "x", "images": ["gone.png"]}', "line 2: images must be an exist"),
+    "a picture under another name": ('{"text": "x", "img": "a.png"}', "field 'img': must be named 'image'"),
     "a picture of another type": ('{"text": "x", "image": 3}', "line 2: image must be a path"),
 }
 

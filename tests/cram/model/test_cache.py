@@ -109,3 +109,46 @@ def test_padding_is_known_behind_the_mask_of_a_static_cache() -> None:
     assert made["attention_mask"].dim() == 4
     model(**made)
     assert torch.equal(cram.state.mask, batch["attention_mask"].bool())
+
+
+def prefilled() -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """A model, the cache of two prompts of different routes, and the inputs of a decode step."""
+    model, processor, _ = routed_llava()
+    batch = batch_of(processor, 0, 1)
+    with torch.no_grad():
+        made = model(**batch, use_cache=True)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    step = {"input_ids": made.logits[:, -1:].argmax(-1), "attention_mask": mask}
+    return model, made_cache(made), step
+
+
+@pytest.mark.parametrize("way", ["reorder_cache", "batch_select_indices"])
+def test_rows_that_changed_their_places_are_refused(way: str) -> None:
+    model, cache, step = prefilled()
+    getattr(cache, way)(torch.tensor([1, 0]))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="must stay at their places, .* got a reordered cache"),
+    ):
+        model(**{name: value.flip(0) for name, value in step.items()}, **continuing(model, cache))
+
+
+def test_rows_that_stay_with_their_prompt_go_on() -> None:
+    model, cache, step = prefilled()
+    with torch.no_grad():
+        expected = model(**step, **continuing(model, cache)).logits
+    model, cache, step = prefilled()
+    cache.reorder_cache(torch.tensor([0, 1]))
+    cache.batch_repeat_interleave(2)
+    with torch.no_grad():
+        step = {name: value.repeat_interleave(2, 0) for name, value in step.items()}
+        found = model(**step, **continuing(model, cache)).logits
+    torch.testing.assert_close(found, expected.repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_beams_of_one_prompt_change_their_places_freely() -> None:
+    model, processor, _ = routed_llava()
+    options = {"num_beams": 3, "min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    alone = [model.generate(**batch_of(processor, number), **options)[0, -6:] for number in (0, 1)]
+    both = model.generate(**batch_of(processor, 0, 1), **options)[:, -6:]
+    assert torch.equal(both, torch.stack(alone))

@@ -183,3 +183,13 @@ def test_a_tokenizer_without_end_of_text_is_refused() -> None:
     encoder = ClipEncoder(clip, factories.tokenizer(clip=False), factories.image_processor())
     with pytest.raises(ValueError, match="end-of-text id 7, got none"):
         encoder.encode_text(["a"])
+
+
+def test_autocast_changes_no_feature_and_leaves_none_behind() -> None:
+    texts, pictures = ["What colour is it?"], [[factories.image(0)]]
+    expected = factories.clip_encoder().encode(texts, pictures)
+    encoder = factories.clip_encoder()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = encoder.encode(texts, pictures)
+    for found in (inside, encoder.encode(texts, pictures)):
+        assert torch.equal(found.text, expected.text) and torch.equal(found.image, expected.image)
