@@ -23,6 +23,9 @@ MIDDLEWARE = "cram.serve.vllm.front.middleware.CramMiddleware"
 BASE = "base"
 # Greedy where a request says nothing, and nothing from the checkpoint's own settings, as in process.
 SAMPLING = ["--generation-config", "vllm", "--override-generation-config", '{"temperature": 0.0}']
+# No cache of pictures: vLLM notes a picture before it checks the request. So after a refusal its engine lacks
+# the picture, and the next request that has it fails.
+PICTURES = ["--mm-processor-cache-gb", "0"]
 # The arguments of `cram serve` that mean the same for both engines; vLLM has flags of its own for the others.
 SHARED = {"command", "model", "clip", "bundle", "run", "host", "port", "bundles", "dtype", "device"}
 SHARED |= {"engine", "export", "no_router", "print", "flags"}
@@ -160,7 +163,7 @@ def planned(
     # Room in memory for a bundle that replaces this one while requests of this one are answered.
     command += ["--max-loras", str(slots), "--max-cpu-loras", str(2 * slots + 2)]
     router = [] if arguments.no_router else ["--middleware", MIDDLEWARE]
-    command += [*SAMPLING, *router, *flags, "--lora-modules", *modules, *more]
+    command += [*SAMPLING, *PICTURES, *router, *flags, "--lora-modules", *modules, *more]
     if arguments.no_router:
         return Start(command, {})
     variables = {"CRAM_BUNDLE": str(bundle.resolve()), "CRAM_EXPORT": str(out.resolve())}

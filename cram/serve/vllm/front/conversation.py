@@ -76,6 +76,22 @@ def _named_scale(entry: Any) -> tuple[str, float] | None:
     return name, float(scale) if abs(scale) < 1e9 else math.inf
 
 
+def check_options(body: Mapping[str, Any]) -> None:
+    """Refuse what vLLM would do without the gates, or not at all.
+
+    Args:
+        body: A request that experts answer.
+
+    Raises:
+        ValueError: If beam search is asked for, or more answers than are returned.
+    """
+    if body.get("use_beam_search"):
+        raise ValueError("use_beam_search must be left out where experts answer, got it; it has no gates")
+    best_of, n = body.get("best_of"), body.get("n")
+    if best_of is not None and best_of != (1 if n is None else n):
+        raise ValueError(f"best_of must be n or left out, got {best_of!r:.50} for n {n!r:.50}")
+
+
 def read_chat(body: Mapping[str, Any]) -> Asked:
     """The last user turn, and the images of all turns.
 

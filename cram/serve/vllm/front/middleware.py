@@ -26,6 +26,7 @@ from cram.serve.vllm.front.conversation import (
     CHAT,
     COMPLETIONS,
     addressed,
+    check_options,
     named_mixture,
     read_chat,
     read_completion,
@@ -110,13 +111,15 @@ class CramMiddleware:
         except (ValueError, RecursionError):
             data = None
         asked, tags = data, []
-        if isinstance(data, dict) and addressed(data.get("model")):
-            try:
+        try:
+            if isinstance(data, dict) and addressed(data.get("model")):
                 choice = await self._chosen(path, data)
-            except ValueError as error:
-                await refuse(send, 400, f"cram: {error}")
-                return
-            asked, tags = rewritten(data, choice, self._prefix), tagged(choice)
+                asked, tags = rewritten(data, choice, self._prefix), tagged(choice)
+            if _of_group(asked, self._prefix):
+                check_options(asked)
+        except ValueError as error:
+            await refuse(send, 400, f"cram: {error}")
+            return
         if path == CHAT:
             asked = as_trained(asked, self._prefix)
         if asked is not data:
@@ -218,10 +221,15 @@ def as_trained(asked: Any, prefix: str = "") -> Any:
     Experts are trained behind them. vLLM leaves them out unless the chat template writes them, which LLaVA's
     does not.
     """
-    model = asked.get("model") if isinstance(asked, dict) else None
-    if isinstance(model, str) and (model == BASE or model.startswith(prefix + ADAPTER)):
+    if _of_group(asked, prefix) or (isinstance(asked, dict) and asked.get("model") == BASE):
         return {"add_special_tokens": True, **asked}
     return asked
+
+
+def _of_group(asked: Any, prefix: str) -> bool:
+    """Whether a request's model is the adapter of a group."""
+    model = asked.get("model") if isinstance(asked, dict) else None
+    return isinstance(model, str) and model.startswith(prefix + ADAPTER)
 
 
 def tagged(choice: Choice | None) -> list[tuple[bytes, bytes]]:

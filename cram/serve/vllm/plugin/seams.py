@@ -45,6 +45,7 @@ SEAMS = (
         "self y x lora_b_stacked output_slices offset_start add_inputs",
     ),
     ("vllm.lora.layers.base", "BaseLayerWithLoRA.set_mapping", "self punica_wrapper"),
+    ("vllm.sampling_params", "SamplingParams._verify_greedy_sampling", "self"),
     ("vllm.exceptions", "VLLMValidationError.__init__", "self message"),
 )
 

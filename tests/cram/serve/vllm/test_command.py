@@ -75,6 +75,7 @@ def test_the_printed_command_has_everything(bundle: Path, capsys: pytest.Capture
     assert given["--served-model-name"] == [middleware.BASE] and given["--port"] == ["8001"]
     assert given["--generation-config"] == ["vllm"]
     assert given["--override-generation-config"] == ['{"temperature": 0.0}']
+    assert given["--mm-processor-cache-gb"] == ["0"]
     assert given["--seed"] == ["3"] and given["--enable-lora"] == [] and "--dtype" not in given
     module, _, name = given["--middleware"][0].rpartition(".")
     assert getattr(__import__(module, fromlist=[name]), name) is middleware.CramMiddleware

@@ -195,6 +195,9 @@ def test_clients_name_the_mixture(router: BundleRouter) -> None:
             "text and image_url parts",
         ),
         (CHAT, conversation("x", *[0] * 17), "images must be 16 at most"),
+        (CHAT, {"use_beam_search": True}, "use_beam_search must be left out"),
+        (CHAT, {"n": 2, "best_of": 3}, "best_of must be n or left out, got 3 for n 2"),
+        (CHAT, {"model": "GROUP", "best_of": 2}, "best_of must be n or left out, got 2 for n None"),
         ("/v1/responses", {"input": "x"}, "must be asked through /v1/chat/completions"),
         ("/v1/messages", {}, "must be asked through /v1/chat/completions"),
     ],
@@ -204,7 +207,8 @@ def test_what_cannot_be_routed_is_refused_with_400(
 ) -> None:
     vllm = FakeVllm()
     app = CramMiddleware(vllm, router)
-    answer = ask(app, path, {**conversation("x"), **change})
+    named = {name: router.adapters[0].name if value == "GROUP" else value for name, value in change.items()}
+    answer = ask(app, path, {**conversation("x"), **named})
     assert answer.status_code == 400 and message in answer.json()["error"]["message"] and not vllm.seen
     assert ask(app, CHAT, conversation("x")).status_code == 200
 

@@ -119,16 +119,30 @@ def post(asked: Any, path: str = "/chat/completions", key: str = "sesame") -> ht
     return httpx.post(f"{URL}{path}", json=asked, headers={"authorization": f"Bearer {key}"}, timeout=600)
 
 
-def read(answer: httpx.Response) -> tuple[list[int], list[int], torch.Tensor]:
-    """Prompt, tokens, and per token all log-probabilities, largest first (bytes stand for several tokens)."""
+Answer = tuple[list[int], torch.Tensor]
+
+
+def read_all(answer: httpx.Response) -> tuple[list[int], list[Answer]]:
+    """Prompt, and of each answer the tokens and per token all log-probabilities, largest first.
+
+    Bytes stand for several tokens, so the tokens of the log-probabilities are not told apart.
+    """
     assert answer.status_code == 200, answer.text
     data = answer.json()
-    (choice,) = data["choices"]
-    rows = [
-        sorted((e["logprob"] for e in each["top_logprobs"]), reverse=True)
-        for each in choice["logprobs"]["content"]
-    ]
-    return data["prompt_token_ids"], choice["token_ids"], torch.tensor([row[:VOCABULARY] for row in rows])
+    found = []
+    for choice in data["choices"]:
+        rows = [
+            sorted((e["logprob"] for e in each["top_logprobs"]), reverse=True)
+            for each in choice["logprobs"]["content"]
+        ]
+        found.append((choice["token_ids"], torch.tensor([row[:VOCABULARY] for row in rows])))
+    return data["prompt_token_ids"], found
+
+
+def read(answer: httpx.Response) -> tuple[list[int], list[int], torch.Tensor]:
+    """Prompt, tokens and log-probabilities of a reply with one answer."""
+    prompt, ((tokens, table),) = read_all(answer)
+    return prompt, tokens, table
 
 
 def automatic(served: Served, prompt: list[int], answer: list[int], seeds: tuple[int, ...]) -> torch.Tensor:
@@ -175,6 +189,46 @@ def test_the_official_client_needs_no_change(served: Served) -> None:
     assert "".join(pieces) == whole
 
 
+def test_each_of_several_answers_has_the_gates_of_the_request(served: Served) -> None:
+    asked = body("cram", 0, (0,), n=3, temperature=1.0, seed=3)
+    prompt, answers = read_all(post(asked))
+    assert len(answers) == 3 and len({tuple(tokens) for tokens, _ in answers}) > 1
+    for place, (tokens, found) in enumerate(answers):
+        wanted = automatic(served, prompt, tokens, (0,)).sort(-1, descending=True).values
+        assert (wanted - found).abs().max() < EXPLICIT
+        # The seeds of the answers follow one another.
+        assert read(post({**asked, "n": 1, "seed": 3 + place}))[1] == tokens
+
+
+@pytest.mark.parametrize("model", ["cram", "cram:task1", "base"])
+def test_several_greedy_answers_are_equal(served: Served, model: str) -> None:
+    _, (first, second) = read_all(post(body(model, 0, (0,), n=2)))
+    assert first[0] == second[0] == read(post(body(model, 0, (0,))))[1]
+
+
+def test_streams_of_several_answers_end_at_their_stops(served: Served) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=URL, api_key="sesame")
+    asked: dict[str, Any] = {"model": "cram", "messages": body("cram", 0, (0,))["messages"]}
+    asked |= {"n": 3, "seed": 7, "temperature": 1.0, "max_tokens": 12, "stop": ["e"], "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices
+    texts, ends, counts = [""] * 3, [""] * 3, [0] * 3
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+            counts[choice.index] += len((choice.logprobs and choice.logprobs.content) or [])
+    assert texts == [choice.message.content for choice in whole] and not any("e" in text for text in texts)
+    assert ends == [choice.finish_reason for choice in whole] and "stop" in ends
+    assert counts == [len(choice.logprobs.content) for choice in whole]
+
+
+def test_a_refused_request_spoils_no_other_with_its_picture(served: Served) -> None:
+    assert post(body("cram", 0, (41,), temperature=-1)).status_code == 400
+    assert post(body("cram", 0, (41,))).status_code == 200
+
+
 def test_explicit_gates_are_those_of_the_router(served: Served) -> None:
     first = post(body("cram", 0, (0,)))
     name = first.headers["x-cram-adapter"]
@@ -208,6 +262,7 @@ def picture(url: str | None) -> list[dict[str, Any]]:
         ({"model": "GROUP"}, "'cram_gates' must be base64"),
         ({"model": "GROUP", "vllm_xargs": {"cram_gates": "A" * 8_000_000}}, "'cram_gates' must be base64"),
         ({"model": "base", "vllm_xargs": {"cram_gates": [1.0]}}, "must come with the adapter of a group"),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search must be left out"),
         ({"messages": 3}, "messages must be a list"),
         ({"messages": picture("data:image/png;base64,AAAA")}, "an image must be a whole picture"),
         ({"messages": picture("http://127.0.0.1/a.png")}, "an image must be a data URL in base64"),
