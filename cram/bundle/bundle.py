@@ -159,6 +159,20 @@ def _take_up(
             cram.pool = pool
 
 
+def check_base(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a bundle of another base model, by all that `load` compares; the model stays as it is.
+
+    Args:
+        model: A base model, attached or not.
+        folder: The bundle, or a run folder.
+
+    Raises:
+        ValueError: If the bundle is damaged, or family, modules, sizes or weights are not the model's.
+    """
+    folder = bundle_at(Path(folder))
+    _check_base(model, describe(folder), folder)
+
+
 def _describe(
     cram: AttachedModel, tensors: Mapping[str, torch.Tensor], values: dict[str, Any]
 ) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The shipped base as a checkpoint that vLLM loads.
+"""The base as a checkpoint that vLLM loads: whether it is the bundle's, and the shipped one in vLLM's form.
 
 transformers writes the names of a LLaVA's tower without `vision_model`, which published checkpoints have and
 vLLM wants. The shipped base is stored in float16 for its size; in process it answers in float32.
@@ -17,11 +17,41 @@ from torch import Tensor
 
 from cram.atomic import new_folder
 from cram.base import base_folder
+from cram.bundle.bundle import check_base
 from cram.bundle.format import fingerprint
+from cram.loading import load_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOWER, PUBLISHED = "vision_tower.", "vision_tower.vision_model."
 _DIGEST = 12
+
+
+def check_checkpoint(model: str | Path, bundle: str | Path, revision: str | None = None) -> None:
+    """Refuse a bundle that was trained on another base than a checkpoint, as `cram.load` does.
+
+    Weights in the checkpoint's own precision are mapped from its files. So the check reads the few that it
+    compares, and needs hardly any memory. Weights of a quantised checkpoint are not compared, as in process.
+
+    Args:
+        model: Folder or name of the checkpoint.
+        bundle: The bundle, or a run folder.
+        revision: Of a model that is given by its name.
+
+    Raises:
+        ValueError: If the bundle is of another base, or the revision cannot be read.
+        OSError: If there is no model.
+    """
+    from transformers import AutoConfig
+
+    if revision is not None and not Path(model).is_dir():
+        raise ValueError(
+            "model must be a folder where --revision is given, so that its weights can be compared with the "
+            f"bundle's, got {str(model)!r}"
+        )
+    config = AutoConfig.from_pretrained(str(model))
+    if getattr(config, "quantization_config", None) is None:
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        check_base(load_model(model, dtype, "cpu"), bundle)
 
 
 def published_base(out: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cram.base import base_folder
 from cram.bundle.runs import newest_bundle, read_run
 from cram.loading import BUILTIN, BUILTIN_REAL
-from cram.serve.vllm.base import published_base
+from cram.serve.vllm.base import check_checkpoint, published_base
 from cram.serve.vllm.export import Adapter, export_groups
 from cram.serve.vllm.plugin.seams import check_version, installed_version
 
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
         parser_defaults: The same where nothing is given.
 
     Raises:
-        ValueError: If an option has no meaning for vLLM, vLLM is of another version, or as `export_groups`.
+        ValueError: If an option has no meaning for vLLM, vLLM is of another version, the bundle is of another
+            base, or as `export_groups`.
         ModuleNotFoundError: If there is no vLLM.
     """
     for name, default in vars(parser_defaults).items():
@@ -94,22 +95,35 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
             )
     model, clip, bundle = sources(arguments)
     out = Path(arguments.export) if arguments.export else bundle.with_name(f"{bundle.name}-vllm")
-    adapters = export_groups(bundle, out)
     served = str(published_base(out).resolve()) if model == BUILTIN else model
+    adapters = export_groups(bundle, out)
     start = planned(served, bundle, out, adapters, arguments, clip)
     if arguments.dtype is not None and "--dtype" not in arguments.flags:
         start.command.extend(["--dtype", arguments.dtype])
+    program = "" if arguments.print else found_program()
+    # A command may also be shown where the base is not.
+    if not arguments.print or Path(served).is_dir():
+        check_checkpoint(served, bundle, _value(arguments.flags, "--revision"))
     if arguments.print:
         print(start)
         return
-    program = shutil.which(
-        "vllm", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    )
+    print(f"adapters in {out}\nserving on http://{arguments.host}:{arguments.port}/v1", flush=True)
+    os.execve(program, [program, *start.command[1:]], {**os.environ, **start.variables})
+
+
+def found_program() -> str:
+    """Path of the program `vllm`.
+
+    Raises:
+        ModuleNotFoundError: If there is no vLLM.
+        ValueError: If it is of another version.
+    """
+    folders = [os.path.dirname(sys.executable), os.environ["PATH"]]
+    program = shutil.which("vllm", path=os.pathsep.join(folders))
     if program is None or installed_version() is None:
         raise ModuleNotFoundError("vllm must be installed beside this package, got none")
     check_version(installed_version())
-    print(f"adapters in {out}\nserving on http://{arguments.host}:{arguments.port}/v1", flush=True)
-    os.execve(program, [program, *start.command[1:]], {**os.environ, **start.variables})
+    return program
 
 
 def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
@@ -169,6 +183,16 @@ def planned(
     variables = {"CRAM_BUNDLE": str(bundle.resolve()), "CRAM_EXPORT": str(out.resolve())}
     optional = {"CRAM_CLIP": clip, "CRAM_BUNDLES": arguments.bundles, "CRAM_DEVICE": arguments.device}
     return Start(command, variables | {name: str(value) for name, value in optional.items() if value})
+
+
+def _value(flags: Sequence[str], option: str) -> str | None:
+    """The last value of an option among flags, or None."""
+    found = None
+    for place, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name == option:
+            found = value if equals else " ".join(flags[place + 1 : place + 2])
+    return found
 
 
 def _split(flags: Sequence[str]) -> tuple[list[str], list[str]]:

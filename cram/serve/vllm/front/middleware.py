@@ -31,7 +31,7 @@ from cram.serve.vllm.front.conversation import (
     read_chat,
     read_completion,
 )
-from cram.serve.vllm.front.replace import ADMIN, Replacer
+from cram.serve.vllm.front.replace import ADMIN, Replacer, check_served
 from cram.serve.vllm.front.routing import BundleRouter, Choice
 from cram.serve.vllm.group import ADAPTER, KEY, encode
 
@@ -83,7 +83,11 @@ class CramMiddleware:
         """Load the router before the server listens; a bundle that cannot be served stops the start."""
         try:
             if self._router is None:
-                self._router = await asyncio.to_thread(load_router)
+                router = await asyncio.to_thread(load_router)
+                # A proxy has no base.
+                if "app" in scope:
+                    await asyncio.to_thread(check_served, scope, Path(os.environ[BUNDLE]))
+                self._router = router
         except KNOWN_ERRORS as error:
             await receive()
             await send({"type": "lifespan.startup.failed", "message": f"cram: {error}"})

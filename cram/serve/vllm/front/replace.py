@@ -19,6 +19,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
+from cram.serve.vllm.base import check_checkpoint
 from cram.serve.vllm.export import Adapter, export_groups
 from cram.serve.vllm.front.routing import BundleRouter
 
@@ -67,6 +68,7 @@ class Replacer:
         self, scope: MutableMapping[str, Any], folder: Path, router: BundleRouter | None
     ) -> BundleRouter:
         models = served_models(scope)
+        await asyncio.to_thread(check_served, scope, folder)
         out = Path(os.environ[EXPORT])
         adapters = await asyncio.to_thread(export_groups, folder, out)
         encoder = None if router is None else router.encoder
@@ -122,6 +124,18 @@ def served_models(scope: MutableMapping[str, Any]) -> Any:
             "a bundle must be given to the server that runs vLLM, got a proxy or another version"
         )
     return models
+
+
+def check_served(scope: MutableMapping[str, Any], bundle: Path) -> None:
+    """Refuse a bundle of another base than the server's.
+
+    Raises:
+        ValueError: As `check_checkpoint`.
+        OSError: If the base cannot be read.
+    """
+    arguments = getattr(scope["app"].state, "args", None)
+    base = served_models(scope).base_model_paths[0].model_path
+    check_checkpoint(base, bundle, getattr(arguments, "revision", None))
 
 
 async def _load_adapter(models: Any, adapter: Adapter, out: Path) -> None:

@@ -14,6 +14,7 @@ from cram.cli import main
 from cram.serve.vllm import command
 from cram.serve.vllm.export import exported
 from cram.serve.vllm.front import middleware, replace
+from tests.cram import factories
 from tests.cram.serve.vllm.bundles import small_bundle
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -21,10 +22,12 @@ ROOT = Path(__file__).resolve().parents[4]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle."""
-    folder = tmp_path_factory.mktemp("place") / "bundle"
-    small_bundle(folder)
-    return folder
+    """A bundle, beside its base `base` and `other`, a base of the same shape."""
+    place = tmp_path_factory.mktemp("place")
+    small_bundle(place / "bundle")
+    factories.llava(clip=factories.clip_model()).save_pretrained(place / "base")
+    factories.llava(seed=1, clip=factories.clip_model()).save_pretrained(place / "other")
+    return place / "bundle"
 
 
 def options(words: list[str]) -> dict[str, list[str]]:
@@ -93,8 +96,8 @@ def test_vllm_gets_the_command_and_the_environment(bundle: Path, monkeypatch: py
     monkeypatch.setattr(command, "installed_version", lambda: "0.33.1")
     monkeypatch.setattr(command.shutil, "which", lambda name, path: f"/somewhere/{name}")
     monkeypatch.setattr(os, "execve", lambda *given: seen.extend(given))
-    words = ["serve", "--engine", "vllm", "--model", "m", "--bundle", str(bundle), "--dtype", "bfloat16"]
-    assert main(words) == 0
+    words = ["serve", "--engine", "vllm", "--bundle", str(bundle), "--dtype", "bfloat16"]
+    assert main([*words, "--model", str(bundle.with_name("base"))]) == 0
     program, arguments, environment = seen
     assert program == arguments[0] == "/somewhere/vllm" and arguments[-2:] == ["--dtype", "bfloat16"]
     assert environment[middleware.BUNDLE] == str(bundle) and environment["PATH"] == os.environ["PATH"]
@@ -151,6 +154,28 @@ def test_another_version_and_a_missing_plugin_are_refused(
     assert main(words) == 2 and "vLLM must be >=0.32,<0.34, got 0.34.0" in capsys.readouterr().err
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert main(words) == 2 and "VLLM_PLUGINS must contain cram" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--print"], ["--", "--revision", "main"]])
+def test_another_base_of_the_same_shape_is_refused_before_vllm_starts(
+    bundle: Path, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "found_program", lambda: "/somewhere/vllm")
+    monkeypatch.setattr(os, "execve", lambda *given: pytest.fail("started"))
+    words = ["serve", "--engine", "vllm", "--model", str(bundle.with_name("other")), "--bundle", str(bundle)]
+    assert main([*words, *more]) == 2
+    said = capsys.readouterr()
+    assert "model must be the base that" in said.err and "vllm serve" not in said.out
+
+
+@pytest.mark.parametrize("revision", [["--revision", "x"], ["--seed", "1", "--revision=x"]])
+def test_a_revision_of_a_name_is_refused(
+    bundle: Path, revision: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "found_program", lambda: "/somewhere/vllm")
+    words = ["serve", "--engine", "vllm", "--model", "m", "--bundle", str(bundle), "--", *revision]
+    assert main(words) == 2
+    assert "model must be a folder where --revision is given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel", "kubernetes", "ray_serve"])

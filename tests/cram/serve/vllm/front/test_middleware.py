@@ -3,107 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
 
-import cram
-from cram.serve.vllm.export import export_groups, exported
 from cram.serve.vllm.front.middleware import CramMiddleware, load_router
 from cram.serve.vllm.front.proxy import Forward
 from cram.serve.vllm.front.routing import BundleRouter
 from cram.serve.vllm.group import KEY, encode
 from tests.cram import factories
 from tests.cram.serve.vllm.bundles import small_bundle
-
-KEY_HEADER = {"authorization": "Bearer sesame"}
-
-
-class FakeVllm:
-    """Answers every request with what it was sent; a key is needed, as with `--api-key`."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, Any]] = []
-        self.app = None
-
-    def verify_token(self, headers: Any) -> bool:
-        """vLLM's own check."""
-        return bool(headers.get("authorization") == KEY_HEADER["authorization"])
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            return
-        body = (await receive())["body"]
-        headers = dict(scope["headers"])
-        if headers.get(b"authorization") != KEY_HEADER["authorization"].encode():
-            status, content = 401, b'{"error": "Unauthorized"}'
-        elif scope["path"] == "/v1/models":
-            status, content = 200, b'{"object": "list", "data": [{"id": "base"}]}'
-        else:
-            assert not body or int(headers[b"content-length"]) == len(body)
-            self.seen.append((scope["path"], json.loads(body) if body else None))
-            status, content = 200, body
-        start = {"type": "http.response.start", "status": status, "headers": [(b"x-own", b"1")]}
-        await send(start)
-        await send({"type": "http.response.body", "body": content})
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`bundle`, its export `out`, and the CLIP that routes in `clip`."""
-    folder = tmp_path_factory.mktemp("place")
-    small_bundle(folder / "bundle")
-    export_groups(folder / "bundle", folder / "out")
-    factories.save_clip(folder / "clip", factories.clip_model())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def router(place: Path) -> BundleRouter:
-    """The router of the bundle."""
-    return BundleRouter.load(place / "bundle", place / "out", factories.clip_encoder())
-
-
-def ask(app: Any, path: str, body: Any, headers: dict[str, str] | None = None, method: str = "POST") -> Any:
-    """One request to an ASGI application."""
-
-    async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            content = None if body is None else json.dumps(body)
-            kind = {"content-type": "application/json"} if body is not None else {}
-            chosen = {**kind, **(KEY_HEADER if headers is None else headers)}
-            return await client.request(method, path, content=content, headers=chosen)
-
-    return asyncio.run(go())
-
-
-def url_of(seed: int) -> str:
-    """A picture as a data URL."""
-    buffer = io.BytesIO()
-    factories.image(seed).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def conversation(question: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    """A chat request for the mixture."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url_of(k)}} for k in seeds]
-    parts.append({"type": "text", "text": question})
-    return {"model": "cram", "messages": [{"role": "user", "content": parts}], **fields}
-
-
-CHAT = "/v1/chat/completions"
+from tests.cram.serve.vllm.front.fakes import CHAT, FakeVllm, ask, conversation
 
 
 @pytest.mark.parametrize(("question", "seeds"), [(0, (0,)), (0, (1, 2)), (1, (1,)), (0, ()), (1, ())])
@@ -334,110 +248,6 @@ def test_chats_with_the_bundle_have_the_special_tokens_of_training(router: Bundl
     ask(app, CHAT, conversation("Which?", model="another"))
     ask(app, "/v1/completions", {"model": "base", "prompt": "Which?"})
     assert [sent.get("add_special_tokens") for _, sent in vllm.seen] == [False, None, None]
-
-
-class FakeModels:
-    """vLLM's list of served models; an adapter named in `broken` cannot be loaded."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.lora_requests = dict.fromkeys(names)
-        self.broken = ""
-
-    async def load_lora_adapter(self, request: Any) -> Any:
-        if request.lora_name.startswith(self.broken or "\0"):
-            return SimpleNamespace(
-                error=SimpleNamespace(message="LoRA rank 64 is greater than max_lora_rank 8.")
-            )
-        assert (Path(request.lora_path) / "adapter_config.json").is_file()
-        self.lora_requests[request.lora_name] = None
-        return "Success"
-
-    async def unload_lora_adapter(self, request: Any) -> str:
-        del self.lora_requests[request.lora_name]
-        return "Success"
-
-
-@pytest.fixture
-def running(place: Path, router: BundleRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A server that takes bundles of `tmp_path / bundles`; `more` has a new expert in group 1."""
-    protocol = ModuleType("vllm.entrypoints.serve.lora.protocol")
-    protocol.LoadLoRAAdapterRequest = protocol.UnloadLoRAAdapterRequest = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, protocol.__name__, protocol)
-    model, handle = small_bundle(tmp_path / "unused")
-    handle.method.add_expert("newest", factories.expert_weights(handle, 9), 1, torch.ones(16), trained=False)
-    cram.save(model, tmp_path / "bundles/more")
-    settings = {
-        "CRAM_EXPORT": place / "out",
-        "CRAM_BUNDLES": tmp_path / "bundles",
-        "CRAM_ADMIN_TOKEN": "open",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, str(value))
-    vllm = FakeVllm()
-    app = CramMiddleware(vllm, router)
-    models = FakeModels([adapter.name for adapter in router.adapters])
-
-    async def served(scope: Any, receive: Any, send: Any) -> None:
-        scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
-        await app(scope, receive, send)
-
-    return served, vllm, models
-
-
-ADMIN = {"authorization": "Bearer open"}
-
-
-def test_a_bundle_is_added_while_requests_run(running: Any, place: Path, tmp_path: Path) -> None:
-    served, vllm, models = running
-    before = list(models.lora_requests)
-    ask(served, CHAT, {**conversation("x"), "model": "cram:other"})
-    assert ask(served, CHAT, {**conversation("x"), "model": "cram:newest"}).status_code == 400
-    answer = ask(served, "/v1/cram/bundle", {"name": "more"}, ADMIN)
-    assert answer.status_code == 200 and answer.json()["experts"] == ["old", "new", "other", "newest"]
-    ask(served, CHAT, {**conversation("x"), "model": "cram:newest"})
-    ask(served, CHAT, {**conversation("x"), "model": "cram:old"})
-    names = [body["model"] for _, body in vllm.seen]
-    after = [adapter.name for adapter in exported(tmp_path / "bundles/more", place / "out")]
-    assert names == [before[1], after[1], before[0]] and after[0] == before[0]
-    assert set(models.lora_requests) == {*before, *after}
-
-
-@pytest.mark.parametrize(
-    ("body", "headers", "status", "message"),
-    [
-        ({"name": "more"}, {}, 401, "admin token"),
-        ({"name": "more"}, KEY_HEADER, 401, "admin token"),
-        ({"name": "../bundles/more"}, ADMIN, 400, "the name of a bundle"),
-        ({"name": "absent"}, ADMIN, 400, "must be that of a folder"),
-        ({"folder": "more"}, ADMIN, 400, "the name of a bundle"),
-        ({"name": "damaged"}, ADMIN, 400, "the one before stays"),
-    ],
-)
-def test_a_bad_bundle_is_refused_and_the_old_one_stays(
-    running: Any, tmp_path: Path, body: Any, headers: dict[str, str], status: int, message: str
-) -> None:
-    served, _, models = running
-    before = dict(models.lora_requests)
-    (tmp_path / "bundles/damaged").mkdir()
-    answer = ask(served, "/v1/cram/bundle", body, headers)
-    assert answer.status_code == status and message in answer.json()["error"]["message"]
-    assert models.lora_requests == before
-    assert ask(served, CHAT, conversation(factories.QUESTIONS[0])).status_code == 200
-
-
-def test_a_bundle_that_vllm_cannot_load_is_refused_whole(running: Any) -> None:
-    served, _, models = running
-    before = dict(models.lora_requests)
-    models.broken = "cram-g1"
-    answer = ask(served, "/v1/cram/bundle", {"name": "more"}, ADMIN)
-    assert answer.status_code == 400 and "is greater than max_lora_rank" in answer.text
-    assert models.lora_requests == before
-    assert ask(served, CHAT, {**conversation("x"), "model": "cram:newest"}).status_code == 400
-
-
-def test_without_a_token_no_bundle_is_taken(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CRAM_ADMIN_TOKEN")
-    assert ask(running[0], "/v1/cram/bundle", {"name": "more"}, ADMIN).status_code == 404
 
 
 def test_gates_survive_the_way_to_vllm() -> None:

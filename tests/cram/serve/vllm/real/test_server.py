@@ -2,154 +2,41 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
 
-import cram
-from cram.base import base_folder
 from cram.learning.answers.prompts import chat_text, message
 from cram.serve.vllm.group import encode
 from tests.cram import factories
 from tests.cram.serve.vllm.real import checkpoints
 from tests.cram.serve.vllm.real.reference import answer_logprobs
-from tests.cram.serve.vllm.real.worlds import EXPLICIT, IN_PROCESS
+from tests.cram.serve.vllm.real.servers import (
+    PORT,
+    Served,
+    automatic,
+    body,
+    check_routed,
+    post,
+    read,
+    read_all,
+    running,
+)
+from tests.cram.serve.vllm.real.worlds import EXPLICIT
 
-PORT = 8731
 URL = f"http://127.0.0.1:{PORT}/v1"
-VOCABULARY = 627
-START_S = 900
-FLAGS = "--dtype float32 --max-model-len 256 --enforce-eager --max-num-seqs 8 --max-num-batched-tokens 128"
-FLAGS += f" --block-size 32 --max-logprobs {VOCABULARY} --api-key sesame"
-CASES = [(0, (0,)), (0, (3,)), (1, (1,)), (1, (6,)), (0, (5,)), (0, ()), (1, ()), (0, (7,))]
-
-
-class Served:
-    """The server, and the same model in process.
-
-    Attributes:
-        place: Folder of checkpoint, bundle and bundles.
-        model, handle: The attached model.
-    """
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        checkpoints.llava(place / "model")
-        self.model, self.processor, self.handle = checkpoints.attached(
-            base_folder() / "llava", base_folder() / "clip"
-        )
-        cram.save(self.model, place / "bundle")
-        more, _, handle = checkpoints.attached(base_folder() / "llava", base_folder() / "clip")
-        checkpoints.add(handle, "newest", 1, handle.method.router.centroids()[0, 0])
-        cram.save(more, place / "bundles/more")
-        # One expert more in group 0 than a slot of rank 32 holds.
-        large, _, handle = checkpoints.attached(base_folder() / "llava", base_folder() / "clip")
-        checkpoints.add(handle, "newest", 0, handle.method.router.centroids()[0, 0])
-        cram.save(large, place / "bundles/large")
-        (place / "bundles/damaged").mkdir()
-
-    def command(self) -> list[str]:
-        """What a user types."""
-        words = ["serve", "--engine", "vllm", "--model", str(self.place / "model")]
-        words += ["--bundle", str(self.place / "bundle"), "--clip", str(base_folder() / "clip")]
-        words += ["--bundles", str(self.place / "bundles"), "--port", str(PORT), "--", *FLAGS.split()]
-        return [sys.executable, "-m", "cram", *words]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A running server."""
     made = Served(tmp_path_factory.mktemp("served"))
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "CRAM_ADMIN_TOKEN": "open"}
-    log = made.place / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            made.command(), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **settings}
-        )
-    try:
-        deadline = time.monotonic() + START_S
-        while not healthy():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(1)
+    command = made.command("--bundles", str(made.more_bundles()), "--port", str(PORT))
+    with running(command, PORT, made.place / "log", CRAM_ADMIN_TOKEN="open"):
         yield made
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
-def healthy() -> bool:
-    """Whether the server answers."""
-    try:
-        return httpx.get(f"http://127.0.0.1:{PORT}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def url_of(seed: int) -> str:
-    """A picture as a data URL."""
-    buffer = io.BytesIO()
-    factories.image(seed).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def body(model: str, question: int, seeds: tuple[int, ...], **fields: Any) -> dict[str, Any]:
-    """A chat request with all log-probabilities."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url_of(k)}} for k in seeds]
-    parts.append({"type": "text", "text": checkpoints.QUESTIONS[question]})
-    chosen = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 6}
-    chosen |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    return {**chosen, "logprobs": True, "top_logprobs": VOCABULARY, **fields}
-
-
-def post(asked: Any, path: str = "/chat/completions", key: str = "sesame") -> httpx.Response:
-    """One request."""
-    return httpx.post(f"{URL}{path}", json=asked, headers={"authorization": f"Bearer {key}"}, timeout=600)
-
-
-Answer = tuple[list[int], torch.Tensor]
-
-
-def read_all(answer: httpx.Response) -> tuple[list[int], list[Answer]]:
-    """Prompt, and of each answer the tokens and per token all log-probabilities, largest first.
-
-    Bytes stand for several tokens, so the tokens of the log-probabilities are not told apart.
-    """
-    assert answer.status_code == 200, answer.text
-    data = answer.json()
-    found = []
-    for choice in data["choices"]:
-        rows = [
-            sorted((e["logprob"] for e in each["top_logprobs"]), reverse=True)
-            for each in choice["logprobs"]["content"]
-        ]
-        found.append((choice["token_ids"], torch.tensor([row[:VOCABULARY] for row in rows])))
-    return data["prompt_token_ids"], found
-
-
-def read(answer: httpx.Response) -> tuple[list[int], list[int], torch.Tensor]:
-    """Prompt, tokens and log-probabilities of a reply with one answer."""
-    prompt, ((tokens, table),) = read_all(answer)
-    return prompt, tokens, table
-
-
-def automatic(served: Served, prompt: list[int], answer: list[int], seeds: tuple[int, ...]) -> torch.Tensor:
-    """What the attached model gives by its own routing."""
-    images = [factories.image(seed) for seed in seeds]
-    pixels = dict(served.processor.image_processor(images=images, return_tensors="pt")) if images else {}
-    return answer_logprobs(served.model, prompt, answer, pixels)
 
 
 def test_prompts_are_those_of_training(served: Served) -> None:
@@ -161,16 +48,7 @@ def test_prompts_are_those_of_training(served: Served) -> None:
 
 
 def test_eight_requests_at_once_are_routed_as_in_process(served: Served) -> None:
-    with ThreadPoolExecutor(len(CASES)) as pool:
-        answers = list(pool.map(lambda case: post(body("cram", *case)), CASES))
-    worst = 0.0
-    for (question, seeds), answer in zip(CASES, answers, strict=True):
-        prompt, tokens, found = read(answer)
-        wanted = automatic(served, prompt, tokens, seeds)
-        assert wanted.argmax(-1).tolist() == tokens and answer.headers["x-cram-group"] == str(question)
-        worst = max(worst, float((wanted.sort(-1, descending=True).values - found).abs().max()))
-    print(f"8 concurrent: {worst:.1e} from the attached model")
-    assert worst < EXPLICIT < IN_PROCESS, worst
+    check_routed(served, PORT)
 
 
 def test_the_official_client_needs_no_change(served: Served) -> None:
@@ -285,7 +163,8 @@ def test_the_key_is_checked(served: Served) -> None:
 
 def test_a_bad_bundle_is_refused_and_a_good_one_joins(served: Served) -> None:
     before = read(post(body("cram", 0, (0,))))
-    for name, reason in (("damaged", "must be a bundle"), ("large", "max_lora_rank")):
+    reasons = {"damaged": "must be a bundle", "large": "max_lora_rank", "of_another_base": "must be the base"}
+    for name, reason in reasons.items():
         refused = post({"name": name}, "/cram/bundle", "open")
         assert refused.status_code == 400 and "the one before stays" in refused.text
         assert reason in refused.text, refused.text

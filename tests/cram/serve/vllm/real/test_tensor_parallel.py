@@ -1,14 +1,27 @@
-"""Two ranks, each with half of every LoRA: the gates act between the halves."""
+"""Two ranks with whole LoRA matrices A, and with halves of all: the gates act between A and B."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from cram.base import base_folder
+from tests.cram.serve.vllm.real import checkpoints
+from tests.cram.serve.vllm.real.conftest import world_in
 from tests.cram.serve.vllm.real.worlds import LONG, Job, World, mixed
 
-ENGINE = {"tensor_parallel_size": 2, "fully_sharded_loras": True}
-
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "fully sharded"])
+def llava(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[World]:
+    """The built-in LLaVA with five experts in two groups, on two ranks."""
+    place = tmp_path_factory.mktemp("llava")
+    checkpoints.llava(place / "model")
+    source, limits = base_folder() / "llava", {"image": 2}
+    ranks = {"tensor_parallel_size": 2, "fully_sharded_loras": request.param}
+    yield from world_in(place, source, checkpoints.LLAVA_VOCABULARY, limits, **ranks)
 
 
 def test_one_batch_of_five_gate_tensors_a_plain_adapter_and_the_base(llava: World) -> None:
