@@ -117,7 +117,9 @@ class Answer:
         sampling = self.request.sampling
         if self._generator is None:
             return greedy
-        probabilities = torch.softmax(scores.double().cpu() / sampling.temperature, dim=-1)
+        below = scores.double().cpu() - scores.max().item()
+        # The best score stays 0, so that no temperature is too small.
+        probabilities = torch.softmax(below / sampling.temperature, dim=-1)
         order = probabilities.argsort(descending=True, stable=True)
         mass = probabilities[order].cumsum(0)
         kept = int((mass < sampling.top_p).sum()) + 1 if sampling.top_p < 1 else len(mass)

@@ -88,3 +88,10 @@ def test_answers_end_at_the_end_token_a_stop_string_or_the_limit() -> None:
     assert answered(ids, stop=("ee!", "tw!")) == ("one two thr", None, len(ids))
     assert answered([*ids, END], stop=("ee!",)) == ("one two three", "stop", len(ids) + 1)
     assert answered(ids, limit=10, stop=("o t",)) == ("one tw", "stop", 10)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-100, 5e-324])
+def test_a_temperature_near_0_takes_the_best_token(temperature: float) -> None:
+    request = Request(Prompt(dict), lambda event: None, Sampling(temperature=temperature, seed=0))
+    scores = torch.linspace(-30, 30, 320)[torch.randperm(320, generator=torch.Generator().manual_seed(0))]
+    assert Answer(request, 0, tokenizer(), [END], 9, 0).choose(scores, 0) == int(scores.argmax())

@@ -30,6 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "CRAM_BUNDLE": str(made.place / "bundle"),
         "CRAM_EXPORT": str(made.place / "bundle-vllm"),
         "CRAM_CLIP": str(base_folder() / "clip"),
+        "CRAM_ADMIN_TOKEN": "",
     }
     with (
         running(command, SERVER, made.place / "log"),

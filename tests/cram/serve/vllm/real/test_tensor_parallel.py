@@ -21,7 +21,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     checkpoints.llava(place / "model")
     source, limits = base_folder() / "llava", {"image": 2}
     ranks = {"tensor_parallel_size": 2, "fully_sharded_loras": request.param}
-    yield from world_in(place, source, checkpoints.LLAVA_VOCABULARY, limits, **ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        # Each engine in processes of its own, since one process holds one engine well.
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        yield from world_in(place, source, checkpoints.LLAVA_VOCABULARY, limits, **ranks)
 
 
 def test_one_batch_of_five_gate_tensors_a_plain_adapter_and_the_base(llava: World) -> None:
