@@ -7,12 +7,13 @@ import importlib.machinery
 import importlib.util
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -31,6 +32,11 @@ SLOW = (
 PATIENCE = 20
 # pytest's exit codes.
 PASSED, FAILED = 0, 1
+PYTEST_WORDS = (
+    *("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE"),
+    # Plugins are among what the parent has imported.
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,17 @@ class Verdict:
     """How the tests of a mutant ended.
 
     Attributes:
-        status: "survived", "killed" (a test failed), "broken" (the module does not even load), "slow" (over
-            the limit) or "undecided" (it waited for too long).
+        status: "survived", "killed" (a test failed), "broken" (the module does not even load, or the process
+            dies), "slow" (over the limit) or "undecided" (it waited for too long).
         seconds: Processor time of the tests.
         said: The first failed test, if there is one.
+        code: Exit code of the process, or minus the signal that ended it.
     """
 
     status: str
     seconds: float
     said: str
+    code: int = 0
 
     @property
     def noticed(self) -> bool:
@@ -91,6 +99,11 @@ def prepare() -> None:
     for name in SLOW:
         importlib.import_module(name)
     sys.dont_write_bytecode = True
+    hypothesis = sys.modules["hypothesis"]
+    # A failed example is enough; the same examples for every mutant.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
+    hypothesis.settings.load_profile("mutants")
 
 
 def module_name(source: str) -> str:
@@ -99,49 +112,62 @@ def module_name(source: str) -> str:
 
 
 def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch: Path) -> Verdict:
-    """Run tests against a changed source.
+    """Run tests in a process that imports a changed source.
 
     Args:
         source: Path of the source below the repository.
         text: Its changed text.
-        tests: Test files; they run in this order until one test fails.
+        tests: Names of tests; they run in this order until one test fails.
         limit_s: Tests that take more processor time have noticed something.
         scratch: An existing folder for the changed text and the tests' output.
     """
-    changed, log = scratch / Path(source).name, scratch / "log"
+    changed = scratch / Path(source).name
     changed.write_text(text, encoding="utf-8")
-    child = os.fork()
-    if not child:
-        _be_child(source, changed, tests, limit_s, log)
-    status, seconds = _wait(child, time.monotonic() + PATIENCE * limit_s)
-    output = log.read_text(encoding="utf-8", errors="replace").strip()
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    said = (failed or output.splitlines()[-1:] or [""])[0][:200]
-    ended = {-signal.SIGXCPU: "slow", -signal.SIGKILL: "undecided"}
-    if status in ended:
-        return Verdict(ended[status], seconds, "")
-    kind = {PASSED: "survived", FAILED: "killed"}.get(status, "broken")
-    return Verdict(kind, seconds, "" if kind == "survived" else said)
 
-
-def _be_child(source: str, changed: Path, tests: Sequence[str], limit_s: float, log: Path) -> None:
-    """Run the tests and end the process."""
-    code = 2
-    try:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit_s), math.ceil(limit_s) + 5))
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+    def work() -> int:
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
         sys.meta_path.insert(0, _Finder(module_name(source), ROOT / source, changed))
         import pytest
 
-        words = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE"]
-        # Plugins are among what the parent has imported.
-        words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        code = int(pytest.main([*words, f"--basetemp={log.parent / 'tmp'}", *tests]))
+        return int(pytest.main([*PYTEST_WORDS, f"--basetemp={scratch / 'tmp'}", *tests]))
+
+    return fork(work, limit_s, scratch / "log")
+
+
+def fork(work: Callable[[], int], limit_s: float, log: Path) -> Verdict:
+    """Run `work` in a fork of this process.
+
+    Args:
+        work: Returns the exit code.
+        limit_s: Processor time that it may take.
+        log: File for what it prints.
+    """
+    child = os.fork()
+    if not child:
+        _be_child(work, limit_s, log)
+    status, seconds = _wait(child, time.monotonic() + PATIENCE * limit_s)
+    output = log.read_text(encoding="utf-8", errors="replace").strip()
+    failed = [line for line in output.splitlines() if re.match(".?(FAILED|ERROR) ", line)]
+    said = (failed or output.splitlines()[-1:] or [""])[0][:200]
+    ended = {-signal.SIGXCPU: "slow", -signal.SIGKILL: "undecided"}
+    if status in ended:
+        return Verdict(ended[status], seconds, "", status)
+    kind = {PASSED: "survived", FAILED: "killed"}.get(status, "broken")
+    return Verdict(kind, seconds, "" if kind == "survived" else said, status)
+
+
+def _be_child(work: Callable[[], int], limit_s: float, log: Path) -> None:
+    """Do the work and end the process."""
+    code = 2
+    try:
+        os.setsid()
+        # A fork begins with no processor time used.
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit_s), math.ceil(limit_s) + 5))
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = work()
     finally:
         if (error := sys.exception()) is not None:
             traceback.print_exception(error)

@@ -18,6 +18,7 @@ import ast
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -59,6 +60,7 @@ class Mutant:
         before: The changed expression or statement.
         after: What stands there instead.
         line: Line of the file.
+        span: First and last line of the statement, or of what stands before its block.
         name: What tells the change from others, whatever its line.
     """
 
@@ -69,37 +71,77 @@ class Mutant:
     before: str
     after: str
     line: int
+    span: tuple[int, int]
     name: str
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a syntax tree, the function that changes it there, and what is to be shown of it then."""
+    """A place in a syntax tree, the function that changes it there, and what is to be shown of it then.
+
+    `block` is the list of statements that a dropped one stands in.
+    """
 
     node: ast.AST
     operator: str
     scope: str
     change: Callable[[], None]
     after: ast.AST
+    block: list[ast.stmt] | None = None
 
 
 def mutants_of(source: str, text: str) -> list[Mutant]:
     """Every mutant of a file."""
     tree = ast.parse(text)
+    spans = _spans(tree)
     seen: Counter[str] = Counter()
     found = []
-    for index in range(sum(1 for _ in sites(tree))):
-        tree = ast.parse(text)
-        site = _site(tree, index)
+    for index, site in enumerate(sites(tree)):
         lines = [each.lineno for each in ast.walk(site.node) if hasattr(each, "lineno")]
         before, line = _shown(site.node), min(lines, default=0)
+        undo = _memory(site)
         site.change()
         after = _shown(site.after)
+        undo()
         name = f"{source} {site.scope}: {before} -> {after}"
         seen[name] += 1
         name += f" ({seen[name]})" if seen[name] > 1 else ""
-        found.append(Mutant(source, index, site.operator, site.scope, before, after, line, name))
+        span = spans[id(site.node)]
+        found.append(Mutant(source, index, site.operator, site.scope, before, after, line, span, name))
     return found
+
+
+def _spans(tree: ast.Module) -> dict[int, tuple[int, int]]:
+    """Of each node, by its id: the first and last line of its statement without the statement's block."""
+    found: dict[int, tuple[int, int]] = {id(tree): (1, 1)}
+
+    def visit(node: ast.AST, span: tuple[int, int]) -> None:
+        if isinstance(node, ast.stmt):
+            block = getattr(node, "body", None)
+            last = node.end_lineno or node.lineno
+            span = node.lineno, max(node.lineno, block[0].lineno - 1) if block else last
+        found[id(node)] = span
+        for child in ast.iter_child_nodes(node):
+            visit(child, span)
+
+    visit(tree, (1, 1))
+    return found
+
+
+def _memory(site: Site) -> Callable[[], None]:
+    """A function that takes the change of a site back."""
+    parts: list[ast.AST] = [site.node, *ast.iter_child_nodes(site.node)]
+    fields = [(part, name, value) for part in parts for name, value in ast.iter_fields(part)]
+    lists = [value for _, _, value in fields if isinstance(value, list)]
+    kept = [(each, list(each)) for each in (*lists, *([] if site.block is None else [site.block]))]
+
+    def undo() -> None:
+        for part, name, value in fields:
+            setattr(part, name, value)
+        for each, content in kept:
+            each[:] = content
+
+    return undo
 
 
 def mutate(text: str, index: int) -> str:
@@ -133,7 +175,8 @@ def _walk(node: ast.AST, scope: str) -> Iterator[Site]:
         for place, child in enumerate(value if isinstance(value, list) else [value]):
             if _is_droppable(child):
                 empty = ast.Pass()
-                yield Site(child, "drop", scope, lambda v=value, p=place, e=empty: v.__setitem__(p, e), empty)
+                change = partial(value.__setitem__, place, empty)
+                yield Site(child, "drop", scope, change, empty, value)
             if isinstance(child, ast.AST) and not _left_alone(node, child):
                 yield from _walk(child, scope)
 

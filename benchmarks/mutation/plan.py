@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.mutation.equivalents import EQUIVALENTS
+from benchmarks.mutation.lines import file_digest
 from benchmarks.mutation.operators import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,16 +111,22 @@ def sources() -> list[str]:
 def draw(source: str, count: int, seed: int) -> list[Mutant]:
     """So many mutants of a source, drawn from a seed; all of them if there are no more."""
     found = mutants_of(source, (ROOT / source).read_text(encoding="utf-8"))
-    random = Random(f"{seed}/{source}")
-    return sorted(random.sample(found, min(count, len(found))), key=lambda each: each.index)
+    # The first few of a larger draw are the smaller draw.
+    Random(f"{seed}/{source}").shuffle(found)
+    return sorted(found[:count], key=lambda each: each.index)
 
 
-def digest(source: str) -> str:
-    """Of a source and its tests: a verdict holds for as long as they stay."""
-    found = hashlib.sha256()
-    for path in (source, *tests_of(source)):
-        found.update((ROOT / path).read_bytes())
-    return found.hexdigest()[:16]
+def digests(source: str) -> dict[str, str]:
+    """Of a source, and of its tests."""
+    tests = "".join(file_digest(path) for path in tests_of(source))
+    return {"source_digest": file_digest(source), "tests_digest": tests}
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Whether a verdict still holds: tests are added, so what they noticed once is noticed for good."""
+    now = digests(row["source"])
+    same = [name for name, digest in now.items() if row[name] == digest]
+    return len(same) == 2 or (same == ["source_digest"] and row["status"] != "survived")
 
 
 def read(log: Path) -> list[dict[str, Any]]:

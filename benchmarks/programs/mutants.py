@@ -2,17 +2,20 @@
 
     python -m benchmarks mutants --seed 1 --each 8 --only routing
 
-Mutants are drawn from the seed. A verdict is one JSON line in the log; the same command goes on where it was
-stopped, and asks again where a source or its tests have changed since. The table stands at the end.
+Mutants are drawn from the seed. Each is judged in a fork of one process that has imported everything. The
+tests that run the changed lines are its judges; the tests of the same name come first. A verdict is one JSON
+line in the log. The same command goes on where it was stopped. It asks again where a source has changed, or
+the tests of a survivor have. The table stands at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import pickle
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mutation import children, plan
+from benchmarks.mutation.children import Verdict
 from benchmarks.mutation.operators import Mutant, mutate
+from benchmarks.mutation.room import Room, time_limit
 
-# A mutant's tests may take so much longer than those of its source, and some seconds beside that.
-FACTOR, SPARE_S = 3, 5
+# Processor time for imports in a process of a mutant's own.
+IMPORT_S = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge the mutants. Return 1 if a mutant survived that is not known as equivalent."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks mutants", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="which mutants are drawn")
+    parser.add_argument("--seed", type=int, default=1, help="which mutants are drawn")
     parser.add_argument("--each", type=int, default=8, help="mutants per source")
     parser.add_argument("--only", default="", metavar="REGEX", help="sources whose path matches")
     parser.add_argument("--log", type=Path, default=Path("build/mutants.jsonl"), help="one verdict per line")
@@ -48,14 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _judge_all(arguments: argparse.Namespace) -> None:
     until = time.monotonic() + arguments.seconds
     os.environ["OMP_NUM_THREADS"] = "1"
+    todo = _todo(arguments)
+    if not todo:
+        return
     children.prepare()
+    scratch = arguments.log.with_suffix("")
+    scratch.mkdir(exist_ok=True)
+    later = scratch / "later"
+    _in_room(todo, until, arguments.log, scratch, later)
+    for mutant, tests in pickle.loads(later.read_bytes()):
+        if time.monotonic() < until:
+            names, limit_s = [each.name for each in tests], time_limit(tests) + IMPORT_S
+            changed = mutate(_text(mutant.source), mutant.index)
+            digests = plan.digests(mutant.source)
+            verdict = children.judge(mutant.source, changed, names, limit_s, scratch)
+            _keep(arguments.log, mutant, verdict, digests)
+
+
+def _todo(arguments: argparse.Namespace) -> list[Mutant]:
+    known = {row["name"]: row for row in plan.newest(plan.read(arguments.log))}
+    found = []
     for source in plan.sources():
-        if not re.search(arguments.only, source):
-            continue
-        known = {row["name"]: row for row in plan.newest(plan.read(arguments.log))}
-        todo = [each for each in _wanted(source, arguments, known) if not _is_judged(each, source, known)]
-        if todo and time.monotonic() < until:
-            _judge_source(source, todo, until, arguments.log)
+        if re.search(arguments.only, source):
+            wanted = _wanted(source, arguments, known)
+            found += [each for each in wanted if not (each.name in known and plan.holds(known[each.name]))]
+    return found
 
 
 def _wanted(source: str, arguments: argparse.Namespace, known: dict[str, Any]) -> list[Mutant]:
@@ -66,28 +88,40 @@ def _wanted(source: str, arguments: argparse.Namespace, known: dict[str, Any]) -
     return [each for each in everything if each.name in lost]
 
 
-def _is_judged(mutant: Mutant, source: str, known: dict[str, Any]) -> bool:
-    row = known.get(mutant.name)
-    return row is not None and row["digest"] == plan.digest(source)
+def _in_room(todo: Sequence[Mutant], until: float, log: Path, scratch: Path, later: Path) -> None:
+    """Judge what can be judged in forks of one process; write down the others with their tests."""
 
-
-def _judge_source(source: str, todo: list[Mutant], until: float, log: Path) -> None:
-    text = (plan.ROOT / source).read_text(encoding="utf-8")
-    tests = plan.tests_of(source)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = children.judge(source, text, tests, 600, Path(folder))
-        if whole.noticed:
-            raise RuntimeError(f"tests of {source} must pass on the source itself, got {whole}")
-        limit = FACTOR * whole.seconds + SPARE_S
-        print(f"{source}: {len(todo)} mutants, {whole.seconds:.1f} s for {len(tests)} test files", flush=True)
+    def work(room: Room) -> None:
+        left = []
         for mutant in todo:
             if time.monotonic() > until:
-                return
-            changed = mutate(text, mutant.index)
-            verdict = children.judge(source, changed, tests, limit, Path(folder))
-            if verdict.status == "undecided":
-                continue
-            row = {**asdict(mutant), "digest": plan.digest(source), **asdict(verdict)}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"  {verdict.status:9} {verdict.seconds:5.1f} s  {mutant.name}", flush=True)
+                break
+            digests = plan.digests(mutant.source)
+            found = room.judge(mutant, _text(mutant.source))
+            if isinstance(found, Verdict):
+                _keep(log, mutant, found, digests)
+            else:
+                left.append((mutant, found))
+        later.write_bytes(pickle.dumps(left))
+
+    later.unlink(missing_ok=True)
+    files = sorted({file for mutant in todo for file in plan.tests_of(mutant.source)})
+    process = multiprocessing.get_context("fork").Process(
+        target=Room(plan.sources(), plan.tests_of, scratch, work).enter, args=(files,)
+    )
+    process.start()
+    process.join()
+    if not later.is_file():
+        raise RuntimeError(f"the process of the tests ended with {process.exitcode}; its reason stands above")
+
+
+def _text(source: str) -> str:
+    return (plan.ROOT / source).read_text(encoding="utf-8")
+
+
+def _keep(log: Path, mutant: Mutant, verdict: Verdict, digests: dict[str, str]) -> None:
+    print(f"{verdict.status:9} {verdict.seconds:5.1f} s  {mutant.name}", flush=True)
+    if verdict.status != "undecided":
+        row = {**asdict(mutant), **digests, **asdict(verdict)}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
