@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +76,11 @@ def file_digest(path: str) -> str:
     return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
 
 
-def keep(folder: Path, file: str, sources: Iterable[str], tests: Iterable[Test]) -> None:
-    """Write what the tests of a file run."""
+def keep(folder: Path, file: str, digests: Mapping[str, str], tests: Iterable[Test]) -> None:
+    """Write what the tests of a file run, with the digests of the file and of the sources."""
     folder.mkdir(parents=True, exist_ok=True)
-    digests = {path: file_digest(path) for path in (file, *sources)}
     rows = [[test.name, test.seconds, test.lines] for test in tests]
-    _path(folder, file).write_text(json.dumps({"digests": digests, "tests": rows}), encoding="utf-8")
+    _path(folder, file).write_text(json.dumps({"digests": dict(digests), "tests": rows}), encoding="utf-8")
 
 
 def kept(folder: Path, file: str, sources: Iterable[str]) -> list[Test] | None:

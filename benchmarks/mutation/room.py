@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import FunctionType
 
@@ -17,11 +19,13 @@ import pytest
 
 from benchmarks.mutation import children, patches
 from benchmarks.mutation.children import ROOT, Verdict
-from benchmarks.mutation.lines import Recorder, Test, keep, kept
+from benchmarks.mutation.lines import Recorder, Test, file_digest, keep, kept
 from benchmarks.mutation.operators import Mutant, mutate
 
 # A mutant's tests may take so much longer than those of its source, and some seconds beside that.
 FACTOR, SPARE_S = 3, 5
+# Beside its own tests a mutant meets those of other files for at most so many seconds.
+OTHERS_S = 20
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Room:
         items: pytest's tests by name.
         imported: Functions of each source that ran while everything was imported.
         functions: Functions by the file of their code.
+        digests: Of the sources and the test files, before they were imported.
         failed: Name of the last test that failed.
     """
 
@@ -48,6 +53,7 @@ class Room:
     items: dict[str, pytest.Item] = field(default_factory=dict)
     imported: dict[str, set[str]] = field(default_factory=dict)
     functions: dict[str, list[FunctionType]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     failed: str = ""
 
     def enter(self, files: Sequence[str]) -> None:
@@ -58,6 +64,7 @@ class Room:
         """
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
+        self.digests = {path: file_digest(path) for path in (*self.sources, *files)}
         with Recorder(self.sources).recording() as seen:
             self.imported = seen.functions
             for source in self.sources:
@@ -123,15 +130,21 @@ class Room:
         places = patches.places(self.functions.get(path, []), codes)
         if not places:
             return tests
+        for judges in (tests, self._others(mutant)):
+            judges = [each for each in judges if each.runs(mutant.source, mutant.span)]
+            verdict = self._fork(partial(self._pass_with, places, judges), time_limit(judges))
+            if verdict.noticed:
+                break
+        return verdict
+
+    def _others(self, mutant: Mutant) -> list[Test]:
+        """Tests of other files that were measured, quick ones first, as many as fit the time."""
+        own = self.tests_of(mutant.source)
+        tests = [each for file, tests in self.known.items() if file not in own for each in tests]
         tests = [each for each in tests if each.runs(mutant.source, mutant.span)]
-        items = [self.items[each.name] for each in tests]
-
-        def work() -> bool:
-            for function, code in places:
-                function.__code__ = code
-            return self._pass(items)
-
-        return self._fork(work, time_limit(tests))
+        tests.sort(key=lambda each: each.seconds)
+        sums = accumulate(each.seconds for each in tests)
+        return [each for each, total in zip(tests, sums, strict=True) if total <= OTHERS_S]
 
     def _fork(self, work: Callable[[], bool], limit_s: float) -> Verdict:
         """Run `work` in a fork; True means that nothing was noticed."""
@@ -154,10 +167,14 @@ class Room:
             tests.append(Test(item.nodeid, time.process_time() - start, lines))
             if not passed:
                 return False
-        keep(folder, file, self.sources, tests)
+        keep(folder, file, self.digests, tests)
         return True
 
-    def _pass(self, items: Sequence[pytest.Item]) -> bool:
+    def _pass_with(self, places: patches.Places, tests: Sequence[Test]) -> bool:
+        """Whether tests pass with new code of some functions."""
+        for function, code in places:
+            function.__code__ = code
+        items = [self.items[each.name] for each in tests]
         return all(self._run(item, after) for item, after in _with_next(items))
 
     def _run(self, item: pytest.Item, after: pytest.Item | None) -> bool:

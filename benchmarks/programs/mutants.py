@@ -76,7 +76,8 @@ def _todo(arguments: argparse.Namespace) -> list[Mutant]:
     for source in plan.sources():
         if re.search(arguments.only, source):
             wanted = _wanted(source, arguments, known)
-            found += [each for each in wanted if not (each.name in known and plan.holds(known[each.name]))]
+            done = {name for name, row in known.items() if not arguments.again and plan.holds(row)}
+            found += [each for each in wanted if each.name not in done]
     return found
 
 
@@ -91,15 +92,17 @@ def _wanted(source: str, arguments: argparse.Namespace, known: dict[str, Any]) -
 def _in_room(todo: Sequence[Mutant], until: float, log: Path, scratch: Path, later: Path) -> None:
     """Judge what can be judged in forks of one process; write down the others with their tests."""
 
+    # Of what is imported; an edit during the run makes a verdict outdated.
+    digests = {mutant.source: plan.digests(mutant.source) for mutant in todo}
+
     def work(room: Room) -> None:
         left = []
         for mutant in todo:
             if time.monotonic() > until:
                 break
-            digests = plan.digests(mutant.source)
             found = room.judge(mutant, _text(mutant.source))
             if isinstance(found, Verdict):
-                _keep(log, mutant, found, digests)
+                _keep(log, mutant, found, digests[mutant.source])
             else:
                 left.append((mutant, found))
         later.write_bytes(pickle.dumps(left))

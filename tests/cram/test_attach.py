@@ -157,6 +157,17 @@ def test_double_attach_is_an_error() -> None:
     with pytest.raises(ValueError, match="must not be attached"):
         attach(model, CramConfig(), factories.clip_encoder())
     assert model.cram is cram
+    # The methods that transformers would use for a plain model are taken over, until detach.
+    assert {"generate", "save_pretrained"} <= vars(model).keys()
+    detach(model)
+    assert not {"generate", "save_pretrained", "cram"} & vars(model).keys()
+
+
+def test_an_unknown_method_names_the_known_ones() -> None:
+    model = factories.llava()
+    with pytest.raises(ValueError, match=r"method must be one of \['branchlora', .*'cram', .*got 'cramp'"):
+        attach(model, CramConfig(method="cramp"), factories.clip_encoder())
+    assert not hasattr(model, "cram")
 
 
 def test_detach_of_a_plain_model_is_an_error() -> None:

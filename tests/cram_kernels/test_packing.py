@@ -213,6 +213,8 @@ def test_room_refusals() -> None:
         packed.reserve(2, 1)
     with pytest.raises(ValueError, match="must find room in a frozen pack, got 2 rows for 0 and 0 free"):
         packed.insert(torch.ones(2, 8), torch.ones(5, 2))
+    exact = packed.reserve(3, 1)
+    assert torch.equal(exact.a, packed.a) and exact.gate_columns == 1
     grown = packed.reserve(16, 2)
     with pytest.raises(ValueError, match=r"A \[r, 8\] and B \[5, r\]"):
         grown.insert(torch.ones(2, 7), torch.ones(5, 2))

@@ -38,7 +38,8 @@ def test_what_was_kept_holds_until_a_file_changes(tmp_path: Path, monkeypatch: p
         (tmp_path / name).write_text(name)
     tests = [lines.Test("test_a.py::one", 0.5, {"a.py": [1]})]
     assert lines.kept(tmp_path / "kept", "test_a.py", ["a.py"]) is None
-    lines.keep(tmp_path / "kept", "test_a.py", ["a.py", "b.py"], tests)
+    digests = {name: lines.file_digest(name) for name in ("test_a.py", "a.py", "b.py")}
+    lines.keep(tmp_path / "kept", "test_a.py", digests, tests)
     (tmp_path / "b.py").write_text("another")
     assert lines.kept(tmp_path / "kept", "test_a.py", ["a.py"]) == tests
     assert lines.kept(tmp_path / "kept", "test_a.py", ["b.py"]) is None

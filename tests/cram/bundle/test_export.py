@@ -39,23 +39,27 @@ def peft_logits(folder: Path) -> torch.Tensor:
     "gates",
     [
         {"old": 1.0},
+        {"new": 2.0},
         {"old": 0.25, "new": 0.75},
         {"old": 0.3, "other": -0.2, "new": 1.1},
         torch.tensor([[0.5, 0.0, 0.5], [0.9, 0.1, 0.0]]),
     ],
-    ids=["one", "two", "negative", "by layer"],
+    ids=["one", "doubled", "two", "negative", "by layer"],
 )
 def test_fixed_gates_are_one_lora_on_the_rank_axis(gates: Any, tmp_path: Path) -> None:
     model, _, cram = factories.routed_llava()
     table = gate_table(cram, gates)
     with cram.fixed(table[:, None].float()):
         expected = model(**inputs()).logits
+    model.config._name_or_path = "some/base"
     export_lora(model, tmp_path / "lora", gates)
     found = peft_logits(tmp_path / "lora")
     with cram.disabled():
         assert (found - model(**inputs()).logits).abs().max() > 1e-2
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    ranks = read_json(tmp_path / "lora/adapter_config.json")["rank_pattern"]
+    written = read_json(tmp_path / "lora/adapter_config.json")
+    ranks = written["rank_pattern"]
+    assert written["base_model_name_or_path"] == "some/base"
     for path, module in cram.modules.items():
         acting = [i for i, gate in enumerate(table[module.layer].tolist()) if gate]
         assert ranks[path] == sum(cram.expert_ranks(i)[path] for i in acting)
