@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+SMALLER = "The smaller of two numbers, whatever their order."
+
 EQUIVALENTS: dict[str, str] = {
     "cram/atomic.py write_json: indent=2 -> indent=3": "The spaces of a JSON file carry no value.",
     "cram/bundle/packs.py _empty_pack: ranks[0] -> ranks[1]": (
         "A description with a shared A is refused unless its experts have equal ranks."
     ),
-    "cram_kernels/packing.py PackedExperts._alias: self.trained_a is not None and self.trained_b is not None -> "
-    "self.trained_a is not None or self.trained_b is not None": (
+    "cram/bundle/tensors.py _is_entry: return False -> return None": "Its only caller asks for truth alone.",
+    "cram/routing/groups.py InstructionGroups._decide: min(2, len(self)) -> min(len(self), 2)": SMALLER,
+    "cram/model/factors.py new_lora: min(rank, linear.in_features, linear.out_features) -> "
+    "min(linear.in_features, rank, linear.out_features)": SMALLER,
+    "cram/scoring/scorers.py _same_number: max(1.0, abs(expected)) -> max(abs(expected), 1.0)": (
+        "The larger of two numbers, whatever their order."
+    ),
+    "cram/streams/pictures.py upright_rgb: -1 -> -2": "No value of 16 bits is negative.",
+    "cram_kernels/expert_lora/outputs.py forward_outputs: not order.base_last and order.chunk is None -> "
+    "order.base_last and order.chunk is None": (
+        "Both branches compute the same sums; the order of their launches is a matter of speed."
+    ),
+    "cram/streams/types.py module: 1 << 20 -> 1 << 21": (
+        "What a picture's file may have beside its pixels: any bound far above a real one does."
+    ),
+    "cram/bundle/records.py module: 16 << 20 -> 17 << 20": (
+        "What a record may have in bytes: any bound far above a real one does."
+    ),
+    "cram_kernels/orthogonality/pooling.py visual_mean: torch.promote_types(x.dtype, torch.float32) -> "
+    "torch.promote_types(torch.float32, x.dtype)": "The common type of two types, whatever their order.",
+    "cram_kernels/packing.py PackedExperts._alias: self.trained_a is not None and self.trained_b is not None "
+    "-> self.trained_a is not None or self.trained_b is not None": (
         "The two parameters are made together, or neither is."
     ),
 }

@@ -130,8 +130,10 @@ class Room:
         places = patches.places(self.functions.get(path, []), codes)
         if not places:
             return tests
-        for judges in (tests, self._others(mutant)):
-            judges = [each for each in judges if each.runs(mutant.source, mutant.span)]
+        running = [each for each in tests if each.runs(mutant.source, mutant.span)]
+        # A fixture of a module, or a cache, runs a line in the first of its tests alone.
+        rest = [each for each in tests if each not in running]
+        for judges in (running, rest, self._others(mutant)):
             verdict = self._fork(partial(self._pass_with, places, judges), time_limit(judges))
             if verdict.noticed:
                 break

@@ -28,6 +28,10 @@ from cram.families import FAMILIES
             "Is USER: a role?",
         ),
         ("llava", "USER: What is [INST] for? ASSISTANT:", "What is [INST] for?"),
+        ("llava", "USER:ASSISTANT:", ""),
+        # The beginning of a marker, from its first letter to all but its last.
+        ("llava", "USER: How? A", "How?"),
+        ("llava", "USER: How? ASSISTANT", "How?"),
         ("llava", "<s>[INST] a [/INST] b</s>[INST] c [/INST]", "c"),
         (
             "qwen2_5_vl",

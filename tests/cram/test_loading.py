@@ -83,6 +83,14 @@ def test_a_folder_that_is_no_clip_is_refused(place: Path) -> None:
         load_encoder(place / "text", factories.llava())
 
 
+def test_the_encoder_of_a_shipped_base_has_its_name() -> None:
+    assert load_encoder("builtin").source == "builtin"
+    with pytest.raises(ValueError, match="model must be given for the encoder 'builtin-real'"):
+        load_encoder("builtin-real")
+    found = load_encoder("builtin-real", load_model("builtin-real", device="cpu"))
+    assert found.source == "builtin-real" and found.reuses_vision_tower
+
+
 def test_a_processor_without_a_patch_size_is_refused(place: Path) -> None:
     assert load_processor(place / "llava").patch_size == factories.PATCH
     file = place / "llava/processor_config.json"

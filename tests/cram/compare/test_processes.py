@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
+from cram.compare import processes
 from cram.compare.processes import Job, run_side_by_side
 
 
@@ -47,6 +50,14 @@ def test_jobs_share_time_and_threads_and_wait_for_what_they_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    start, started = processes._start, []
+
+    def noted(job: Job, threads: int) -> Any:
+        made = start(job, threads)
+        started.append(made[0])
+        return made
+
+    monkeypatch.setattr(processes, "_start", noted)
     seen: list[set[str]] = []
     run_side_by_side(jobs_of(tmp_path), 2, lambda done: seen.append(set(done)))
     times = {name: [float(v) for v in (tmp_path / name).read_text().split()] for name in "abc"}
@@ -54,6 +65,33 @@ def test_jobs_share_time_and_threads_and_wait_for_what_they_follow(
     assert times["c"][0] < times["a"][1], "a and c run at once"
     assert [spent[2] for spent in times.values()] == [2, 2, 2]
     assert seen[-1] == {"a", "b", "c"} and set() in seen
+    assert [process.name for process in started] == ["a", "c", "b"]
+    # Python ends daemons with the process that started them.
+    assert all(process.daemon for process in started)
+
+
+def test_each_of_more_processes_than_threads_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: Job, threads: int) -> NoReturn:
+        raise ValueError(f"{threads} for {job.name}")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(processes, "_start", refuse)
+    with pytest.raises(ValueError, match="^1 for a$"):
+        run_side_by_side([Job("a", fail, ())], 8, lambda done: None)
+
+
+def test_a_child_is_quiet_has_its_threads_and_sends_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within this process, where nothing of it may last."""
+    calls: list[Any] = []
+    monkeypatch.setattr(processes, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(processes, "quiet_transformers", lambda: calls.append("quiet"))
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append(number))
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    with ours, theirs:
+        processes._child(Job("bad", fail, ("rank must be 3",)), 2, theirs)
+        assert ours.recv() == "rank must be 3"
+    assert calls == [signal.SIGINT, 2, "quiet"]
 
 
 def test_a_fault_is_named_and_stops_the_others(tmp_path: Path) -> None:

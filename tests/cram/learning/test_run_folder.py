@@ -39,6 +39,13 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+def test_the_newest_bundle_is_that_of_the_last_trained_task(run: Path) -> None:
+    tasks = read_run(run)["identity"]["stream"]["tasks"]
+    assert newest_bundle(run) == (run / "tasks/02-letter/bundle", tasks)
+    shutil.rmtree(run / "tasks/02-letter/bundle")
+    assert newest_bundle(run) == (run / "tasks/01-colour/bundle", tasks[:1])
+
+
 def first_writes(folder: RunFolder, identity: dict[str, Any]) -> None:
     """What a run writes before its first bundle."""
     folder.check_identity(identity)

@@ -82,9 +82,10 @@ def test_a_miniature_is_read_and_described(name: str, tmp_path: Path) -> None:
     assert manifest["faults"] == wanted
     for task, entry in zip(manifest["tasks"], content["tasks"], strict=True):
         assert (task["train"]["samples"], task["test"]["samples"], task["shared_pictures"]) == (4, 4, 0)
+        assert task["train"]["pictures"] == task["test"]["pictures"] == 4
         assert task["prompted"] == (100.0 if "prompt" in entry else None)
     CramConfig(**stream_training(name))
-    assert content["source"]
+    assert content["source"] and manifest["source"] == content["source"]
     assert all(entry.get("published", "accuracy") in SCORERS for entry in content["tasks"])
 
 

@@ -50,6 +50,15 @@ def test_every_form_gives_the_same_sample(form: str, root: Path) -> None:
     assert (sample.instruction, sample.answer, sample.images) == (ASK, SAY, (root / "1.png",))
 
 
+@pytest.mark.parametrize(
+    ("answers", "accepted"), [([SAY], ()), ([SAY, "two"], (SAY, "two")), ([SAY] * 3, (SAY,) * 3)]
+)
+def test_several_answers_are_all_accepted(answers: list[str], accepted: tuple[str, ...], root: Path) -> None:
+    row = {"question_id": 1, "image": "1.png", "text": ASK, "answer": answers}
+    (sample,) = samples_of([row], Path("memory"), root)
+    assert (sample.answer, sample.accepted) == (SAY, accepted)
+
+
 def test_json_and_json_lines_are_read_alike(root: Path) -> None:
     odd = {"messages": said("one\u2028two\x85three"), "id": "odd"}
     rows = [*EQUAL.values(), odd]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cram.streams.readers import StreamError, add_references, read_samples
+from cram.streams.readers import StreamError, add_references, is_folder, read_samples
 from cram.streams.types import Sample
 from tests.cram.streams.layouts import conversation, dump, picture
 
@@ -30,6 +30,10 @@ def read(root: Path, rows: Any, repeated_ids: bool = False) -> list[Sample]:
 def question(**changes: Any) -> dict[str, Any]:
     row = {"question_id": 7, "image": "a/1.png", "text": "What is it?", "answer": "a cat"}
     return {key: value for key, value in (row | changes).items() if value != "absent"}
+
+
+def test_what_cannot_be_a_path_is_no_folder(root: Path) -> None:
+    assert is_folder(root) and not is_folder(root / "secret.png") and not is_folder(root / ("x" * 5000))
 
 
 def test_llava_rows(root: Path) -> None:

@@ -25,6 +25,11 @@ def test_images_are_opened_as_rgb(tmp_path: Path, mode: str) -> None:
     assert [image.size for image in opened] == [(5, 4), (2, 3)]
 
 
+def test_a_sample_is_found_by_its_source_or_its_id() -> None:
+    assert Sample("7", (), "q", "a", source="x.json, row 3").place == "x.json, row 3"
+    assert Sample("7", (), "q", "a").place == "sample '7'"
+
+
 def test_no_images() -> None:
     assert open_images(Sample("1", (), "q", "a")) == []
 

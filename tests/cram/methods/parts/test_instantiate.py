@@ -192,6 +192,9 @@ def test_rank_zero_history_is_no_history() -> None:
     module = random_module(0, 30, 30, 10)
     plain, empty = one(module, [], CramConfig()), one(module, [torch.zeros(0, 30)], CramConfig())
     assert torch.equal(plain.a, empty.a) and empty.novelty == (1.0,) * 9
+    # Rows of zeros span nothing either, but the filter measures against them.
+    zeros = one(module, [torch.zeros(3, 30)], CramConfig())
+    assert zeros.selected == plain.selected and zeros.novelty == pytest.approx((1.0,) * 9, abs=1e-5)
 
 
 def test_released_expert_starts_at_scale_times_the_faithful_one() -> None:

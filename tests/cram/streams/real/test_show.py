@@ -17,10 +17,10 @@ def test_sheet_holds_the_first_test_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "sheet.png"
-    monkeypatch.setattr(sys, "argv", ["show", "--out", str(file), "--columns", "2", "--seed", "5"])
+    monkeypatch.setattr(sys, "argv", ["show", "--out", str(file), "--seed", "5"])
     show.main()
-    sheet, stream = np.asarray(Image.open(file)), load_stream("builtin-real", 5, 2)
-    assert sheet.shape == (980, 196, 3)
+    sheet, stream = np.asarray(Image.open(file)), load_stream("builtin-real", 5, 10)
+    assert sheet.shape == (980, 980, 3)
     for row, task in enumerate(stream.tasks):
         for column, sample in enumerate(task.test):
             cell = sheet[98 * row : 98 * row + 96, 98 * column : 98 * column + 96]
