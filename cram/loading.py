@@ -6,6 +6,7 @@ task streams hold images only.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PAPER_CLIP = "openai/clip-vit-large-patch14-336"
 BUILTIN, BUILTIN_REAL = "builtin", "builtin-real"
 SHIPPED = (BUILTIN, BUILTIN_REAL)
+PARTS = "cram_routing"  # model type of an encoder that has its vision tower from the model
 
 
 @dataclass(frozen=True)
@@ -168,19 +170,28 @@ def load_encoder(source: str | Path, model: nn.Module | None = None) -> ClipEnco
         ValueError: If the shipped base's encoder reads the model's tower, and there is no model.
     """
     name = str(source)
-    if name not in SHIPPED:
-        return ClipEncoder.from_pretrained(name, model=model)
-    folder = shipped_folder(name)
-    if name == BUILTIN:
-        encoder = ClipEncoder.from_pretrained(str(folder / "clip"), model=model)
-    elif model is None:
-        raise ValueError(
-            f"model must be given for the encoder {name!r}, which reads its vision tower, got none"
-        )
+    folder = shipped_folder(name) / "clip" if name in SHIPPED else Path(name)
+    if _is_in_parts(folder):
+        if model is None:
+            raise ValueError(
+                f"model must be given for the encoder {name!r}, which reads its vision tower, got none"
+            )
+        encoder = _encoder_of_parts(folder.parent, model)
     else:
-        encoder = _encoder_of_parts(folder, model)
+        found = str(folder) if name in SHIPPED else name
+        encoder = ClipEncoder.from_pretrained(found, model=model)
     encoder.source = name
     return encoder
+
+
+def _is_in_parts(folder: Path) -> bool:
+    """Whether a folder holds the encoder of a base that `cram.base.real.train` made, beside its `llava`."""
+    file = folder / "config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    except (ValueError, AttributeError):
+        return False
+    return kind == PARTS and (folder.parent / "llava").is_dir()
 
 
 def _encoder_of_parts(folder: Path, model: nn.Module) -> ClipEncoder:

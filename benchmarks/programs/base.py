@@ -7,8 +7,8 @@
     update      one task learnt by a LoRA of each rank: its score, and |dW x| / |W0 x| on test samples, at
                 most 0.2, with ranks 2 to 4 as good as higher ones
 
-`--base` and `--stream` choose others; `--part` takes some of the four. With --out, the figures also go to
-base.json.
+`--base`, `--clip` and `--stream` choose others; `--part` takes some of the four. With --out, the figures also
+go to base.json.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base", default="builtin-real", help="as --model of cram train")
+    parser.add_argument("--clip", help="as --clip of cram train")
     parser.add_argument("--stream", default="builtin-real")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tests", type=int, default=100, help="test samples per task")
@@ -67,7 +68,7 @@ def zero_shot(arguments: argparse.Namespace) -> dict[str, float]:
     from cram.scoring.scorers import score
     from cram.streams.registry import load_stream
 
-    model, processor, encoder = Sources(arguments.base).load("cpu")
+    model, processor, encoder = Sources(arguments.base, arguments.clip).load("cpu")
     method = cram.attach(model, cram.CramConfig(eval_batch_size=32), encoder, processor).method
     found = {}
     for task in load_stream(arguments.stream, limit=arguments.tests).tasks:
@@ -88,7 +89,7 @@ def groups(arguments: argparse.Namespace) -> dict[str, Any]:
     from cram.streams.real.questions import FORMATS
     from cram.streams.registry import load_stream
 
-    encoder = Sources(arguments.base).load("cpu")[2]
+    encoder = Sources(arguments.base, arguments.clip).load("cpu")[2]
     shares, counts, mixed = [], [], 0
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
@@ -128,7 +129,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, float]:
     from cram.streams.real.sheets import load_set
     from cram.streams.real.tasks import draw_animal
 
-    encoder = Sources(arguments.base).load("cpu")[2]
+    encoder = Sources(arguments.base, arguments.clip).load("cpu")[2]
     rng = np.random.default_rng(0)
     found = {}
     for drawings in ("noto-animals", "twemoji-animals"):
@@ -188,7 +189,7 @@ def update(arguments: argparse.Namespace) -> dict[str, Any]:
             config = CramConfig(
                 method="isolated", rank=rank, learning_rate=arguments.rate, batch_size=16, eval_batch_size=64
             )
-            model, processor, encoder = Sources(arguments.base).load("cpu")
+            model, processor, encoder = Sources(arguments.base, arguments.clip).load("cpu")
             with tempfile.TemporaryDirectory() as folder:
                 learner = ContinualLearner(
                     model, processor, alone, config, out=folder, encoder=encoder, progress=False

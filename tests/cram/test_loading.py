@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, Qwen2VLImageProcessor
 
-from cram.loading import _image_text_class, load_encoder, load_model, load_processor
+from cram.loading import _image_text_class, load_encoder, load_model, load_processor, shipped_folder
 from tests.cram import factories
 
 WEIGHTS = "model.safetensors"
@@ -87,7 +87,7 @@ def test_the_encoder_of_a_shipped_base_has_its_name() -> None:
     assert load_encoder("builtin").source == "builtin"
     with pytest.raises(ValueError, match="model must be given for the encoder 'builtin-real'"):
         load_encoder("builtin-real")
-    found = load_encoder("builtin-real", load_model("builtin-real", device="cpu"))
+    found = load_encoder("builtin-real", load_model(shipped_folder("builtin-real") / "llava", device="cpu"))
     assert found.source == "builtin-real" and found.reuses_vision_tower
 
 

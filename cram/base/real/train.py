@@ -13,7 +13,8 @@ In the last two steps, an auxiliary loss draws the projected tokens of a picture
 words that name it. So what the language model learns about words holds for pictures too.
 
 The learning rate follows the clock, so that the training ends when `--minutes` are over on any machine.
-Computation is in bf16; the kept weights are fp32. A checkpoint is written every few minutes.
+Computation is in bf16; the kept weights are fp32. A checkpoint is written every few minutes. The commands
+take it as `--model FOLDER/llava --clip FOLDER/clip`.
 """
 
 from __future__ import annotations

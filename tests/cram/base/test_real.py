@@ -23,7 +23,7 @@ from cram.base.real.released import NORM_EPS, from_checkpoint
 from cram.base.real.siblings import MAKERS
 from cram.base.real.tower import BLOCKS, COARSE, FINE, FINE_BLOCK, STEM, LiteTower, LiteTowerConfig
 from cram.base.real.wordings import FORMATS, HELD_OUT, instruction, sentences
-from cram.loading import Sources, load_processor, shipped_folder
+from cram.loading import Sources, load_encoder, load_processor, shipped_folder
 from cram.streams.real import sheets
 
 BYTES = 25_000_000  # of all shipped bases
@@ -310,6 +310,13 @@ def test_a_missing_asset_and_an_unknown_base_are_named(
         shipped_folder("tiny")
 
 
-def test_a_copied_folder_loads_by_path(tmp_path: Path) -> None:
-    (tmp_path / "copy").symlink_to(real_base_folder() / "llava")
-    assert load_processor(tmp_path / "copy").patch_size == 32
+def test_a_trained_folder_loads_by_path(tmp_path: Path, loaded: Any) -> None:
+    for part in ("llava", "clip"):
+        (tmp_path / part).symlink_to(real_base_folder() / part)
+    assert load_processor(tmp_path / "llava").patch_size == 32
+    encoder = load_encoder(tmp_path / "clip", loaded[0])
+    assert encoder.reuses_vision_tower and encoder.source == str(tmp_path / "clip")
+    question = ["Which animal is shown? Give one word."]
+    torch.testing.assert_close(encoder.encode_text(question), loaded[2].encode_text(question))
+    with pytest.raises(ValueError, match="model must be given for the encoder"):
+        load_encoder(tmp_path / "clip")
