@@ -7,7 +7,7 @@ that rounding to half precision makes. Weights that were trained further differ 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,17 @@ _DIGITS = 6
 _KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def some_values(module: nn.Module, count: int, prefix: str = "") -> Values:
+def some_values(parts: nn.Module | Iterable[tuple[str, nn.Module]], count: int, prefix: str = "") -> Values:
     """Return up to `count` values of every parameter and every saved buffer, by its name behind `prefix`.
+
+    `parts` is a module, or all modules of one with their paths.
 
     Left out is what cannot be read as it is: quantised, sharded and offloaded weights, whole numbers, and
     weights with a value among the chosen ones that is not finite.
     """
     found: dict[str, list[float]] = {}
-    for name, weight in _weights(module):
+    named = parts.named_modules(remove_duplicate=False) if isinstance(parts, nn.Module) else parts
+    for name, weight in _weights(named):
         if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or weight.dtype not in _KINDS:
             continue
         values = _some(weight, count)
@@ -51,8 +54,8 @@ def are_close(found: Sequence[float], wanted: Sequence[float]) -> bool:
     )
 
 
-def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, part in module.named_modules(remove_duplicate=False):
+def _weights(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    for path, part in parts:
         own = {**part._parameters, **part._buffers}
         for name, weight in own.items():
             if weight is not None and name not in part._non_persistent_buffers_set:

@@ -6,14 +6,14 @@ and weights that cannot be read are not compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cram.model.frozen.forward import is_plain
-from cram.model.frozen.saving import without_experts
+from cram.model.linear import ExpertLinear
 from cram.values import Values, are_close, differing, some_values
 
 VALUES_PER_WEIGHT = 16
@@ -24,7 +24,17 @@ NAMES_SHOWN = 3
 
 def base_values(model: nn.Module) -> Values:
     """Return up to 16 values of every weight of the base, by its name in the base; experts are left out."""
-    return some_values(without_experts(model), VALUES_PER_WEIGHT)
+    return some_values(_base_parts(model), VALUES_PER_WEIGHT)
+
+
+def _base_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base by their paths in it; an adapted linear stands for its base."""
+    if isinstance(module, ExpertLinear):
+        module = module.base
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _base_parts(child, f"{path}.{name}" if path else name)
 
 
 def check_base_values(wanted: Values, found: Values, folder: Path) -> None:

@@ -125,7 +125,7 @@ def base_view(model: nn.Module) -> Any:
 
     Everything else is shared, and the model goes on working while the view is in use.
     """
-    view: Any = without_experts(model)
+    view: Any = _without_experts(model)
     for name in (*METHODS, "cram"):
         view.__dict__.pop(name, None)
     return view
@@ -146,11 +146,10 @@ def base_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def without_experts(module: nn.Module) -> nn.Module:
-    """A module without its experts; the module itself where it has none. Everything else is shared."""
+def _without_experts(module: nn.Module) -> nn.Module:
     if isinstance(module, ExpertLinear):
         return module.base
-    children = {name: child and without_experts(child) for name, child in module._modules.items()}
+    children = {name: child and _without_experts(child) for name, child in module._modules.items()}
     if all(children[name] is child for name, child in module._modules.items()):
         return module
     view = module.__class__.__new__(module.__class__)

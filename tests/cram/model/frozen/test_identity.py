@@ -87,6 +87,19 @@ def rewritten(bundle: Path, change: Any) -> None:
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
+def made_anew(cls: type) -> Any:
+    raise TypeError("a sharded module is initialised when it is made")
+
+
+def test_a_sharded_layer_is_not_made_again_to_read_its_weights() -> None:
+    model, _, cram = routed_llava()
+    values = cram.base_values
+    for layer in model.model.language_model.layers:
+        # FSDP gives a layer another class, which makes and initialises the original one.
+        layer.__class__ = type("Sharded", (type(layer),), {"__new__": made_anew})
+    assert cram.base_values == values
+
+
 def test_weights_of_other_names_are_not_compared(bundle: Path) -> None:
     rewritten(bundle, lambda data: data.update(base_values={"model.renamed.weight": [1.0]}))
     assert load(llava(clip=clip_model()), bundle, clip_encoder()).num_experts == 3
