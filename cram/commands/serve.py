@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = Settings(
         drain_s=arguments.drain,
         admin_token=os.environ.get(TOKEN) or None,
-        hosts=(*LOOPBACK, "[::1]") if local else (),
+        hosts=LOOPBACK if local else (),
     )
     root = None if arguments.bundles is None else Path(arguments.bundles)
     bundles = Bundles(engine, served.model, root, watched, served.bundle)

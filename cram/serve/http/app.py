@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cram.serve.bundles import Bundles
 from cram.serve.engine.engine import Engine
 from cram.serve.http.admin import Admin
 from cram.serve.http.body import Settings
-from cram.serve.http.errors import HANDLERS
+from cram.serve.http.errors import HANDLERS, failure
 from cram.serve.http.page import Example, Page
 from cram.serve.http.server import Server
 
 WATCH_S = 1.0
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+))(?::[0-9]+)?")
 
 
 def create_app(
@@ -55,10 +59,34 @@ def create_app(
     routes = [*Server(engine, processor, settings).routes(), *Page(examples).routes()]
     if bundles is not None:
         routes += Admin(bundles, settings).routes()
-    trusted = (
-        [Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))] if settings.hosts else []
-    )
+    trusted = [Middleware(KnownHosts, hosts=settings.hosts)] if settings.hosts else []
     return Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan, middleware=trusted)
+
+
+class KnownHosts:
+    """Refuses requests that call the server by another name, such as one that another site has led to it.
+
+    Args:
+        app: The application.
+        hosts: The server's names, without ports.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http" and host_name(Headers(scope=scope).get("host", "")) not in self._hosts:
+            text = f"the header Host must name one of {', '.join(self._hosts)}, got another"
+            await JSONResponse(failure(text, "invalid_request_error"), 400)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def host_name(header: str) -> str | None:
+    """The name in a header `Host`, without its port; None for what is no name."""
+    found = _HOST.fullmatch(header)
+    return None if found is None else (found[1] or found[2]).lower()
 
 
 async def _watch(bundles: Bundles) -> None:

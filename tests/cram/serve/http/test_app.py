@@ -27,6 +27,7 @@ from tests.cram.serve.http.running import data_url, messages, serving
 from tests.cram.serve.serving import llava_prompt, offline
 
 body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
+app = pytest.importorskip("cram.serve.http.app")
 Settings = body.Settings
 
 TOKEN = "open-sesame"
@@ -270,3 +271,20 @@ def test_the_official_client_works_unchanged() -> None:
         assert mixed.model_extra["cram"]["mode"] == "mixture"
         with pytest.raises(openai.BadRequestError, match="temperature must be"):
             official.chat.completions.create(**{**asked, "temperature": 5})
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("localhost", "localhost"),
+        ("127.0.0.1:8000", "127.0.0.1"),
+        ("[::1]:8000", "::1"),
+        ("[::1]", "::1"),
+        ("localhost@evil", None),
+        ("evil/localhost", None),
+        ("::1", None),
+        ("", None),
+    ],
+)
+def test_names_in_the_host_header(header: str, name: str | None) -> None:
+    assert app.host_name(header) == name

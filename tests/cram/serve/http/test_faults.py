@@ -160,7 +160,16 @@ def names_unknown_models(client: Client) -> None:
 
 def calls_by_a_foreign_name(client: Client) -> None:
     """A page of another site whose name leads here."""
-    assert client.send("/v1/models", headers={"Host": "evil.example"})[0] == 400
+    for name in (
+        "evil.example",
+        "evil.example:8000",
+        "localhost@evil.example",
+        "localhost.evil.example",
+        "[",
+    ):
+        status, reply, _ = client.send("/v1/models", headers={"Host": name})
+        assert status == 400 and "must name one of 127.0.0.1, localhost" in reply["error"]["message"]
+    assert client.send("/v1/models", headers={"Host": "LOCALHOST:8000"})[0] == 200
 
 
 FAULTS: list[Callable[[Client], None]] = [
