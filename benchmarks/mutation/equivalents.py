@@ -21,6 +21,10 @@ EQUIVALENTS: dict[str, str] = {
     "order.base_last and order.chunk is None": (
         "Both branches compute the same sums; the order of their launches is a matter of speed."
     ),
+    "cram/methods/olora.py OLoraMethod.extra_loss: experts is not None and experts.trained_a is not None -> "
+    "experts is not None or experts.trained_a is not None": (
+        "An assertion for the types: with two experts every module has a pack."
+    ),
     "cram/streams/types.py module: 1 << 20 -> 1 << 21": (
         "What a picture's file may have beside its pixels: any bound far above a real one does."
     ),

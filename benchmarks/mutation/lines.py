@@ -83,13 +83,13 @@ def keep(folder: Path, file: str, digests: Mapping[str, str], tests: Iterable[Te
     _path(folder, file).write_text(json.dumps({"digests": dict(digests), "tests": rows}), encoding="utf-8")
 
 
-def kept(folder: Path, file: str, sources: Iterable[str]) -> list[Test] | None:
-    """What the tests of a file run, or None if the file or one of the sources has changed since."""
+def kept(folder: Path, file: str, digests: Mapping[str, str]) -> list[Test] | None:
+    """What the tests of a file run, or None if it was measured with other digests of a file."""
     path = _path(folder, file)
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    if any(found["digests"].get(each) != file_digest(each) for each in (file, *sources)):
+    if any(found["digests"].get(path) != digest for path, digest in digests.items()):
         return None
     return [Test(*row) for row in found["tests"]]
 

@@ -18,10 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # Sources that have other tests than the file of the same name; quick tests first.
 TESTS: dict[str, tuple[str, ...]] = {
     "cram/routing/query.py": ("routing/test_router.py",),
-    "cram/routing/prompts.py": ("model/test_hooks.py",),
-    "cram/routing/means.py": ("routing/test_router.py", "routing/test_groups.py"),
+    "cram/routing/prompts.py": ("model/test_hooks.py", "model/test_generate.py"),
+    "cram/routing/means.py": ("routing/test_means.py", "routing/test_router.py", "routing/test_groups.py"),
     "cram/routing/router.py": ("routing/test_router.py",),
-    "cram/methods/cram.py": ("methods/test_base.py", "routing/test_router.py", "learning/test_learner.py"),
+    "cram/methods/cram.py": (
+        "methods/parts/test_penalty.py",
+        "methods/test_base.py",
+        "routing/test_router.py",
+        "learning/test_learner.py",
+    ),
     "cram/methods/base.py": ("methods/test_base.py", "methods/baselines/test_isolated.py"),
     "cram/methods/baselines/isolated.py": ("methods/baselines/test_isolated.py", "methods/test_base.py"),
     "cram/methods/baselines/sequential.py": ("methods/test_base.py",),
@@ -31,6 +36,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "methods/parts/test_penalty.py",
         "methods/parts/test_penalty_terms.py",
     ),
+    "cram/model/frozen/saving.py": ("model/frozen/test_saving.py", "model/test_generate.py"),
     "cram/model/attached.py": ("test_attach.py", "model/test_linear.py"),
     "cram/model/factors.py": ("model/test_linear.py", "test_attach.py"),
     "cram/model/state.py": ("model/test_hooks.py", "model/test_gating.py"),

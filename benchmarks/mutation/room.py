@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -101,10 +101,12 @@ class Room:
         if file not in self.known:
             folder = self.scratch / "lines"
             users = [source for source in self.sources if file in self.tests_of(source)]
-            found = kept(folder, file, users)
+            # Of what is imported here, whatever the files have become since.
+            digests = {path: self.digests[path] for path in (file, *users)}
+            found = kept(folder, file, digests)
             if found is None:
                 verdict = self._fork(lambda: self._measure(folder, file), 600)
-                found = kept(folder, file, users)
+                found = kept(folder, file, digests)
                 if verdict.noticed or found is None:
                     raise RuntimeError(f"{file} must pass on the sources themselves, got {verdict}")
             self.known[file] = sorted(found, key=lambda each: each.seconds)
@@ -133,11 +135,13 @@ class Room:
         running = [each for each in tests if each.runs(mutant.source, mutant.span)]
         # A fixture of a module, or a cache, runs a line in the first of its tests alone.
         rest = [each for each in tests if each not in running]
+        seconds = 0.0
         for judges in (running, rest, self._others(mutant)):
             verdict = self._fork(partial(self._pass_with, places, judges), time_limit(judges))
+            seconds += verdict.seconds
             if verdict.noticed:
                 break
-        return verdict
+        return replace(verdict, seconds=seconds)
 
     def _others(self, mutant: Mutant) -> list[Test]:
         """Tests of other files that were measured, quick ones first, as many as fit the time."""

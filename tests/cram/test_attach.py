@@ -170,6 +170,31 @@ def test_an_unknown_method_names_the_known_ones() -> None:
     assert not hasattr(model, "cram")
 
 
+def test_an_expert_of_a_known_name_or_beside_one_in_training_is_refused() -> None:
+    _, cram = attached("llava")
+    weights = factories.expert_weights(cram, 0)
+    cram.add_expert("one", weights, trained=True)
+    with pytest.raises(ValueError, match="'one' must be frozen before adding one, got 'two'"):
+        cram.add_expert("two", weights)
+    cram.freeze()
+    with pytest.raises(ValueError, match="expert name must be new, got 'one'"):
+        cram.add_expert("one", weights)
+    with pytest.raises(ValueError, match="modules"):
+        cram.add_expert("two", dict(list(weights.items())[1:]))
+    assert cram.expert_names == ["one"] and cram.num_experts == 1
+
+
+def test_a_pool_has_a_name_for_each_expert() -> None:
+    _, cram = attached("llava")
+    weights = [factories.expert_weights(cram, seed) for seed in (0, 1)]
+    cram.set_experts(["one", "two"], weights, trained=1)
+    assert cram.expert_names == ["one", "two"] and cram.in_training
+    for names, trained in ((["one", "one"], 1), (["one"], 0), (["one", "two"], 3)):
+        with pytest.raises(ValueError, match="names must be distinct, one for each of 2 experts"):
+            cram.set_experts(names, weights, trained)
+    assert cram.expert_names == ["one", "two"]
+
+
 def test_detach_of_a_plain_model_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"must be attached .cram.attach., got a plain LlavaForConditionalGeneration"

@@ -37,14 +37,14 @@ def test_what_was_kept_holds_until_a_file_changes(tmp_path: Path, monkeypatch: p
     for name in ("test_a.py", "a.py", "b.py"):
         (tmp_path / name).write_text(name)
     tests = [lines.Test("test_a.py::one", 0.5, {"a.py": [1]})]
-    assert lines.kept(tmp_path / "kept", "test_a.py", ["a.py"]) is None
     digests = {name: lines.file_digest(name) for name in ("test_a.py", "a.py", "b.py")}
+    assert lines.kept(tmp_path / "kept", "test_a.py", digests) is None
     lines.keep(tmp_path / "kept", "test_a.py", digests, tests)
     (tmp_path / "b.py").write_text("another")
-    assert lines.kept(tmp_path / "kept", "test_a.py", ["a.py"]) == tests
-    assert lines.kept(tmp_path / "kept", "test_a.py", ["b.py"]) is None
-    (tmp_path / "test_a.py").write_text("another")
-    assert lines.kept(tmp_path / "kept", "test_a.py", ["a.py"]) is None
+    now = {name: lines.file_digest(name) for name in digests}
+    assert lines.kept(tmp_path / "kept", "test_a.py", {"test_a.py": now["test_a.py"]}) == tests
+    assert lines.kept(tmp_path / "kept", "test_a.py", digests) == tests
+    assert lines.kept(tmp_path / "kept", "test_a.py", now) is None
 
 
 def test_the_span_of_a_mutant_is_its_statement_without_the_block() -> None:

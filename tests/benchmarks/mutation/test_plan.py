@@ -26,7 +26,30 @@ def test_a_draw_depends_on_the_seed_alone() -> None:
     source = "cram/bundle/runs.py"
     one, again, other = (plan.draw(source, 5, seed) for seed in (1, 1, 2))
     assert one == again != other and len(one) == 5
+    assert {each.name for each in plan.draw(source, 3, 1)} < {each.name for each in one}
     assert len(plan.draw(source, 10_000, 1)) == len({each.name for each in plan.draw(source, 10_000, 2)})
+
+
+@pytest.mark.parametrize(
+    ("status", "changed", "holds"),
+    [
+        ("killed", "", True),
+        ("killed", "tests_digest", True),
+        ("killed", "source_digest", False),
+        ("survived", "", True),
+        ("survived", "tests_digest", False),
+        ("survived", "source_digest", False),
+    ],
+)
+def test_a_verdict_holds_while_what_it_rests_on_stays(status: str, changed: str, holds: bool) -> None:
+    source = "cram/bundle/runs.py"
+    row = {
+        "source": source,
+        "status": status,
+        **plan.digests(source),
+        **({changed: "old"} if changed else {}),
+    }
+    assert plan.holds(row) == holds
 
 
 def test_every_equivalent_is_a_mutant_and_has_a_reason() -> None:

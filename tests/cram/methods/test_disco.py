@@ -62,6 +62,22 @@ def test_training_uses_the_newest_alone() -> None:
     assert cram.method.route(query, True).gates.tolist() == [[[0.0, 1.0]]] * cram.num_layers
 
 
+def test_a_training_that_goes_on_has_its_anchor() -> None:
+    cram, again = attached(), attached()
+    first, second, third, _ = learnt(cram)
+    again.method.begin_task("task0", 3)
+    for query in (first, second):
+        again.method.observe(query)
+    again.method.end_task()
+    cram.method.begin_task("task2", 3)
+    cram.method.observe(third)
+    again.method.begin_task("task1", 3)
+    again.method.end_task()
+    again.method.import_training("task2", 3, *cram.method.export_training())
+    anchor = cram.method.export_state().tensors["text_anchors"][-1]
+    assert torch.equal(again.method.export_state().tensors["text_anchors"][-1], anchor) and anchor.any()
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_only_the_released_code_mixes_the_samples_of_a_batch(released: bool) -> None:
     cram = attached(released_code=released)

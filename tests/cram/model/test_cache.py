@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
-from cram.model.cache import CACHE_NAMES, given_cache, made_cache
+from cram.model.cache import CACHE_NAMES, _Kept, given_cache, made_cache
+from cram.model.state import ForwardState
 from tests.cram.factories import QUESTIONS, continuing, image, prompt, routed_llava
 
 TOKEN = torch.tensor([[40]])
@@ -53,6 +56,14 @@ def test_either_name_is_read(name: str) -> None:
     other = next(each for each in CACHE_NAMES if each != name)
     assert given_cache({name: cache, other: None}) is made_cache(SimpleNamespace(**{name: cache})) is cache
     assert given_cache({}) is made_cache(SimpleNamespace()) is None
+
+
+def test_a_copy_of_a_cache_has_no_state() -> None:
+    """A copy is continued on its own; its state is looked up as that of any cache of its making."""
+    kept = _Kept(ForwardState())
+    for copied in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert type(copied) is _Kept and copied.state is None
+    assert kept.state is not None
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

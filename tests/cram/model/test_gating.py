@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import cram.model.stack
 from cram.model.attached import AttachedModel
 from cram.model.cache import made_cache
-from cram.model.gating import LayerGating
+from cram.model.gating import LayerGating, token_means
 from cram.model.state import ForwardState
 from cram_kernels import expert_lora, pack_experts
 from tests.cram.factories import QUESTIONS, continuing, expert_weights, image, prompt, routed_llava
@@ -220,3 +220,14 @@ def test_a_wrong_pool_changes_nothing(names: list[str], trained: int) -> None:
     with pytest.raises(ValueError, match="weights must name the adapted modules"):
         cram.set_experts(["a", "b"], pool, 0)
     assert cram.expert_names == ["old", "other", "new"]
+
+
+def test_means_are_over_the_real_tokens_in_float32() -> None:
+    x = torch.tensor(
+        [[[1.0, 2.0], [3.0, 6.0], [5.0, 10.0]], [[7.0, 8.0], [torch.nan, 0.0], [0.0, torch.inf]]]
+    )
+    assert torch.equal(token_means(x[:1].half(), None), torch.tensor([[3.0, 6.0]]))
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0]], dtype=torch.bool)
+    assert torch.equal(token_means(x, mask), torch.tensor([[3.0, 6.0], [7.0, 8.0]]))
+    assert torch.equal(token_means(x, torch.zeros_like(mask)), torch.zeros(2, 2))
+    assert token_means(x.double(), mask).dtype == torch.float64

@@ -150,7 +150,9 @@ def test_encoder_is_frozen() -> None:
     clip = factories.clip_model()
     encoder = factories.clip_encoder(clip=clip)
     assert not encoder.encode_images(IMAGES)[0].requires_grad
-    assert not any(p.requires_grad for p in clip.text_model.parameters())
+    for part in (clip.text_model, clip.vision_model, clip.visual_projection):
+        assert not any(p.requires_grad for p in part.parameters())
+    assert encoder.to("cpu") is encoder
 
 
 def test_features_that_are_not_finite_are_refused() -> None:

@@ -56,7 +56,7 @@ def test_every_form_gives_the_same_sample(form: str, root: Path) -> None:
 def test_several_answers_are_all_accepted(answers: list[str], accepted: tuple[str, ...], root: Path) -> None:
     row = {"question_id": 1, "image": "1.png", "text": ASK, "answer": answers}
     (sample,) = samples_of([row], Path("memory"), root)
-    assert (sample.answer, sample.accepted) == (SAY, accepted)
+    assert (sample.answer, sample.references) == (SAY, accepted)
 
 
 def test_json_and_json_lines_are_read_alike(root: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cram import attach, load, save
+from cram import attach, detach, load, save
 from cram.methods.many import ManyMethod
 from cram.methods.parts.inputs import RIDGE, InputRegression, source_of
 from cram.model.attached import AttachedModel
@@ -48,6 +48,14 @@ def learn(model: Any, cram: AttachedModel, task: str, rows: int = 2) -> dict[str
     for hook in hooks:
         hook.remove()
     return {path: torch.cat(found) for path, found in seen.items()}
+
+
+def test_detach_forgets_what_was_gathered() -> None:
+    model, cram, inputs = attached()
+    learn(model, cram, "one")
+    assert inputs.sums
+    detach(model)
+    assert not inputs.sums
 
 
 def test_the_merged_weight_is_the_batch_optimum() -> None:

@@ -78,7 +78,9 @@ def test_every_module_is_penalised_on_its_own_input() -> None:
     value = cram.method.penalty(cram.state)
     expected = 0.7 * plain_penalty(cram, inputs, batch, {path: path for path in cram.modules})
     torch.testing.assert_close(value, expected)
-    assert value > 0.01
+    assert value > 0.01 and torch.equal(cram.method.extra_loss(cram.state), value)
+    cram.method.freeze()
+    assert cram.method.extra_loss(cram.state) is None
 
 
 def test_released_code_penalises_one_module_per_layer_on_the_last_input() -> None:
