@@ -7,7 +7,10 @@ router serves any number of servers behind one address.
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 from cram.serve.vllm.front.middleware import MODELS, CramMiddleware, Receive, Scope, Send, refuse
 
@@ -50,6 +53,21 @@ class Forward:
         dropped = _OF_A_HOP | {b"host", b"content-length"}
         headers = _without(scope["headers"], dropped)
         request = self._client.build_request(scope["method"], target, headers=headers, content=bytes(body))
+        forward, left = (
+            asyncio.ensure_future(each) for each in (self._forward(request, send), _left(receive))
+        )
+        try:
+            await asyncio.wait((forward, left), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            # Nobody hears the rest: the connection closes, and the server stops computing.
+            if not forward.done():
+                forward.cancel()
+        with suppress(asyncio.CancelledError):
+            await forward
+
+    async def _forward(self, request: Any, send: Send) -> None:
+        """Send a request on, and its answer back."""
         try:
             answer = await self._client.send(request, stream=True)
         except self._errors as error:
@@ -79,6 +97,12 @@ class Forward:
         await receive()
         await self._client.aclose()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _without(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> list[tuple[bytes, bytes]]:

@@ -86,7 +86,7 @@ def running(command: list[str], port: int, log: Path, **variables: str) -> Itera
         yield
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(300)
 
 
 def healthy(port: int) -> bool:
