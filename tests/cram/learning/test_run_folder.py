@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from cram import cli
 from cram.atomic import LOCK, locked, read_json, write_json
 from cram.bundle.records import sealed
 from cram.bundle.runs import newest_bundle, read_run
-from cram.learning.run_folder import RunFolder
+from cram.learning.run_folder import RunFolder, trained_parameters
 from tests.cram import runs
 from tests.cram.kills import GROWING, Killed, every_end, writes
 from tests.cram.runs import timeless
@@ -303,3 +304,36 @@ def test_a_hold_takes_an_empty_folder_away(tmp_path: Path) -> None:
     with pytest.raises(Killed), locked(tmp_path / "run"):
         raise Killed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(ValueError, match=r"out must be a folder, got the file .*run"):
+        RunFolder(tmp_path / "run", runs.two_tasks()).check_identity({})
+    assert (tmp_path / "run").read_text() == "notes"
+
+
+def test_the_state_before_a_task_is_the_bundle_of_the_one_before(finished: Path) -> None:
+    folder = RunFolder(finished, runs.two_tasks())
+    manifest = (finished / "tasks/01-colour/bundle/manifest.json").read_bytes()
+    assert folder.state_before(0) == "" and folder.state_before(1) == hashlib.sha256(manifest).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["cram", "moelora", "same"])
+def test_every_trained_value_counts_once_and_for_its_task(method: str, tmp_path: Path) -> None:
+    made = runs.learner(tmp_path / "run", method)
+    made.run()
+    counts = trained_parameters(made.method, ["colour", "letter"])
+    factors = [
+        sum(side.numel() for pair in made.cram.expert_weights(index).values() for side in pair)
+        for index in range(made.cram.num_experts)
+    ]
+    beside = made.method.values_per_expert()
+    gatings = [m.gating.weight for m in made.cram.modules.values() if m.gating is not None]
+    routers = sum(weight.numel() for weight in gatings)
+    if method == "moelora":  # one pool, which counts for the first task
+        assert counts == {"colour": sum(factors) + routers, "letter": 0}
+    else:
+        assert counts == {"colour": factors[0] + beside + routers, "letter": factors[1] + beside}
+    report = read_json(tmp_path / "run/report.json")["methods"][method]["parameters"]
+    assert report == {"total": sum(counts.values()), "per_task": counts}
