@@ -129,6 +129,7 @@ class PromptReader:
         core, tower = (model.get_submodule(path) for path in (self._family.core, self._family.vision_tower))
         return [
             core.register_forward_pre_hook(self.before_core, with_kwargs=True),
+            core.register_forward_hook(self.after_core, always_call=True),
             tower.register_forward_hook(self.after_tower, with_kwargs=True),
         ]
 
@@ -151,6 +152,10 @@ class PromptReader:
         packed = kwargs.get("cu_seq_lens_q") is not None
         carried, prompt_tokens = getattr(image, _CARRIED, None), self._prompt_tokens.get()
         self._call = Call(ids, real, carried, positions, packed, prompt_tokens)
+
+    def after_core(self, *_: Any) -> None:
+        """Forward hook of the same module, also of a forward that raised: forgets its inputs."""
+        self._call = None
 
     def after_tower(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -243,6 +243,16 @@ def test_inputs_that_cannot_be_routed_are_an_error() -> None:
         )
 
 
+def test_a_forward_that_raised_routes_no_later_one() -> None:
+    model, processor, _ = routed_llava()
+    batch = processor(text=[prompt(QUESTIONS[0])], images=[image(0)], return_tensors="pt")
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="Input image size"), torch.no_grad():
+        model(input_ids=batch["input_ids"], pixel_values=torch.zeros(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="must see input_ids"), torch.no_grad():
+        model.model.language_model(inputs_embeds=embeds)
+
+
 def test_positional_inputs_are_routed() -> None:
     model, processor, _ = routed_llava()
     batch = batch_of(processor, SAMPLES[:2])
