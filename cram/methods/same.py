@@ -1,11 +1,12 @@
-"""SAME (ICML 2026): a LoRA per task, mixed by a router in every module; a task trains them all, with care.
+"""SAME (ICML 2026): one LoRA per task, mixed by a router in every module. Each task trains all of them.
 
     y = W0 x + b + sum_e g_e scale B_e A_e x             g: `parts.task.mixing`, one mixture per sample
 
 While a task is trained, three things keep the older ones:
 
 * The router's gradient is shortened along the directions in which the task's inputs vary most.
-* The gradient of every A is preconditioned by the last task's inputs: G (C + mu I)^-1, with C's leading part.
+* The gradient G of every A becomes G (U diag(1 / (S + mu)) U^T + (I - U U^T) / mu). U holds the leading
+  directions of the last task's inputs, and S the deviations along them.
 * An older expert that matters more than it is used gets gate 0 in the next step, so it is not trained there.
 
 Faithful to the released code: all constants, the order of the steps, and what a test takes: the two largest

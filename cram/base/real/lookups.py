@@ -1,9 +1,10 @@
-"""How the language model learns to look things up: heads that start near it, and questions that train it.
+"""How the attention heads of the language model start: near the lookup of an option.
 
 To name an option's letter, a head must carry the letter to the option's name, and another must find this name
-from the question. From random weights that takes thousands of steps. So heads of the first layer start by
-looking back 1, 2, 3 and 4 tokens, and those of the later layers by looking for the token that they stand on
-(compare Olsson et al. 2022 on induction heads, Trockman and Kolter 2023 on mimetic initialization).
+from the question. From random weights this was not learnt within 1,100 steps of 2,048 tokens. So heads of the
+first layer start by looking back 1, 2, 3 and 4 tokens. Those of the later layers start by looking for the
+token that they stand on. Compare Olsson et al. (2022) on induction heads, and Trockman and Kolter (2023) on
+mimetic initialization. The rows that train the lookup are in `pool.draw_lookups`.
 """
 
 from __future__ import annotations

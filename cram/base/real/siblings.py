@@ -31,6 +31,7 @@ from cram.base.real.pictures import (
     surface,
 )
 from cram.base.real.tower import SIZE
+from cram.base.real.wordings import list_options
 from cram.streams.real.sheets import load_set, load_tables, set_names
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -355,15 +356,10 @@ def letters(rng: RNG) -> Made:
     return None, [
         named,
         named,
-        Ask("word", f"{list_text(named.options)} What is option {letter}?", answer),
+        Ask("word", f"{list_options(list(named.options))} What is option {letter}?", answer),
         Ask("word", f"Repeat: {answer}", answer),
         check(rng, f"Is {answer} the same as {{}}?", answer, names),
     ]
-
-
-def list_text(names: tuple[str, ...]) -> str:
-    """Options as they stand in a letter question."""
-    return " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=False))
 
 
 # Makers and how often each draws.
