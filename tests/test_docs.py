@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,13 @@ def test_citation_and_changelog_name_the_version() -> None:
     version = PROJECT["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("page", ["CHANGELOG.md", "README.md", "CONTRIBUTING.md"])
+def test_no_sentence_of_a_page_stands_there_twice(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    lines = Counter(line.strip(" *|.,") for line in text.splitlines() if len(line) > 60)
+    assert [line for line, count in lines.items() if count > 1] == []
 
 
 def test_demo_of_the_makefile_runs_and_writes_the_page_that_the_readme_names(tiny_base: Path) -> None:

@@ -6,7 +6,8 @@
 Parts:
 
     token        time per token of one client: bare, base model and experts in one server, six experts
-    throughput   tokens per second of 8 clients and of one, and of PEFT's `adapter_names` in batches of 8
+    throughput   tokens per second of 8 clients and of one, and without a server: PEFT's `adapter_names` in
+                 batches of 8, and the bare model's forwards alone, which no server can pass
     growth       time per token with 10 and 1000 experts and a `gate_floor`
     prefill      time to first token of a short prompt, alone and while a 1,500-token prompt is read
     open         a Poisson process of mixed requests at several rates, with and without experts
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import adapter_names, load, machine, markdown
+from benchmarks import load, machine, markdown, offline
 from benchmarks.cases import DTYPES
 from benchmarks.served import NEAR, SHAPES, Shape, Variant, body, servers
 
@@ -117,8 +118,14 @@ def throughput(plan: Plan) -> dict[str, Any]:
                 few = bodies if clients > 1 else bodies[: len(bodies) // 2]
                 heard = asyncio.run(load.closed(port, few, clients))
                 found[f"{name}, {clients} client{'s' * (clients > 1)}"] = load.summary(heard)
-    rows = adapter_names.rate(plan.shape, plan.dtype, plan.threads, bodies, 8)
-    return {**found, "PEFT adapter_names, 8 rows": rows}
+    peft = offline.apart(offline.adapter_names, plan.threads, plan.shape, plan.dtype, bodies, 8)
+    one, eight = offline.apart(offline.forwards, plan.threads, plan.shape, plan.dtype, bodies, (1, 8))
+    return {
+        **found,
+        "PEFT adapter_names, 8 rows": peft,
+        "bare forwards alone, 1 row": one,
+        "bare forwards alone, 8 rows": eight,
+    }
 
 
 def growth(plan: Plan) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", default=128, type=int, help="requests that wait at most (default: 128)")
     parser.add_argument("--max-tokens", default=1024, type=int, help="of an answer at most (default: 1024)")
     parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's)")
-    text = "tokens of a prompt that are read between two steps (default: 64 on a CPU, else 512)"
+    text = "about how many tokens of a prompt are read between two steps (default: 96 on a CPU, else 512)"
     parser.add_argument("--piece", type=int, help=text)
     parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
     parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be at least 1, got {given}")
     watched = watched_bundles(arguments)
     served = load_served(arguments)
-    piece = arguments.piece or (64 if served.model.device.type == "cpu" else 512)
+    piece = arguments.piece or (Limits.piece if served.model.device.type == "cpu" else 512)
     sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, piece)
     engine = Engine(served.model, served.processor, Limits(*sizes), arguments.gate_floor)
     local = arguments.host in LOOPBACK

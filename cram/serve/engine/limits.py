@@ -16,14 +16,14 @@ class Limits:
         waiting: Requests that wait at most.
         tokens: Tokens of an answer where the request names no number, and at most.
         context: Tokens of prompt and answer together; None for the model's own limit.
-        piece: Tokens of a prompt that are read between two steps.
+        piece: About how many tokens of a prompt are read between two steps; see `prefill.piece_tokens`.
     """
 
     rows: int = 32
     waiting: int = 128
     tokens: int = 1024
     context: int | None = None
-    piece: int = 64
+    piece: int = 96
 
     def check(self, request: Request) -> None:
         """Refuse a request that asks for more than there is.

@@ -6,8 +6,8 @@ A long prompt takes these steps:
     pieces     the language model reads some tokens at a time behind the cache of those before
     head       the scores of the last token
 
-Pieces have a fixed size, so that a prompt's numbers do not depend on who else is served. A prompt of one
-piece runs as an offline prefill does.
+The prompt's length alone decides the size of its pieces, so that its numbers do not depend on who else is
+served. A prompt of one piece runs as an offline prefill does.
 """
 
 from __future__ import annotations
@@ -101,14 +101,15 @@ class Prefill:
         """Take one step; the result of the last one is the whole prompt.
 
         Args:
-            piece: Tokens of a piece at most; the same in every step of a prompt.
+            piece: See `piece_tokens`; the same in every step of a prompt.
 
         Raises:
             RequestError: As `Decider.routed`.
         """
+        size = piece_tokens(len(self.ids), piece)
         if self._embedded is not None:
-            return self._read_piece(self._embedded, piece)
-        if self.left <= piece or not self._decider.splits(self.request.mixture):
+            return self._read_piece(self._embedded, size)
+        if size == self.left or not self._decider.splits(self.request.mixture):
             return self._read_whole()
         self._embedded = self._embed()
         return None
@@ -134,9 +135,9 @@ class Prefill:
         state = self._model.cram.state
         return _Embedded(arguments, state, self._position(), DynamicCache(config=self._language.config))
 
-    def _read_piece(self, embedded: _Embedded, piece: int) -> Read | None:
+    def _read_piece(self, embedded: _Embedded, size: int) -> Read | None:
         begin = len(self.ids) - self.left
-        end = min(begin + piece, len(self.ids))
+        end = min(begin + size, len(self.ids))
         arguments = sliced(embedded.arguments, begin, end)
         arguments[cache_argument(self._language)] = embedded.cache
         with self._same_route(embedded.state):
@@ -161,6 +162,14 @@ class Prefill:
     def _position(self) -> int:
         delta = getattr(self._core, "rope_deltas", None)
         return 0 if delta is None else int(delta.reshape(-1)[0])
+
+
+def piece_tokens(prompt: int, piece: int) -> int:
+    """Tokens of each piece of a prompt: equal pieces, each nearest to `piece` and below half more than it.
+
+    A short last piece would cost almost as much as a whole one, because the weights are read for each.
+    """
+    return -(-prompt // max(1, round(prompt / piece)))
 
 
 def _reached(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -55,4 +55,7 @@ def test_every_part_runs_at_toy_size(tmp_path: Path) -> None:
             assert row.get("requests") == row.get("answered")
     text = (tmp_path / "serve.md").read_text()
     assert "| PEFT adapter_names, 8 rows |" in text
+    throughput = found["parts"]["throughput"]
+    one, eight = (throughput[f"bare forwards alone, {rows}"]["tokens_per_s"] for rows in ("1 row", "8 rows"))
+    assert 0 < one < eight
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")

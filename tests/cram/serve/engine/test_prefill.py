@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cram.serve.engine.engine import Engine
 from cram.serve.engine.limits import Limits
-from cram.serve.engine.prefill import sliced
+from cram.serve.engine.prefill import piece_tokens, sliced
 from cram.serve.engine.worker import PATIENCE
 from cram.serve.request import Prompt
 from tests.cram.factories import MODELS, QUESTIONS, routed_llava
@@ -65,6 +67,20 @@ def test_an_automatic_route_and_its_decision_do_not_depend_on_pieces() -> None:
         run(engine, *(heard for _, heard in pairs))
         decisions.append([(heard.started, heard.choices[0].token_ids) for _, heard in pairs])
     assert decisions[0] == decisions[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sizes"),
+    [(1, [1]), (96, [96]), (143, [143]), (145, [73, 72]), (300, [100, 100, 100]), (1000, [100] * 10)],
+)
+def test_pieces_of_a_prompt_are_equal_and_none_is_short(prompt: int, sizes: list[int]) -> None:
+    size = piece_tokens(prompt, 96)
+    assert [min(size, prompt - begin) for begin in range(0, prompt, size)] == sizes
+
+
+@given(prompt=st.integers(1, 5000), piece=st.integers(1, 600))
+def test_no_piece_is_half_as_large_again(prompt: int, piece: int) -> None:
+    assert piece_tokens(prompt, piece) < 1.5 * piece + 1
 
 
 def test_answers_in_flight_get_a_token_between_pieces() -> None:
