@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from cram.compare.comparison import (
     Comparison,
 )
 from cram.compare.entries import ABLATIONS, entries
+from cram.compare.merged import merge_files
 from cram.compare.search import search
 from cram.loading import Sources
 from cram.methods import METHODS
-from cram.report.examples import gather_examples
+from cram.report.examples import Example, gather_examples
 from cram.report.page import write_page
+from cram.report.schema import Report
 from cram.report.table import print_table, write_table
 
 
@@ -34,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", help="as in train")
     parser.add_argument("--methods", nargs="*", metavar="M", help="some of them (default: all)")
     parser.add_argument("--ablations", nargs="*", metavar="A", help="of CRAM; without names all of them")
-    parser.add_argument("--seeds", type=int, metavar="N", help="default: 3, quick 2")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many (default: 3, quick 2)")
+    text = "so that other machines take the seeds before it (default: 0)"
+    parser.add_argument("--first-seed", default=0, type=int, metavar="S", help=text)
+    text = "run nothing: join the report.json of comparisons with other seeds or methods"
+    parser.add_argument("--merge", nargs="+", default=[], metavar="REPORT", help=text)
     parser.add_argument("--quick", action="store_true", help="fewer steps and test samples")
     text = "task orders: seed S learns the tasks in order S mod N (default: 1, the stream's own)"
     parser.add_argument("--orders", default=1, type=int, metavar="N", help=text)
@@ -49,8 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run what is not done yet; print the table, write table and page."""
+    """Run what is not done yet, or join reports; print the table, write table and page."""
     refuse_several_processes("compare")
+    if arguments.merge:
+        _show(Path(arguments.out), merge_files(arguments.merge, Path(arguments.out)), [])
+        return
     quick = arguments.quick
     defaults = {**SETTINGS.get(arguments.model, {}), **(QUICK if quick else {})}
     methods = tuple(METHODS) if arguments.methods is None else arguments.methods
@@ -68,10 +78,15 @@ def run(arguments: argparse.Namespace) -> None:
         tests=QUICK_TESTS if quick else None,
         device=arguments.device,
         orders=arguments.orders,
+        first_seed=arguments.first_seed,
     )
     if arguments.search:
         comparison = replace(comparison, found=search(comparison, arguments.jobs))
     report = run_comparison(comparison, arguments.jobs)
+    _show(out, report, gather_examples(out, comparison.load_stream(comparison.first_seed)))
+
+
+def _show(out: Path, report: Report, examples: Sequence[Example]) -> None:
     print_table(report)
     print(f"table: {write_table(out, report)}")
-    print(f"report: {write_page(out, gather_examples(out, comparison.load_stream(0)))}")
+    print(f"report: {write_page(out, examples)}")

@@ -29,11 +29,11 @@ def run_comparison(comparison: Comparison, jobs: int = 1, shown: bool = True) ->
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    stream = comparison.load_stream(0)
+    stream = comparison.load_stream(comparison.first_seed)
     board = Board(comparison, stream, jobs, shown)
     if jobs == 1:
         for run in board.runs:
-            if run.seed and run.entry == comparison.entries[0]:
+            if run.seed > comparison.first_seed and run.entry == comparison.entries[0]:
                 stream = comparison.load_stream(run.seed)
             board.announce(run)
             run.execute(stream, shown)
@@ -56,7 +56,7 @@ class Board:
     """
 
     def __init__(self, comparison: Comparison, stream: Stream, jobs: int, shown: bool) -> None:
-        self.runs = [Run(comparison, e, seed) for seed in range(comparison.seeds) for e in comparison.entries]
+        self.runs = [Run(comparison, e, seed) for seed in comparison.all_seeds for e in comparison.entries]
         self.report: Report | None = None
         self._comparison, self._stream_name = comparison, stream.name
         self._jobs, self._shown = jobs, shown
@@ -85,10 +85,11 @@ class Board:
 
     def _write(self) -> None:
         """Report the seeds whose runs are all done. If there is none yet, report what the first seed has."""
-        seeds = {str(seed): self._methods(seed) for seed in range(self._comparison.seeds)}
+        seeds = {str(seed): self._methods(seed) for seed in self._comparison.all_seeds}
+        first = str(self._comparison.first_seed)
         whole = {seed: found for seed, found in seeds.items() if len(found) == len(self._comparison.entries)}
-        shown = whole or {"0": seeds["0"]}
-        if not shown.get("0"):
+        shown = whole or {first: seeds[first]}
+        if not shown.get(first):
             return
         settings = {
             **self._comparison.settings,
@@ -100,7 +101,7 @@ class Board:
             settings["orders"] = self._comparison.orders
         if self._comparison.found:
             settings["found"] = dict(self._comparison.found)
-        found: dict[str, Any] = {"methods": shown["0"]} if len(shown) == 1 else {"seeds": shown}
+        found: dict[str, Any] = {"methods": shown["0"]} if list(shown) == ["0"] else {"seeds": shown}
         if (base := self._comparison.base(shown)) is not None:
             found["base"] = base
         self.report = validate_report({"stream": self._stream_name, **found, "settings": settings})

@@ -53,13 +53,14 @@ class Comparison:
     Attributes:
         out: Folder of the comparison.
         entries: See `cram.compare.entries.entries`.
-        seeds: Number of seeds: 0 .. seeds - 1. A seed decides the stream's pictures and all training.
+        seeds: Number of seeds. A seed decides the stream's pictures and all training.
         config: The configuration that the entries change. Its own seed is not used.
         sources: Sources of base and CLIP.
         stream: See `load_stream`, also for `limit` and `data_root`.
         tests: Maximum number of test samples per task. None keeps all.
         device: See `load_model`.
         orders: Number of task orders. Seed s learns the tasks in order s % orders (`Stream.in_order`).
+        first_seed: The seeds are first_seed .. first_seed + seeds - 1.
         found: Method -> fields of the configuration that the method has in place of the common ones.
     """
 
@@ -74,12 +75,20 @@ class Comparison:
     tests: int | None = None
     device: str | None = None
     orders: int = 1
+    first_seed: int = 0
     found: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "tests", "orders"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed must be at least 0, got {self.first_seed}")
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of the comparison."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -53,7 +53,14 @@ def search(comparison: Comparison, jobs: int = 1, shown: bool = True) -> dict[st
 
     Returns:
         Method -> fields of the configuration, for `Comparison.found`.
+
+    Raises:
+        ValueError: If the seed of the search is one of the comparison.
     """
+    if SEED in comparison.all_seeds:
+        raise ValueError(
+            f"seeds must leave out {SEED}, on which settings are searched, got it in the results"
+        )
     trials = list(_trials(comparison))
     if jobs == 1:
         for count, trial in enumerate(trials):

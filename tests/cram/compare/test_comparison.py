@@ -215,6 +215,15 @@ def test_every_seed_runs_on_its_own_stream(
     made = comparison(place, tmp_path, seeds=3, entries=tuple(entries(["cram", "isolated"], ())))
     run_comparison(made, shown=False)
     assert ran == [(0, "0"), (0, "0"), (1, "1"), (1, "1"), (2, "2"), (2, "2")]
+    ran.clear()
+    run_comparison(replace(made, seeds=2, first_seed=4), shown=False)
+    assert ran == [(4, "4"), (4, "4"), (5, "5"), (5, "5")]
+
+
+def test_a_seed_of_its_own_keeps_its_number_in_the_report(place: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made = comparison(place, tmp_path / str(seed), first_seed=seed)
+        assert list(by_seed(run_comparison(made, shown=False))) == [str(seed)]
 
 
 def test_a_run_without_cram_beside_it_has_the_full_rank(place: Path, tmp_path: Path) -> None:
@@ -246,6 +255,8 @@ def test_another_configuration_in_the_same_folder_is_one_line(
         (["--ablations", "no-magic"], ("ablations must be distinct names among", "'no-magic'")),
         (["--methods", "sequential", "--ablations"], ("methods must hold 'cram'",)),
         (["--seeds", "0"], ("seeds must be at least 1",)),
+        (["--first-seed", "-1"], ("first_seed must be at least 0",)),
+        (["--search", "--first-seed", "999"], ("seeds must leave out 1000",)),
         (["--jobs", "0"], ("jobs must be at least 1",)),
         (["--stream", "nowhere.yaml"], ("nowhere.yaml",)),
         (["--stream", "nowhere.yaml", "--jobs", "2"], ("nowhere.yaml",)),
