@@ -10,6 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from cram.serve.images import MAX_PIXELS
 from cram.serve.request import RequestError
 
 # Nobody reads the rest of the body, so nothing can follow it on the same connection.
@@ -30,7 +31,7 @@ class Settings:
     """
 
     max_body: int = 16 << 20
-    max_pixels: int = 4096 * 4096
+    max_pixels: int = MAX_PIXELS
     body_s: float = 30.0
     drain_s: float = 30.0
     admin_token: str | None = None

@@ -7,24 +7,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
 from cram.families import Family
-from cram.streams.types import open_image
 
 AUTOMATIC = "cram"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_IMAGES = 16
-MAX_PIXELS = 4096 * 4096
 MAX_EXPERTS = 1024
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_NOT_IMAGES = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -155,19 +148,3 @@ def _image(given: Any, place: int) -> bytes:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"messages[{place}]: image data must be valid base64, got other text") from None
-
-
-def decoded(content: bytes) -> Image.Image:
-    """An image from its bytes.
-
-    Raises:
-        ValueError: If it is no picture or too large.
-    """
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels <= MAX_PIXELS:
-                return open_image(image)
-    except _NOT_IMAGES:
-        raise ValueError(f"an image must be a whole picture of {_FORMATS}, got other bytes") from None
-    raise ValueError(f"an image must have at most {MAX_PIXELS} pixels, got {pixels}")

@@ -26,8 +26,9 @@ from cram.methods.parts.grouped import MAX_COUNT
 from cram.routing.clip import ClipEncoder, mean_per_sample
 from cram.routing.query import Query
 from cram.routing.router import Router
+from cram.serve.images import decoded
 from cram.serve.vllm.export import Adapter, exported
-from cram.serve.vllm.front.conversation import Asked, decoded
+from cram.serve.vllm.front.conversation import Asked
 from cram.serve.vllm.group import MAX_GATE, Gates
 
 KEPT_FEATURES = 8192

@@ -116,8 +116,8 @@ PICTURES = [
     ("file:///etc/passwd", "must be a data URL"),
     ("data:image/png;base64,***", "valid base64"),
     (data_url(0)[:200], "valid base64"),
-    (data_url(0)[: 22 + 120], "must be a whole image"),
-    (data_url(0, "TIFF"), "must be a whole image"),
+    (data_url(0)[: 22 + 120], "must be a whole picture"),
+    (data_url(0, "TIFF"), "must be a whole picture"),
 ]
 
 

@@ -140,6 +140,19 @@ def sends_many_large_pictures(client: Client) -> None:
     assert status == 400 and "an image must have at most" in reply["error"]["message"]
 
 
+def sends_a_strip(client: Client) -> None:
+    """A picture of few pixels that a resize by its shorter side makes enormous."""
+    for size in ((1, 60_000), (60_000, 1), (3, 601)):
+        buffer = io.BytesIO()
+        Image.new("L", size).save(buffer, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        for path in (PATH, "/v1/cram/route"):
+            asked = {"model": "cram", "messages": [{"role": "user", "content": content}]}
+            status, reply, _ = client.send(path, asked)
+            assert status == 400 and "200 times as long as wide" in reply["error"]["message"], reply
+
+
 def names_scales_that_are_no_numbers(client: Client) -> None:
     """Scales that JSON does not have, or that no float has."""
     for scale in ("NaN", "Infinity", "1e999", "-1e999", str(10**400)):
@@ -180,6 +193,7 @@ FAULTS: list[Callable[[Client], None]] = [
     sends_malformed_json,
     sends_a_bomb,
     sends_many_large_pictures,
+    sends_a_strip,
     names_scales_that_are_no_numbers,
     names_unknown_models,
     calls_by_a_foreign_name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from cram.serve.vllm.front.middleware import CramMiddleware, load_router
 from cram.serve.vllm.front.proxy import Forward
@@ -127,12 +130,20 @@ def test_what_cannot_be_routed_is_refused_with_400(
     assert ask(app, CHAT, conversation("x")).status_code == 200
 
 
+def strip(width: int, height: int) -> str:
+    """An empty picture of a size."""
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("http://127.0.0.1:1/x.png", "must be a data URL in base64"),
         ("data:image/png;base64,AAAA", "must be a whole picture"),
         ("data:image/png;base64,####", "must be valid base64"),
+        (strip(1, 1000), "200 times as long as wide"),
         (7, "must be a data URL in base64"),
     ],
 )
