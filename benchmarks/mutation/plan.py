@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # Sources that have other tests than the file of the same name; quick tests first.
 TESTS: dict[str, tuple[str, ...]] = {
     "cram/routing/query.py": ("routing/test_router.py",),
-    "cram/routing/prompts.py": ("model/test_hooks.py", "model/test_generate.py"),
+    "cram/routing/prompts.py": (
+        "model/test_hooks.py",
+        "model/test_generate.py",
+        "model/test_every_family.py",
+    ),
     "cram/routing/means.py": ("routing/test_means.py", "routing/test_router.py", "routing/test_groups.py"),
     "cram/routing/router.py": ("routing/test_router.py",),
     "cram/methods/cram.py": (
@@ -36,11 +40,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "methods/parts/test_penalty.py",
         "methods/parts/test_penalty_terms.py",
     ),
-    "cram/model/frozen/saving.py": ("model/frozen/test_saving.py", "model/test_generate.py"),
+    "cram/model/frozen/saving.py": ("model/frozen/test_saving.py", "model/test_every_family.py"),
     "cram/model/attached.py": ("test_attach.py", "model/test_linear.py"),
     "cram/model/factors.py": ("model/test_linear.py", "test_attach.py"),
     "cram/model/state.py": ("model/test_hooks.py", "model/test_gating.py"),
-    "cram/model/override.py": ("model/test_sample_gates.py", "model/test_hooks.py", "test_attach.py"),
+    "cram/model/override.py": ("model/test_threads.py", "model/test_hooks.py", "test_attach.py"),
     "cram/bundle/bundle.py": (
         "bundle/test_cost.py",
         "bundle/test_bundle.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import processors
@@ -14,6 +16,7 @@ from cram.learning.batches import (
     collate,
     encode_sample,
     pad_id,
+    to_model,
     training_batch,
 )
 from cram.streams import Sample
@@ -89,6 +92,13 @@ def test_collate_pads_on_the_wanted_side() -> None:
     left, right = (collate(examples, 0, left=side) for side in (True, False))
     assert left["attention_mask"].tolist()[0][:2] == [0, 0] == right["attention_mask"].tolist()[0][-2:]
     assert torch.equal(left["input_ids"][0, 2:], right["input_ids"][0, :-2])
+
+
+def test_a_batch_gets_the_device_of_the_model_and_floats_its_dtype() -> None:
+    model = SimpleNamespace(device=torch.device("meta"), dtype=torch.bfloat16)
+    batch = to_model({"ids": torch.zeros(2, dtype=torch.int64), "pixels": torch.zeros(2)}, model)
+    assert [each.dtype for each in batch.values()] == [torch.int64, torch.bfloat16]
+    assert all(each.is_meta for each in batch.values())
 
 
 def test_split_encodes_once_while_the_budget_lasts() -> None:

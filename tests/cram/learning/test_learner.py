@@ -426,6 +426,7 @@ def test_rerun_tests_the_newest_state(finished: Path, tmp_path: Path) -> None:
     for i, name in enumerate(found):
         again = (run / "eval/toy/predictions" / f"{name}.jsonl").read_bytes()
         assert again == (run / "tasks/03-mixed/predictions" / f"{i + 1:02d}-{name}.jsonl").read_bytes()
+    assert not list((run / "eval").rglob(".*"))
 
 
 def test_text_alone_cannot_join_a_group_of_experts(tmp_path: Path) -> None:

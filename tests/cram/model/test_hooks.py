@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from cram.attach import attach
 from cram.config import CramConfig
 from cram.model.attached import AttachedModel
+from cram.model.cache import made_cache
 from cram.routing.clip import ClipEncoder
 from cram.routing.pictures import Pixels
 from cram.routing.prompts import Call, Images
@@ -141,6 +142,16 @@ def test_every_layer_has_gates_of_its_own() -> None:
                 a, b = expert[path]
                 module.base.weight += gate * cram.config.scale * b @ a
         torch.testing.assert_close(found, model(**batch).logits)
+
+
+def test_a_forward_behind_a_cache_decodes_also_without_experts() -> None:
+    model, encoder = factories.fresh()
+    cram = attach(model, CramConfig(), encoder, factories.llava_processor())
+    batch = batch_of(factories.llava_processor(), SAMPLES[:1])
+    cache = made_cache(model(**batch, use_cache=True))
+    assert not cram.state.decoding
+    model(input_ids=torch.tensor([[40]]), **factories.continuing(model, cache))
+    assert cram.state.decoding and cram.state.route is None
 
 
 def test_forced_expert_acts_alone() -> None:

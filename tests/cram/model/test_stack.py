@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import cram.model.linear
 import cram.model.stack
 from cram.model.state import ForwardState
 from cram_kernels import expert_lora
@@ -45,7 +46,15 @@ def alone(module: Any, x: torch.Tensor) -> torch.Tensor:
     return expert_lora(x, module.base.weight, module.base.bias, module.experts, gates)
 
 
-def test_model_computes_shared_inputs_once(stacks: list[int]) -> None:
+def test_model_computes_shared_inputs_once(stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []
+    compute = cram.model.linear.expert_lora
+
+    def counted(x: Any, *arguments: Any, **options: Any) -> Any:
+        alone.append(x.shape[-1])
+        return compute(x, *arguments, **options)
+
+    monkeypatch.setattr(cram.model.linear, "expert_lora", counted)
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
     model, processor, attached = routed_llava(target_projections=projections)
     batch = batch_of(processor)
@@ -53,9 +62,18 @@ def test_model_computes_shared_inputs_once(stacks: list[int]) -> None:
         logits = model(**batch).logits
         layers = attached.num_layers
         assert sorted(stacks) == [2] * layers + [3] * layers
+        assert len(alone) == layers, "of each layer, o_proj"
         for module in attached.modules.values():
             module.stack = None
         torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_without_siblings_has_no_stack() -> None:
+    _, _, attached = routed_llava(target_projections=("q_proj", "v_proj", "o_proj", "up_proj"))
+    sizes = {
+        path: 0 if each.stack is None else len(each.stack.members) for path, each in attached.modules.items()
+    }
+    assert all(size == 2 * path.endswith(("q_proj", "v_proj")) for path, size in sizes.items())
 
 
 def test_results_go_only_to_what_they_were_computed_from(stacks: list[int]) -> None:

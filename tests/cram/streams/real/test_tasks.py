@@ -77,6 +77,21 @@ def test_a_seed_decides_the_stream(stream: Stream) -> None:
         assert not set(known(task.train)) & set(known(different.train))
 
 
+def test_a_seed_places_drawings_alike_in_every_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is trained and its results are published on pictures of these numbers."""
+    looks: list[tuple[float, ...]] = []
+
+    def placed(picture: Image.Image, pixels: np.ndarray, look: Look) -> None:
+        looks.append((look.x, look.y, look.width, look.turn, look.mirrored, *look.light))
+        place(picture, pixels, look)
+
+    monkeypatch.setattr("cram.streams.real.tasks.place", placed)
+    build(3, 6, 3, "builtin-real")
+    numbers = "\n".join(" ".join(f"{value:.4f}" for value in look) for look in looks)
+    assert len(looks) == 85
+    assert hashlib.sha256(numbers.encode()).hexdigest()[:16] == "c3a6edd5dc485bf9"
+
+
 def test_no_picture_is_in_both_splits_or_twice(stream: Stream) -> None:
     for task in stream.tasks:
         train, test = known(task.train), known(task.test)
