@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +19,16 @@ import torch
 from cram.compare import processes
 from cram.compare.processes import Job, run_side_by_side
 
+# Long enough for any load: a test that passes waits for what happens, and never for the time.
+PATIENCE_S, ASLEEP_S = 900, 3600
 
-def note(folder: Path, name: str, wait_s: float = 0.0) -> None:
-    """Write begin and end of this call with the threads that it may use."""
-    started = time.monotonic()
-    time.sleep(wait_s)
+
+def note(folder: Path, name: str, beside: str | None = None) -> None:
+    """Write begin and end of this call, which waits for the begin of another, and the threads it may use."""
+    started, until = time.monotonic(), time.monotonic() + PATIENCE_S
+    (folder / f"{name} began").touch()
+    while beside and not (folder / f"{beside} began").exists() and time.monotonic() < until:
+        time.sleep(0.05)
     (folder / name).write_text(f"{started} {time.monotonic()} {torch.get_num_threads()}")
 
 
@@ -34,15 +41,16 @@ def die() -> None:
 
 
 def sleep_on(folder: Path) -> None:
-    (folder / "pid").write_text(str(os.getpid()))
-    time.sleep(600)
+    (folder / "part").write_text(str(os.getpid()))
+    (folder / "part").rename(folder / "pid")
+    time.sleep(ASLEEP_S)
 
 
 def jobs_of(folder: Path) -> list[Job]:
     return [
-        Job("a", note, (folder, "a", 2.0)),
-        Job("b", note, (folder, "b", 0.0), after="a"),
-        Job("c", note, (folder, "c", 2.0)),
+        Job("a", note, (folder, "a", "c")),
+        Job("b", note, (folder, "b"), after="a"),
+        Job("c", note, (folder, "c", "a")),
     ]
 
 
@@ -99,7 +107,8 @@ def test_a_fault_is_named_and_stops_the_others(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^bad: rank must be 3, got 4$"):
         run_side_by_side(waiting, 2, lambda done: None)
     if (tmp_path / "pid").is_file():
-        assert ended(int((tmp_path / "pid").read_text()))
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_process_that_dies_is_reported() -> None:
@@ -107,24 +116,7 @@ def test_a_process_that_dies_is_reported() -> None:
         run_side_by_side([Job("dead", die, ())], 1, lambda done: None)
 
 
-def ended(pid: int, within_s: float = 20.0) -> bool:
-    """Whether a process ends in time."""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if not Path(f"/proc/{pid}").exists() or f"{pid} (python" not in _stat(pid) or ") Z " in _stat(pid):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _stat(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs handles of processes, which Linux has")
 def test_processes_end_with_the_one_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from cram.compare.processes import Job, run_side_by_side;"
@@ -132,10 +124,14 @@ def test_processes_end_with_the_one_that_was_killed(tmp_path: Path) -> None:
         "run_side_by_side([Job('long', sleep_on, (Path(sys.argv[1]),))], 1, lambda done: None)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    until = time.monotonic() + 60
-    while not (tmp_path / "pid").is_file() and time.monotonic() < until:
+    while not (tmp_path / "pid").is_file() and parent.poll() is None:
         time.sleep(0.1)
-    child = int((tmp_path / "pid").read_text() or 0)
-    parent.kill()
-    parent.wait()
-    assert ended(child)
+    child = os.pidfd_open(int((tmp_path / "pid").read_text()))
+    try:
+        parent.kill()
+        parent.wait()
+        assert select.select([child], [], [], PATIENCE_S)[0], "the child goes on"
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(child, signal.SIGKILL)
+        os.close(child)
