@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,14 +13,14 @@ from typing import Any
 import torch
 
 from cram import detach, load, save
-from tests.cram import factories
+from tests.cram import factories, runs
 from tests.cram.bundle.damage import resign
 from tests.cram.bundle.test_cost import state_of
 from tests.fuzz.guard import Outcome, Tally, attempt, fault_of_refusal
 from tests.fuzz.mutate import mutate_bytes, mutate_header, mutate_json_file, mutate_tree
 
 OLDER = Path(__file__).parents[1] / "cram/bundle/format2"
-METHODS = ("cram", "branchlora", "moelora", "many")
+OLD = ("cram", "branchlora", "moelora", "many")
 
 
 @dataclass
@@ -33,19 +35,20 @@ class Bundles:
     plain: dict[str, Any]
 
 
-def prepare(folder: Path) -> Bundles:
-    """Bundles of several methods in both formats."""
+def prepare(folder: Path, methods: Sequence[str] = ()) -> Bundles:
+    """Bundles in an older format and in today's; and those of `methods`, as two tasks leave them."""
     model, encoder = factories.fresh()
     processor = factories.llava_processor()
     prompts = [factories.prompt(question) for question in factories.QUESTIONS[:2]]
     pictures = [factories.image(0), factories.image(1)]
     batch = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
-    folders = [Path(shutil.copytree(OLDER / name, folder / f"older-{name}")) for name in METHODS]
+    folders = [Path(shutil.copytree(OLDER / name, folder / f"older-{name}")) for name in OLD]
     for older in list(folders):
         load(model, older, encoder, processor)
         folders.append(folder / older.name.removeprefix("older-"))
         save(model, folders[-1])
         detach(model)
+    folders += [learnt(folder / f"run-{method}", method) for method in methods]
     made = Bundles(folders, model, encoder, dict(batch), {}, {})
     for each in folders:
         load(model, each, encoder, processor)
@@ -55,10 +58,21 @@ def prepare(folder: Path) -> Bundles:
     return made
 
 
+def learnt(folder: Path, method: str) -> Path:
+    """The bundle behind two tasks that share a group."""
+    settings = {"max_steps": 3, "dropout": 0.0, "group_merge_similarity": -1.0}
+    learner = runs.learner(folder, method, runs.two_tasks(), **settings)
+    learner.learn(0)
+    learner.learn(1)
+    return learner.folder.bundle(1)
+
+
 @torch.no_grad()
 def answers(bundles: Bundles) -> torch.Tensor:
-    """The last logits for two questions with a picture each."""
-    return bundles.model(**bundles.batch).logits[:, -1]
+    """The last logits for two questions with a picture each, as answers of the first task."""
+    cram = bundles.model.cram
+    with cram.forced(0) if cram.method.told_task and cram.num_experts else nullcontext():
+        return bundles.model(**bundles.batch).logits[:, -1]
 
 
 def damage(bundle: Path, random: Random) -> tuple[str, bool]:
@@ -80,9 +94,10 @@ def damage(bundle: Path, random: Random) -> tuple[str, bool]:
         said = mutate_json_file(file, random)
     else:
         said = mutate_header(file, random)
-    if file.name != "manifest.json":
+    signed = file.name != "manifest.json"
+    if signed:
         resign(bundle)
-    return f"{named}: {said}", True
+    return f"{named}: {said}", signed
 
 
 def check(bundles: Bundles, whole: Path, bundle: Path, signed: bool) -> tuple[str, str | None]:
@@ -115,6 +130,6 @@ def run(bundles: Bundles, seeds: range, place: Path) -> Tally:
         shutil.copytree(whole, bundle)
         said, signed = damage(bundle, random)
         kind, fault = check(bundles, whole, bundle, signed)
-        tally.add(kind, seed, f"{whole.name}/{said}", fault)
+        tally.add(kind, seed, f"{whole.relative_to(place)}/{said}", fault)
         shutil.rmtree(place / str(seed))
     return tally
