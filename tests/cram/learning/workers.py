@@ -39,6 +39,12 @@ def learn(rank: int, folder: Path, method: str, options: dict[str, Any]) -> None
     runs.learner(folder / "run", method, **options).run()
 
 
+def learn_each(rank: int, folder: Path, methods: tuple[str, ...], options: dict[str, Any]) -> None:
+    """A run of two tasks with each method."""
+    for method in methods:
+        learn(rank, folder / method, method, options)
+
+
 def learn_and_test(rank: int, folder: Path, options: dict[str, Any]) -> None:
     """A run, then an evaluation of it."""
     learn(rank, folder, "cram", options)

@@ -28,6 +28,8 @@ from tests.cram.learning import workers
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
 
 PLAIN = {"dropout": 0.0, "batch_size": 4}
+# Steps of two samples leave one of three processes idle.
+IDLE = {"dropout": 0.0, "batch_size": 2}
 
 
 def primitives(number: int, folder: Path) -> None:
@@ -87,19 +89,25 @@ def test_two_processes_learn_and_test_as_one(tmp_path: Path) -> None:
     assert not list((tmp_path / "two").rglob(".*part*"))
 
 
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all methods in three processes, in folders of their names."""
+    folder = tmp_path_factory.mktemp("three")
+    workers.together(workers.learn_each, folder, tuple(METHODS), IDLE, processes=3)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_in_three_processes_with_idle_ones(method: str, tmp_path: Path) -> None:
-    """Steps of two samples leave one of three processes idle."""
-    options = {"dropout": 0.0, "batch_size": 2}
-    workers.together(workers.learn, tmp_path / "three", method, options, processes=3)
-    one = runs.learner(tmp_path / "one", method, **options).run()
-    three = read_json(tmp_path / "three/run/report.json")
+def test_every_method_in_three_processes_with_idle_ones(method: str, idle: Path, tmp_path: Path) -> None:
+    one = runs.learner(tmp_path, method, **IDLE).run()
+    three = read_json(idle / method / "run/report.json")
     assert three["methods"][method]["parameters"] == one["methods"][method]["parameters"]
     for task in ("01-colour", "02-letter"):
-        losses = [
-            read_json(tmp_path / p / f"tasks/{task}/training.json")["loss"] for p in ("one", "three/run")
-        ]
+        records = (
+            read_json(run / f"tasks/{task}/training.json") for run in (tmp_path, idle / method / "run")
+        )
+        losses = [record["loss"] for record in records]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
