@@ -49,7 +49,7 @@ def free_port() -> int:
 
 def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until a server answers."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while True:
         assert process.poll() is None and time.monotonic() < deadline
         try:
