@@ -28,7 +28,8 @@ SLOW = (
         for name in ("clip", "llava", "qwen2_5_vl", "qwen3_vl", "internvl")
     ),
 )
-# Beside its processor time a child may wait so many times as long for the processor, or for other processes.
+# Beside its processor time a child may wait so many times as long for other processes. Its waits for a
+# processor do not count.
 PATIENCE = 20
 # pytest's exit codes.
 PASSED, FAILED = 0, 1
@@ -146,7 +147,7 @@ def fork(work: Callable[[], int], limit_s: float, log: Path) -> Verdict:
     child = os.fork()
     if not child:
         _be_child(work, limit_s, log)
-    status, seconds = _wait(child, time.monotonic() + PATIENCE * limit_s)
+    status, seconds = _wait(child, PATIENCE * limit_s)
     output = log.read_text(encoding="utf-8", errors="replace").strip()
     failed = [line for line in output.splitlines() if re.match(".?(FAILED|ERROR) ", line)]
     said = (failed or output.splitlines()[-1:] or [""])[0][:200]
@@ -176,12 +177,19 @@ def _be_child(work: Callable[[], int], limit_s: float, log: Path) -> None:
         os._exit(code)
 
 
-def _wait(child: int, until: float) -> tuple[int, float]:
+def _wait(child: int, patience_s: float) -> tuple[int, float]:
     """A child's exit code, or minus the signal that ended it, and its processor time."""
+    start = time.monotonic()
     while True:
         done, status, used = os.wait4(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
-        if time.monotonic() > until:
+        if time.monotonic() - start - _queued(child) > patience_s:
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _queued(child: int) -> float:
+    """Seconds in which a process was ready to run and no processor was free."""
+    file = Path(f"/proc/{child}/schedstat")
+    return int(file.read_text(encoding="utf-8").split()[1]) / 1e9 if file.is_file() else 0.0

@@ -18,7 +18,8 @@ PROJECT = {
         "def loop(a):\n    while a > 0:\n        a -= 1\n    return a\n"
     ),
     "tests/test_sums.py": (
-        "from toy import sums\n\n"
+        "import sys\n\nfrom toy import sums\n\n"
+        "def test_unwatched():\n    assert sys.gettrace() is None and sums.add(0, 1) == 1\n\n"
         "def test_add():\n    assert sums.add(1, 2) == 3\n\n"
         "def test_double():\n    assert sums.double(2) == 4 + 0 * sums.START\n\n"
         "def test_loop():\n    assert sums.loop(3) == 0\n"
@@ -54,7 +55,7 @@ def test_a_room_judges_every_mutant_by_the_tests_that_run_it(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
     lines = [line.removeprefix("verdict: ") for line in done.stdout.splitlines() if "verdict: " in line]
     found = dict(line.rsplit(" = ", 1) for line in lines)
-    assert found.pop("START = 1 -> START = 2") == "afresh 3"
+    assert found.pop("START = 1 -> START = 2") == "afresh 4"
     assert found == {
         "return a + b -> return None": "killed",
         "a + b -> a - b": "killed",
