@@ -69,7 +69,7 @@ def test_model_computes_shared_inputs_once(stacks: list[int], monkeypatch: pytes
 
 
 def test_a_linear_without_siblings_has_no_stack() -> None:
-    _, _, attached = routed_llava(target_projections=("q_proj", "v_proj", "o_proj", "up_proj"))
+    _, _, attached = routed_llava(target_projections=("q_proj", "v_proj", "o_proj", "gate_proj"))
     sizes = {
         path: 0 if each.stack is None else len(each.stack.members) for path, each in attached.modules.items()
     }
