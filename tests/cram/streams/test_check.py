@@ -78,7 +78,8 @@ def test_a_miniature_is_read_and_described(name: str, tmp_path: Path) -> None:
     _, content = stream_content(name)
     assert [task.name for task in stream.tasks] == [entry["name"] for entry in content["tasks"]]
     manifest = check_stream(stream, content, pictures=True)
-    wanted = [f"{e['name']}: must have 3000 test samples, got 4" for e in content["tasks"] if "counts" in e]
+    counts = {entry["name"]: entry["counts"]["test"] for entry in content["tasks"] if "counts" in entry}
+    wanted = [f"{task}: must have {count} test samples, got 4" for task, count in counts.items()]
     assert manifest["faults"] == wanted
     for task, entry in zip(manifest["tasks"], content["tasks"], strict=True):
         assert (task["train"]["samples"], task["test"]["samples"], task["shared_pictures"]) == (4, 4, 0)
@@ -87,6 +88,11 @@ def test_a_miniature_is_read_and_described(name: str, tmp_path: Path) -> None:
     CramConfig(**stream_training(name))
     assert content["source"] and manifest["source"] == content["source"]
     assert all(entry.get("published", "accuracy") in SCORERS for entry in content["tasks"])
+
+
+@pytest.mark.parametrize("name", ["ucit", "trigap"])
+def test_the_streams_of_the_paper_are_learnt_with_its_settings(name: str) -> None:
+    assert CramConfig(**stream_training(name)) == getattr(CramConfig, name)()
 
 
 @pytest.mark.slow
