@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from cram.attach import attached
 from cram.bundle.bundle import save
@@ -42,6 +43,12 @@ from cram.learning.step import TaskSteps, gate_entropy
 from cram.model.attached import AttachedModel
 
 TASK = "task"
+# Arguments of the Trainer that must be off, and why.
+REFUSED = {
+    "load_best_model_at_end": "a stage has other parameters",
+    "auto_find_batch_size": "a task cannot begin again",
+    "label_smoothing_factor": "the Trainer does not shift the labels of a multimodal model",
+}
 
 
 class OneTask:
@@ -64,7 +71,8 @@ class OneTask:
             **options: As of the Trainer class.
 
         Raises:
-            ValueError: If the model is not attached, or an optimiser is given.
+            ValueError: If the model is not attached, an optimiser is given, a process has several GPUs, or an
+                argument asks for what a task in stages cannot do.
         """
         super().__init__(*arguments, **options)
         attached(self.model)
@@ -72,8 +80,14 @@ class OneTask:
             raise ValueError(
                 "optimizers must be left to the trainer, because a stage brings new parameters, got some"
             )
-        if self.args.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end must be False, because a stage has other parameters")
+        for name, reason in REFUSED.items():
+            if value := getattr(self.args, name):
+                raise ValueError(f"{name} must be {type(value)()!r}, because {reason}, got {value!r}")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "the GPUs of a process must be one, because DataParallel copies the model: launch a process "
+                f"per GPU (torchrun), or show one (CUDA_VISIBLE_DEVICES), got {self.args.n_gpu}"
+            )
         self.task = task
         self._steps: TaskSteps | None = None
         self._meter = _Meter()
@@ -228,11 +242,18 @@ class OneTask:
         """Nothing: the optimiser needs the task first; see `create_optimizer`."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's checkpoint, marked complete behind its last file."""
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        """The Trainer's checkpoint, marked complete behind its last file; only then do older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         by_first(lambda: None)  # Every process has written its random state.
         by_first(lambda: mark_complete(folder))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
 
 
 class CramTrainer(OneTask, Trainer):

@@ -89,6 +89,19 @@ class StagedMethod(GroupedMethod):
             self.start_expert(weights, trained[-1])
         load_task_tensors(self.cram, self.training_means(), tensors)
 
+    def freeze(self) -> None:
+        """End the training of expert and centroid.
+
+        Raises:
+            ValueError: If no expert is in training, as when a training ends within the warm-up.
+        """
+        if self.cram.hooks.solo_in_training:
+            raise ValueError(
+                f"task {self.warm_up.task!r} must be trained beyond its warm-up of {self._switch} steps, "
+                "got an end within it"
+            )
+        super().freeze()
+
     def facts(self) -> dict[str, float]:
         """Return the mean rank of the expert in training, its mean novelty, and the number of groups."""
         if not self.cram.in_training:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import cram
 from cram import CramTrainer, load, save
 from cram.learning.batches import training_batch
-from cram.learning.checkpoint import newest_complete
+from cram.learning.checkpoint import mark_complete, newest_complete
 from cram.learning.training import Batch, TaskLoop
 from cram.streams import Task
 from tests.cram import factories, runs
@@ -180,6 +180,65 @@ def test_a_plain_model_and_an_optimiser_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizers must be left to the trainer"):
         CramTrainer(model=attached, task="one", args=made.args, optimizers=(optimizer, None))
     assert issubclass(CramTrainer, Trainer)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"label_smoothing_factor": 0.1}, {"auto_find_batch_size": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_arguments_that_a_task_in_stages_cannot_follow_are_refused(
+    tmp_path: Path, option: dict[str, Any]
+) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, because .*, got {value}"):
+        trainer(fresh(CONFIG), same_group()[0], tmp_path, **option)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="because DataParallel copies the model: .*, got 2"):
+        trainer(fresh(CONFIG), same_group()[0], tmp_path)
+
+
+def test_an_older_checkpoint_goes_when_the_newer_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = []
+
+    def mark(folder: Path) -> None:
+        marked.append(sorted(path.name for path in folder.parent.glob("checkpoint-*")))
+        mark_complete(folder)
+
+    monkeypatch.setattr("cram.learning.trainer.mark_complete", mark)
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer(fresh(CONFIG), same_group()[0], tmp_path, **options).train()
+    assert marked == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-5"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_task_that_is_stopped_early_keeps_its_expert(tmp_path: Path) -> None:
+    model = fresh(CONFIG)
+    made = trainer(model, same_group()[0], tmp_path)
+    made.add_callback(StopAt(3))
+    made.train()
+    assert model.cram.expert_names == ["one"] and not model.cram.in_training
+    other = trainer(model, same_group()[1], tmp_path)
+    other.add_callback(StopAt(1))
+    with pytest.raises(
+        ValueError, match="must be trained beyond its warm-up of 2 steps, got an end within it"
+    ):
+        other.train()
 
 
 def test_the_three_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
