@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cram.model.rows import Marks, marks_of
 from cram.model.state import ForwardState
 from cram.routing.prompts import Call
 
@@ -42,12 +43,12 @@ class _Filled(NamedTuple):
     Attributes:
         state: The state of the forwards that continue the cache.
         version: See `_version`.
-        keys: The keys of its last layer, or None where their rows need no check; see `has_moved_rows`.
+        marks: What its rows are known by, or None where they need no check.
     """
 
     state: ForwardState
     version: int | None
-    keys: weakref.ref[Tensor] | None = None
+    marks: Marks | None = None
 
 
 _KEPT = "cram_kept"
@@ -81,8 +82,6 @@ class CacheStates:
         """No cache is known yet."""
         self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
         self.prompts: weakref.WeakKeyDictionary[ForwardState, Call] = weakref.WeakKeyDictionary()
-        # Place of the last token of a prefill, and each row's keys [B, heads * D] there.
-        self._rows: weakref.WeakKeyDictionary[ForwardState, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out the states: their gates belong to a live autograd graph or to other caches."""
@@ -100,42 +99,32 @@ class CacheStates:
 
     def keep(self, cache: Any, state: ForwardState) -> None:
         """Remember the state of the forward that has just filled a cache."""
-        known = self.get(cache)
-        kept = known if known is not None and known is state else state.continued()
-        keys = _keys(cache) if kept.differs_by_row and not torch.compiler.is_compiling() else None
-        if keys is not None and kept is not known:
-            place = int(cache.get_seq_length()) - 1
-            self._rows[kept] = place, keys[:, :, place].detach().flatten(1).float()
-        self._remember(cache, kept, keys)
-        if state in self.prompts:
-            self.prompts[kept] = self.prompts[state]
+        known = self._filled.get(cache)
+        if known is not None and known.state is state:
+            marks = None if known.marks is None else known.marks.after(cache)
+        else:
+            state, made = state.continued(), state
+            marks = marks_of(cache, state)
+            if made in self.prompts:
+                self.prompts[state] = self.prompts[made]
+        self._remember(cache, state, marks)
 
-    def has_moved_rows(self, cache: Any, state: ForwardState) -> bool:
+    def has_moved_rows(self, cache: Any) -> bool:
         """Whether rows of a cache stand at the places of other prompts since its last forward.
 
-        Who reorders a cache gives it new tensors. So rows are looked at only where the tensor is another one.
-        Beams of one prompt may change their places.
+        Beams of one prompt may change their places. A traced step does not look.
         """
-        if torch.compiler.is_compiling() or state not in self._rows:
+        if torch.compiler.is_compiling():
             return False
-        keys, known = _keys(cache), self._filled[cache].keys
-        place, rows = self._rows[state]
-        if keys is None or known is None or known() is keys or keys.shape[-2] <= place:
-            return False
-        found = keys[:, :, place].detach().flatten(1).float().to(rows.device)
-        distances = torch.cdist(found, rows)
-        own = torch.arange(len(found), device=rows.device) * len(rows) // len(found)
-        mine = distances.gather(1, own[:, None]).squeeze(1)
-        rounding = 8 * torch.finfo(keys.dtype).eps * rows.norm(dim=1).amax()
-        return bool((mine > 2 * distances.amin(1) + rounding).any())
+        marks = self._filled[cache].marks
+        return marks is not None and marks.have_moved(cache)
 
     def adopt(self, cache: Any, state: ForwardState) -> None:
         """Let `state` continue a cache that was put together from rows of other caches."""
         self._remember(cache, state)
 
-    def _remember(self, cache: Any, state: ForwardState, keys: Tensor | None = None) -> None:
-        known = None if keys is None else weakref.ref(keys)
-        self._filled[cache] = _Filled(state, _version(cache.get_seq_length()), known)
+    def _remember(self, cache: Any, state: ForwardState, marks: Marks | None = None) -> None:
+        self._filled[cache] = _Filled(state, _version(cache.get_seq_length()), marks)
         setattr(cache, _KEPT, _Kept(state))
 
     def is_cut_short(self, cache: Any, state: ForwardState) -> bool:
@@ -168,20 +157,6 @@ class CacheStates:
         if known is not None and known.version == version and (version is not None or tokens == 1):
             return True
         return bool(length > 0)
-
-
-def _keys(cache: Any) -> Tensor | None:
-    """The keys [B, heads, T, D] of a cache's last layer, where they hold every token in its place."""
-    layer = (getattr(cache, "layers", None) or [None])[-1]
-    keys = getattr(layer, "keys", None)
-    if not isinstance(keys, Tensor) or keys.dim() != 4 or getattr(layer, "is_sliding", False):
-        return None
-    return keys if keys.shape[-2] >= _length(cache) else None
-
-
-def _length(cache: Any) -> int:
-    length = cache.get_seq_length()
-    return 0 if isinstance(length, Tensor) else int(length)
 
 
 def _version(length: Any) -> int | None:

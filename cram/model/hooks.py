@@ -237,7 +237,7 @@ class ForwardHooks:
                 f"the KV cache must come from a routed prefill of this model, got another; {EXPLICIT}"
             )
         self.check_route(state.route, rows)
-        if self._caches.has_moved_rows(cache, state):
+        if self._caches.has_moved_rows(cache):
             raise ValueError(
                 "rows of a KV cache must stay at their places, because each has the route of its prompt; got "
                 f"a reordered cache; {EXPLICIT}"

@@ -134,12 +134,14 @@ def clip_model(seed: int = 7) -> CLIPModel:
     return model.eval()
 
 
-def llava(seed: int = 0, clip: CLIPModel | None = None) -> LlavaForConditionalGeneration:
-    """Random LLaVA; with `clip` its vision tower carries that model's weights."""
+def llava(
+    seed: int = 0, clip: CLIPModel | None = None, text: dict[str, Any] | None = None
+) -> LlavaForConditionalGeneration:
+    """Random LLaVA; with `clip` its tower carries that model's weights, `text` changes its text config."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config={**CLIP_VISION, "model_type": "clip_vision_model"},
-        text_config={**TEXT, "model_type": "llama"},
+        text_config={**TEXT, "model_type": "llama", **(text or {})},
         image_token_index=IMAGE_ID,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -299,13 +301,15 @@ QUESTIONS = (
 )
 
 
-def routed_llava(trained: bool = False, **config: Any) -> tuple[Any, LlavaProcessor, AttachedModel]:
+def routed_llava(
+    trained: bool = False, text: dict[str, Any] | None = None, **config: Any
+) -> tuple[Any, LlavaProcessor, AttachedModel]:
     """LLaVA with two experts in group 0 (the second in training if asked) and one, older, in group 1.
 
     Question 0 leads to group 0 and question 1 to group 1.
     """
     clip = clip_model()
-    model, processor = llava(clip=clip), llava_processor()
+    model, processor = llava(clip=clip, text=text), llava_processor()
     settings = {"buffer_rank": 9, "sigma": 1.0, "dropout": 0.0, "group_merge_similarity": 1.0, **config}
     cram = attach(model, CramConfig(**settings), clip_encoder(model, clip), processor)
     query = cram.encode(QUESTIONS[:2], [[image(0)], [image(1)]])
