@@ -11,24 +11,34 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
-from cram.atomic import read_json, recover_folder, write_json
+from cram.atomic import read_json, write_json
 from cram.bundle.bundle import load
 from cram.bundle.format import MANIFEST
 from cram.bundle.runs import newest_bundle
 from cram.serve.engine.engine import Engine
 from cram.serve.engine.versions import Version
+from cram.serve.engine.worker import FAULTS
 from cram.serve.request import RequestError
 
 LOG = logging.getLogger("cram.serve")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SERVED = "served.json"
-# What a bundle that is refused can raise.
-REFUSALS = (ValueError, OSError, RuntimeError, SafetensorError)
-Stamp = tuple[Path, int]
+
+
+class Stamp(NamedTuple):
+    """What a bundle looks like from outside.
+
+    Attributes:
+        folder: The bundle.
+        written: Time of its manifest in ns; another time is another bundle.
+        size: Bytes of its files together; they grow while a bundle is copied.
+    """
+
+    folder: Path
+    written: int
+    size: int
 
 
 def bundles_at_start(root: Path, given: Path | None) -> list[Path]:
@@ -44,28 +54,33 @@ def bundles_at_start(root: Path, given: Path | None) -> list[Path]:
             last = [folder_of(root, read_json(root / SERVED, 10_000).get("name"))]
         except (ValueError, OSError, AttributeError) as error:
             LOG.warning("%s is not used: %s", SERVED, error)
-    others = [folder for folder, _ in sorted(stamps(root), key=lambda each: -each[1])]
+    others = [each.folder for each in sorted(stamps(root), key=lambda each: -each.written)]
     return [*last, *([given] if given is not None else [each for each in others if each not in last])]
 
 
 def stamps(root: Path) -> list[Stamp]:
-    """The complete bundles of a folder, each with the time of its manifest in ns."""
-    found = []
-    for folder in root.iterdir() if root.is_dir() else ():
-        if folder.is_dir() and not folder.is_symlink() and NAME.fullmatch(folder.name):
-            recover_folder(folder)
-            if (folder / MANIFEST).is_file():
-                found.append((folder, (folder / MANIFEST).stat().st_mtime_ns))
-    return found
+    """The bundles of a folder."""
+    folders = list(root.iterdir()) if root.is_dir() else []
+    named = [folder for folder in folders if NAME.fullmatch(folder.name) and not folder.is_symlink()]
+    return [stamp for folder in named if (stamp := stamp_of(folder)) is not None]
 
 
 def newest_of_run(run: Path) -> list[Stamp]:
-    """The newest bundle of a run, with the time of its manifest in ns; empty before the first task."""
+    """The newest bundle of a run; empty before the first task."""
     try:
-        bundle, _ = newest_bundle(run)
-        return [(bundle, (bundle / MANIFEST).stat().st_mtime_ns)]
+        stamp = stamp_of(newest_bundle(run)[0])
     except (ValueError, OSError):
         return []
+    return [] if stamp is None else [stamp]
+
+
+def stamp_of(folder: Path) -> Stamp | None:
+    """The stamp of a bundle; None for a folder that is none, or that changes at this moment."""
+    try:
+        written = (folder / MANIFEST).stat().st_mtime_ns
+        return Stamp(folder, written, sum(file.stat().st_size for file in folder.rglob("*")))
+    except OSError:
+        return None
 
 
 def folder_of(root: Path, name: Any) -> Path:
@@ -103,7 +118,8 @@ class Bundles:
     ) -> None:
         self._engine, self._model, self._root, self.watched = engine, model, root, watched
         self._folders: dict[int, Path | None] = {engine.versions.current.number: first}
-        self._seen = set(watched()) if watched is not None else set()
+        # Size of a bundle when it was refused; None where it need not be tried again.
+        self._seen: dict[Any, int | None] = {each[:2]: None for each in (watched() if watched else ())}
         self._record(engine.versions.current)
 
     def use(self, name: Any) -> Version:
@@ -130,21 +146,26 @@ class Bundles:
         return version
 
     def poll(self) -> None:
-        """Load the newest bundle that has come since the last call; a refused one is not tried again."""
+        """Load the newest bundle that has come since the last call.
+
+        A refused one is tried again when its files have changed.
+        """
         assert self.watched is not None
-        new = sorted(set(self.watched()) - self._seen, key=lambda each: each[1])
-        self._seen.update(new)
+        found = self.watched()
+        new = [each for each in found if self._seen.get(each[:2], -1) not in (None, each.size)]
+        self._seen.update((each[:2], None) for each in new)
         if new:
+            newest = max(new, key=lambda each: each.written)
             try:
-                self._load(new[-1][0])
-            except RequestError as error:
-                LOG.error("%s", error)
+                self._load(newest.folder)
+            except RequestError:
+                self._seen[newest[:2]] = newest.size
 
     def _load(self, folder: Path) -> Version:
         change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
         try:
             version = change.result()
-        except REFUSALS as error:
+        except FAULTS as error:
             LOG.error("bundle %s was refused: %s", folder.name, error)
             raise RequestError(without_paths(f"bundle {folder.name} was refused: {error}", folder)) from None
         self._folders[version.number] = folder
@@ -155,7 +176,10 @@ class Bundles:
     def _record(self, version: Version) -> None:
         folder = self._folders.get(version.number)
         if self._root is not None and folder is not None and folder.parent == self._root:
-            write_json(self._root / SERVED, {"name": folder.name})
+            try:
+                write_json(self._root / SERVED, {"name": folder.name})
+            except OSError as error:
+                LOG.error("a restart will not know that %s is served: %s", folder.name, error)
 
 
 def without_paths(text: str, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -16,12 +17,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cram.serve.bundles import Bundles
 from cram.serve.engine.engine import Engine
+from cram.serve.engine.worker import FAULTS
 from cram.serve.http.admin import Admin
 from cram.serve.http.body import Settings
 from cram.serve.http.errors import HANDLERS, failure
 from cram.serve.http.page import Example, Page
 from cram.serve.http.server import Server
+from cram.serve.request import QueueFullError
 
+LOG = logging.getLogger("cram.serve")
 WATCH_S = 1.0
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+))(?::[0-9]+)?")
 
@@ -91,5 +95,9 @@ def host_name(header: str) -> str | None:
 
 async def _watch(bundles: Bundles) -> None:
     while True:
-        await asyncio.to_thread(bundles.poll)
+        try:
+            await asyncio.to_thread(bundles.poll)
+        except (*FAULTS, QueueFullError) as error:
+            # The next bundle may be well.
+            LOG.error("the bundles could not be watched: %r", error)
         await asyncio.sleep(WATCH_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,43 @@ def test_a_watched_folder_brings_new_bundles_and_no_bad_ones(root: Path, running
     save(routed_llava()[0], root / "six")
     bundles.poll()
     assert engine.versions.current.number == 3 and served(root) == "six"
+
+
+def test_a_bundle_that_is_being_copied_is_loaded_when_it_is_whole(root: Path, running: Any) -> None:
+    engine, bundles = running
+    source = root / "four"
+    late = next((source / "experts" / "newest").glob("*.safetensors")).relative_to(source)
+    shutil.copytree(source, root / "copy")
+    (root / "copy" / late).unlink()
+    bundles.poll()
+    assert engine.versions.current.number == 1 and served(root) == "three"
+    for cut in (-10, None):
+        (root / "copy" / late).write_bytes((source / late).read_bytes()[:cut])
+        bundles.poll()
+    assert served(root) == "copy" and len(engine.versions.current.names) == 4
+    # Another file in the folder of an older bundle is no reason to serve that one.
+    save(routed_llava()[0], root / "five")
+    bundles.poll()
+    (root / "copy" / "notes.txt").write_text("old")
+    bundles.poll()
+    assert served(root) == "five"
+
+
+def test_what_disappears_while_it_is_looked_at_is_no_bundle(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = sorted(root.iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([*listed, root / "gone"]))
+    assert sorted(each.folder.name for each in stamps(root)) == ["broken", "four", "three"]
+
+
+def test_a_folder_that_cannot_be_written_is_served_all_the_same(
+    root: Path, running: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("cram.serve.bundles.write_json", refuse)
+    _, bundles = running
+    assert len(bundles.use("four").names) == 4
+    assert "a restart will not know that four is served" in caplog.text
