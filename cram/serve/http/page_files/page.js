@@ -12,7 +12,7 @@ async function start() {
     await showModels();
     await showExamples();
   } catch (error) {
-    at("status").textContent = `The server does not answer: ${error.message}`;
+    at("status").textContent = told(error);
   }
 }
 
@@ -137,8 +137,13 @@ async function answer(model, messages, place, controller, decided) {
     at(`${place}-time`).textContent = times(began, first, tokens);
     if (!at(place).textContent) at(place).textContent = "(an empty answer)";
   } catch (error) {
-    if (error.name !== "AbortError") say(place, error.message, true);
+    if (error.name !== "AbortError") say(place, told(error), true);
   }
+}
+
+// A browser's own words for a server that is gone are "Failed to fetch", "network error" and others.
+function told(error) {
+  return error instanceof TypeError ? "The server does not answer." : error.message;
 }
 
 function times(began, first, tokens) {

@@ -66,3 +66,15 @@ def test_a_reader_asks_and_sees_answer_route_and_base(width: int, tmp_path: Path
         window.click("#send")
         window.wait("return document.querySelectorAll('.answer.fault').length === 2")
         assert "must not contain '<image>'" in window.text("#answer")
+
+
+@pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
+def test_a_reader_is_told_that_the_server_has_gone() -> None:
+    with browser.chromium() as window:
+        with serving(examples=EXAMPLES) as (client, *_):
+            window.open(client.base, 390)
+            window.wait("return document.querySelectorAll('#examples button').length === 2")
+        window.click("#examples li:nth-child(1) button")
+        window.wait("return document.querySelectorAll('.answer.fault').length === 2")
+        assert window.text("#answer") == window.text("#base") == "The server does not answer."
+        assert window.run("return document.getElementById('stop').hidden")
