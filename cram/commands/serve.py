@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -82,46 +83,66 @@ def run(arguments: argparse.Namespace) -> None:
             raise ModuleNotFoundError(
                 f"{name} must be installed (`pip install 'cram-mcit[hf,serve]'`), got none"
             )
-    import uvicorn
-
-    from cram.serve.bundles import Bundles
-    from cram.serve.engine.engine import Engine
-    from cram.serve.engine.limits import Limits
-    from cram.serve.http.app import create_app
-    from cram.serve.http.body import Settings
+    from cram.serve.http.connection import web_server
 
     for option in ("rows", "queue", "max_tokens", "piece"):
         given = getattr(arguments, option)
         if given is not None and given < 1:
             raise ValueError(f"{option} must be at least 1, got {given}")
     watched = watched_bundles(arguments)
-    served = load_served(arguments)
+    with bound(arguments.host, arguments.port) as place:
+        served = load_served(arguments)
+        app = application(arguments, served, watched)
+        experts, url = ", ".join(served.model.cram.expert_names) or "none", url_of(place)
+        print(f"experts: {experts}\npage: {url}/\nAPI: {url}/v1", flush=True)
+        # After an interrupt uvicorn has shut down in order and raises it again.
+        with suppress(KeyboardInterrupt):
+            web_server(app, arguments.drain).run(sockets=[place])
+
+
+def application(
+    arguments: argparse.Namespace, served: Served, watched: Callable[[], list[Any]] | None
+) -> Any:
+    """The application over an engine with the command's limits."""
+    from cram.serve.bundles import Bundles
+    from cram.serve.engine.engine import Engine
+    from cram.serve.engine.limits import Limits
+    from cram.serve.http.app import create_app
+    from cram.serve.http.body import Settings
+
     piece = arguments.piece or (Limits.piece if served.model.device.type == "cpu" else 512)
     sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, piece)
     engine = Engine(served.model, served.processor, Limits(*sizes), arguments.gate_floor)
-    local = arguments.host in LOOPBACK
     settings = Settings(
         drain_s=arguments.drain,
         admin_token=os.environ.get(TOKEN) or None,
-        hosts=LOOPBACK if local else (),
+        hosts=LOOPBACK if arguments.host in LOOPBACK else (),
     )
     root = None if arguments.bundles is None else Path(arguments.bundles)
     bundles = Bundles(engine, served.model, root, watched, served.bundle)
-    app = create_app(engine, served.processor, settings, bundles, examples() if served.builtin else ())
-    experts = ", ".join(served.model.cram.expert_names) or "none"
-    place = f"http://{arguments.host}:{arguments.port}"
-    print(f"experts: {experts}\npage: {place}/\nAPI: {place}/v1", flush=True)
-    # After an interrupt uvicorn has shut down in order and raises it again.
-    with suppress(KeyboardInterrupt):
-        uvicorn.run(
-            app,
-            host=arguments.host,
-            port=arguments.port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(arguments.drain)),
-        )
+    return create_app(engine, served.processor, settings, bundles, examples() if served.builtin else ())
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with the address, so that a port in use is told before a model is loaded.
+
+    Raises:
+        ValueError: If the address is none of this machine's, or in use.
+    """
+    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except (OSError, OverflowError) as error:
+        place.close()
+        raise ValueError(f"--host and --port must be free to listen on, got {host}:{port}: {error}") from None
+    return place
+
+
+def url_of(place: socket.socket) -> str:
+    """The address of a socket as a browser takes it."""
+    host, port = place.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def watched_bundles(arguments: argparse.Namespace) -> Callable[[], list[Any]] | None:

@@ -13,11 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cram.bundle.runs import newest_bundle
 from cram.cli import main, parser_for
+from cram.commands import serve
 from cram.commands.serve import learn_first
 from tests.cram import factories, runs
 
@@ -111,9 +114,29 @@ def test_wrong_arguments_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["serve", *arguments]) == 2
+    assert main(["serve", "--port", "0", *arguments]) == 2
     said = capsys.readouterr().err
     assert word in said and said.count("\n") == 1
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "load_served", lambda arguments: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"must be free to listen on, got 127.0.0.1:{port}" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [(("127.0.0.1", 8000), "http://127.0.0.1:8000"), (("::1", 80, 0, 0), "http://[::1]:80")],
+)
+def test_a_browser_can_take_the_address(address: tuple[Any, ...], url: str) -> None:
+    place: Any = SimpleNamespace(getsockname=lambda: address)
+    assert serve.url_of(place) == url
 
 
 def test_bundle_and_run_exclude_each_other() -> None:

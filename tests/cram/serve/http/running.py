@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -21,7 +22,7 @@ from cram.serve.engine.engine import Engine
 from cram.serve.engine.limits import Limits
 from tests.cram.factories import image, routed_llava
 
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
 pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 
@@ -96,21 +97,20 @@ def serving(
         gate_floor: See `Engine`.
     """
     from cram.serve.http.app import create_app
+    from cram.serve.http.connection import web_server
 
     model, processor = made or routed_llava()[:2]
     engine = Engine(model, processor, limits, gate_floor)
     app = create_app(engine, processor, settings, Bundles(engine, model, bundles), examples)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=20)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server, place = web_server(app, 20, "error"), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([place],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
     while not server.started:
         assert time.monotonic() < deadline and thread.is_alive(), "the server must start within 30 s"
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(Client(f"http://127.0.0.1:{port}"), model, processor, engine)
+        yield Running(Client(f"http://127.0.0.1:{place.getsockname()[1]}"), model, processor, engine)
     finally:
         server.should_exit = True
         thread.join(30)

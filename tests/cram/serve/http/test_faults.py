@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,29 @@ def test_no_fault_of_a_client_reaches_its_neighbours() -> None:
         while any(running.engine.load):
             assert time.monotonic() < deadline, "the answers of those who left must end"
             time.sleep(0.02)
+
+
+def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cram.serve.http.connection.HEAD_S", 0.5)
+    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    content = json.dumps({"model": "cram", "max_tokens": 2, "messages": messages("x")}).encode()
+    with serving() as (client, *_), ExitStack() as stack:
+
+        def opened(said: bytes) -> socket.socket:
+            line = stack.enter_context(socket.create_connection(address(client), timeout=60))
+            line.sendall(said)
+            return line
+
+        silent = [opened(said) for said in (b"", b"GET /hea", asked[:-2])]
+        second, slow = opened(asked), opened(head(len(content)) + content[:9])
+        answered = b""
+        while not answered.endswith(b"}"):
+            answered += second.recv(4096)
+        second.sendall(asked[:-2])
+        assert [line.recv(4096) for line in (*silent, second)] == [b""] * 4
+        # A request that has begun has the time of its own limits.
+        slow.sendall(content[9:])
+        assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 VALUES = st.recursive(
