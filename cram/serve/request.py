@@ -35,11 +35,13 @@ class Prompt:
             it from its own thread.
         instruction: The text that decides the instruction group.
         images: The images that decide the gates.
+        num_bytes: What images and model inputs take of the memory, as far as it is known.
     """
 
     encode: Callable[[], Mapping[str, Tensor]]
     instruction: str = ""
     images: tuple[Image.Image, ...] = ()
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -107,5 +107,5 @@ class Decider:
         """Gates [E]."""
         names = self._cram.expert_names
         if unknown := sorted(mixture.keys() - set(names)):
-            raise RequestError(f"lora must name experts among {names}, got {unknown}")
+            raise RequestError(f"lora must name experts among {names!r:.200}, got {unknown!r:.100}")
         return torch.tensor([float(mixture.get(name, 0.0)) for name in names])

@@ -154,6 +154,11 @@ class Engine:
         return call.future
 
     @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together at most."""
+        return self._worker.context
+
+    @property
     def load(self) -> tuple[int, int]:
         """Requests that wait, and answers in flight."""
         return len(self._waiting), self._worker.rows

@@ -26,7 +26,7 @@ from cram.serve.request import Delta, Failed, Request, RequestError, Started
 
 LOG = logging.getLogger("cram.serve")
 # What a prompt, an image or a bundle can raise; anything else ends the engine.
-FAULTS = (ValueError, RuntimeError, OSError, LookupError, TypeError, SafetensorError)
+FAULTS = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, SafetensorError)
 PATIENCE = 3
 
 
@@ -40,6 +40,9 @@ class Worker:
         decider: Decides which experts answer.
         versions: The experts.
         metrics: What is counted.
+
+    Attributes:
+        context: Tokens of prompt and answer together at most.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Worker:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._ends = end_ids(model, self._tokenizer)
         own = model.config.get_text_config().max_position_embeddings
-        self._context = min(own, limits.context or own)
+        self.context = min(own, limits.context or own)
         self._prefills: list[Prefill] = []
         self._batches: dict[tuple[Version, bool], Batch] = {}
 
@@ -80,7 +83,7 @@ class Worker:
         def prepared() -> Prefill:
             prefill = Prefill(self._model, self._decider, request, request.prompt.encode())
             tokens = len(prefill.ids)
-            prefill.limit = self._limits.answer_tokens(request.sampling, tokens, self._context)
+            prefill.limit = self._limits.answer_tokens(request.sampling, tokens, self.context)
             return prefill
 
         if (prefill := self._attempt(request, prepared)) is not None:

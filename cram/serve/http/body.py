@@ -24,6 +24,7 @@ class Settings:
     Attributes:
         max_body: Bytes of a request at most.
         max_pixels: Pixels of all images of a request together at most.
+        max_held: Bytes of images and model inputs of all requests together at most.
         body_s: Seconds within which a request must have been sent.
         drain_s: Seconds that a stop waits for the answers in flight.
         admin_token: What opens the admin routes; None closes them.
@@ -32,6 +33,7 @@ class Settings:
 
     max_body: int = 16 << 20
     max_pixels: int = MAX_PIXELS
+    max_held: int = 2 << 30
     body_s: float = 30.0
     drain_s: float = 30.0
     admin_token: str | None = None
@@ -42,12 +44,15 @@ async def read_json(http: Request, settings: Settings) -> Any:
     """The body of a request.
 
     Raises:
-        HTTPException: 415 for another content type, 413 for a body that is too large, 408 for a slow one.
+        HTTPException: 415 for another content type or an encoding, 413 for a body that is too large, 408 for
+            a slow one.
         RequestError: If the body is not JSON.
     """
     # A page of another site can send no JSON without asking first, and is never allowed to.
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the content type must be application/json, got another", CLOSE)
+    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise HTTPException(415, "the body must have no content encoding, got one", CLOSE)
     content, too_large = bytearray(), f"the body must have at most {settings.max_body} bytes, got more"
     announced = http.headers.get("content-length", "")
     # A longer row of digits is no size of anything.

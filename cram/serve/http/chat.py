@@ -50,12 +50,13 @@ class ChatReader:
         processor: The model's processor.
         family: The model's family.
         max_pixels: Pixels of all images of a request together at most.
+        max_characters: Characters of all texts of a request together at most.
     """
 
-    def __init__(self, processor: Any, family: Family, max_pixels: int) -> None:
+    def __init__(self, processor: Any, family: Family, max_pixels: int, max_characters: int) -> None:
         # Its own, because a tokenizer is not made to be used by two threads at once.
         self._processor, self._lock = copy.deepcopy(processor), threading.Lock()
-        self._max_pixels = max_pixels
+        self._max_pixels, self._max_characters = max_pixels, max_characters
         self._forbidden = {image_placeholder(processor), *family.placeholders}
         self._template = str(getattr(processor, "chat_template", None) or "")
 
@@ -70,7 +71,7 @@ class ChatReader:
             raise RequestError("model must be given, got none")
         options = given.get("stream_options", {})
         if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):
-            raise RequestError(f"stream_options must hold include_usage, got {unknown}")
+            raise RequestError(f"stream_options must hold include_usage, got {unknown!r:.100}")
         chosen, mixture = sampling(given), named_mixture(given["model"], given.get("lora"))
         turns, images = self._turns(given.get("messages"))
         return ChatRequest(
@@ -108,6 +109,11 @@ class ChatReader:
                 images.append(read_image(part["image_url"], f"messages[{place}]", left))
                 content.append({"type": "image"})
             turns.append({"role": "system" if role == "developer" else role, "content": content})
+        characters = sum(len(message_text(turn)) for turn in turns)
+        if characters > self._max_characters:
+            raise RequestError(
+                f"messages must have at most {self._max_characters} characters, got {characters}"
+            )
         if turns[-1]["role"] != "user":
             raise RequestError(f"messages must end with the user's, got {turns[-1]['role']!r}")
         return turns, images
@@ -134,7 +140,10 @@ class ChatReader:
             except (ValueError, TemplateError) as error:
                 raise RequestError(f"messages must fit the model's template, got: {error}") from None
         encoded: Mapping[str, Tensor] = dict(inputs)
-        return Prompt(lambda: encoded, message_text(turns[-1]), tuple(images))
+        size = sum(each.nbytes for each in encoded.values()) + sum(
+            3 * each.width * each.height for each in images
+        )
+        return Prompt(lambda: encoded, message_text(turns[-1]), tuple(images), size)
 
 
 def _parts(content: Any, place: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from cram.serve.engine.sequence import UNFINISHED
 from cram.serve.request import Collector, Decision, Delta, Started, TokenLogprob, as_dict
 
 
@@ -86,7 +87,9 @@ class Replies:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # Bytes of a part of a character are not known here.
+        known = None if UNFINISHED in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}
 
 
 def usage(heard: Collector) -> dict[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
+from weakref import WeakValueDictionary
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -18,7 +20,10 @@ from cram.serve.http.errors import failed, failure
 from cram.serve.http.fields import AUTOMATIC, BASE
 from cram.serve.http.mailbox import Mailbox
 from cram.serve.http.replies import Replies, decided, event
-from cram.serve.request import Collector, Delta, Failed, Request, Started
+from cram.serve.request import Collector, Delta, Failed, Prompt, QueueFullError, Request, Started
+
+# Text that the model cannot read is refused before the tokenizer, which needs seconds per megabyte.
+CHARACTERS_PER_TOKEN = 16
 
 
 class Server:
@@ -33,13 +38,17 @@ class Server:
     def __init__(self, engine: Engine, processor: Any, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
         self._tokenizer = processor.tokenizer
-        self._reader = ChatReader(processor, engine.cram.family, settings.max_pixels)
+        longest = CHARACTERS_PER_TOKEN * engine.context
+        # A prompt lives as long as its request.
+        self._held: WeakValueDictionary[int, Prompt] = WeakValueDictionary()
+        self._reader = ChatReader(processor, engine.cram.family, settings.max_pixels, longest)
 
     def routes(self) -> list[Route]:
         """The routes."""
         return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             Route("/v1/cram/route", self.route, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -100,12 +109,17 @@ class Server:
 
     async def models(self, http: HttpRequest) -> Response:
         """The automatic mixture, the base and each expert alone."""
-        experts = [f"{AUTOMATIC}:{name}" for name in self._engine.versions.current.names]
-        listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "cram"}
-            for name in (AUTOMATIC, BASE, *experts)
-        ]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [_listed(name) for name in self._names()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """One of the models."""
+        name = http.path_params["name"]
+        if name not in self._names():
+            raise HTTPException(404, f"model must be one that /v1/models lists, got {name!r:.100}")
+        return JSONResponse(_listed(name))
+
+    def _names(self) -> list[str]:
+        return [AUTOMATIC, BASE, *(f"{AUTOMATIC}:{name}" for name in self._engine.versions.current.names)]
 
     async def health(self, http: HttpRequest) -> Response:
         """Whether the engine works."""
@@ -122,4 +136,14 @@ class Server:
         body = await read_json(http, self._settings)
         # Before images are decoded, which costs more than anything else that a refused request does.
         self._engine.check_room()
-        return await asyncio.to_thread(self._reader.read, body)
+        asked = await asyncio.to_thread(self._reader.read, body)
+        held = sum(each.num_bytes for each in list(self._held.values()))
+        if held and held + asked.prompt.num_bytes > self._settings.max_held:
+            self._engine.metrics.rejected += 1
+            raise QueueFullError("the requests that wait have too many pictures together")
+        self._held[id(asked.prompt)] = asked.prompt
+        return asked
+
+
+def _listed(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "cram"}

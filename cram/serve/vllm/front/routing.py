@@ -163,7 +163,7 @@ class BundleRouter:
                 which are several slots of vLLM.
         """
         if unknown := sorted(scales.keys() - set(self.names)):
-            raise ValueError(f"lora must name experts among {self.names}, got {unknown}")
+            raise ValueError(f"lora must name experts among {self.names!r:.200}, got {unknown!r:.100}")
         if large := [scale for scale in scales.values() if not abs(scale) <= MAX_GATE]:
             raise ValueError(f"lora must have scales of at most {MAX_GATE:g} in size, got {large[0]}")
         acting = {name for name, scale in scales.items() if scale}

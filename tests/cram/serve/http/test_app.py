@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,8 +10,10 @@ import socket
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from tests.cram.serve.serving import llava_prompt, offline
 
 body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
 app = pytest.importorskip("cram.serve.http.app")
+Replies = pytest.importorskip("cram.serve.http.replies").Replies
 Settings = body.Settings
 
 TOKEN = "open-sesame"
@@ -44,6 +48,7 @@ def test_answers_models_and_dry_runs() -> None:
         assert reply["usage"]["completion_tokens"] == 16
         status, listed, _ = client.send("/v1/models")
         assert " ".join(each["id"] for each in listed["data"]) == "cram base cram:old cram:other cram:new"
+        assert client.send("/v1/models/cram:old")[1] == listed["data"][2]
         dry = client.send("/v1/cram/route", {"model": "cram", "messages": messages(QUESTIONS[0], 0)})[1]
         assert dry["group"] == 0 and dry["experts"] == ["old", "other", "new"]
         for name, gate in dry["gates"].items():
@@ -82,6 +87,12 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
         assert pieces[-1]["finish_reason"] == choice["finish_reason"]
 
 
+def test_a_part_of_a_character_has_no_bytes_of_its_own() -> None:
+    tokenizer = SimpleNamespace(decode=lambda ids, **settings: ("é", "\ufffd")[ids[0]])
+    whole, part = (Replies("cram", tokenizer)._token(token, -1.0) for token in (0, 1))
+    assert whole["bytes"] == [0xC3, 0xA9] and part["bytes"] is None
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages must be 1 to"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "role must be"),
@@ -103,6 +114,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 4096}, "max_tokens must be at most"),
     ({"max_tokens": 1000}, "prompt and answer must fit into 512 tokens"),
     ({"top_logprobs": 2}, "top_logprobs must come with logprobs"),
+    ({"stream_options": {"x" * 5000: 1}}, "stream_options must hold include_usage"),
+    ({"lora": [{"id": f"nobody {n}", "scale": 1} for n in range(500)]}, "lora must name experts among"),
+    ({"messages": messages("x" * 8193)}, "must have at most 8192 characters"),
 ]
 
 
@@ -129,6 +143,7 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
         for change, message in WRONG:
             status, reply = client.chat(**{"messages": question, **change})
             assert status == 400 and message in reply["error"]["message"], (change, reply)
+            assert len(reply["error"]["message"]) < 500
             assert reply["error"]["type"] == "invalid_request_error"
         for url, message in PICTURES:
             status, reply = client.chat(**picture(url))
@@ -141,8 +156,14 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
             status, reply, _ = client.send("/v1/chat/completions", body)
             assert status == 400, (body[:20], reply)
         assert client.send("/v1/chat/completions", b" " * 300_000)[0] == 413
-        assert client.send("/v1/chat/completions", {}, {"Content-Type": "text/plain"})[0] == 415
-        for path, status in (("/nothing", 404), ("/v1/chat/completions", 405), ("/v1/cram/rollback", 405)):
+        for header in ({"Content-Type": "text/plain"}, {"Content-Encoding": "gzip"}):
+            assert client.send("/v1/chat/completions", {}, header)[0] == 415
+        for path, status in (
+            ("/nothing", 404),
+            ("/v1/models/cram:nobody", 404),
+            ("/v1/chat/completions", 405),
+            ("/v1/cram/rollback", 405),
+        ):
             got, reply, _ = client.send(path)
             assert got == status and reply["error"]["type"] == "invalid_request_error"
         assert client.send("/v1/cram/bundle", {"name": "x"})[0] == 404
@@ -174,6 +195,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert len(replies) == 8 and {status for status, _, _ in replies} == {200, 429}
         assert refused[0]["retry-after"] == "1"
         assert client.chat(messages=messages(QUESTIONS[0], 0))[0] == 200
+
+
+def test_pictures_of_all_requests_have_a_bound() -> None:
+    asked = {"messages": messages(QUESTIONS[0], 0), "max_tokens": 400}
+    with serving(settings=Settings(max_held=1)) as (client, _, _, engine), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.chat, **asked)
+        while not engine.load[1]:
+            time.sleep(0.005)
+        status, reply = client.chat(**asked)
+        assert status == 429 and "too many pictures" in reply["error"]["message"]
+        assert first.result()[0] == 200
+        deadline = time.monotonic() + 20
+        while client.chat(**asked)[0] != 200:
+            assert time.monotonic() < deadline, "a request that has been answered must hold nothing"
 
 
 def test_a_client_that_leaves_costs_nothing_more() -> None:
@@ -244,6 +279,24 @@ def test_a_bundle_joins_a_running_server_and_leaves_it_again(tmp_path: Path) -> 
         assert after["cram"]["bundle"] == 2 and after["choices"] == before["choices"]
         assert client.send("/v1/cram/rollback", {}, key)[1]["version"] == 1
         assert client.chat(**question)[1]["cram"]["bundle"] == 1
+
+
+def test_a_watch_outlives_every_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = []
+
+    def poll() -> None:
+        polls.append(1)
+        raise KeyError("unforeseen")
+
+    async def watch() -> None:
+        task = asyncio.create_task(app._watch(SimpleNamespace(poll=poll)))
+        while len(polls) < 3 and not task.done():
+            await asyncio.sleep(0.005)
+        task.cancel()
+
+    monkeypatch.setattr(app, "WATCH_S", 0.0)
+    asyncio.run(asyncio.wait_for(watch(), 30))
+    assert len(polls) >= 3
 
 
 def test_the_official_client_works_unchanged() -> None:
