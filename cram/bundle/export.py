@@ -22,6 +22,7 @@ from cram.attach import attached, detach
 from cram.bundle.peft_folder import write_adapter
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors
+from cram.model.frozen.forward import is_plain
 
 
 def export_lora(
@@ -70,15 +71,18 @@ def merge(model: Any, gates: Mapping[str, float] | Tensor) -> None:
         gates: See `export_lora`.
 
     Raises:
-        ValueError: As `export_lora`, or if a base weight is not floating point.
+        ValueError: As `export_lora`, or if a base linear is not exactly `nn.Linear` with a floating point
+            weight: quantised, offloaded, parametrised, with hooks.
     """
     cram = attached(model)
     weights = combined(cram, gates)
     linears = {path: module.base for path, module in cram.modules.items()}
     for path, linear in linears.items():
-        if not linear.weight.is_floating_point():
+        if not is_plain(linear) or not linear.weight.is_floating_point():
             raise ValueError(
-                f"weight of {path} must be floating point to be merged, got {linear.weight.dtype}"
+                f"{path} must be a plain linear with a floating point weight to be merged, got "
+                f"{type(linear).__name__} with {type(linear.weight).__name__} of {linear.weight.dtype}; put "
+                "the bundle on the base as it was before it was quantised, offloaded or hooked"
             )
     detach(model)
     with torch.no_grad():

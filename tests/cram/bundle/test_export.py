@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from cram import attach
@@ -150,6 +151,46 @@ def test_wrong_gates_are_refused_before_anything_is_written(gates: Any, words: s
     with pytest.raises(ValueError, match=words):
         export_merged(model, tmp_path / "x", gates, processor)
     assert not (tmp_path / "x").exists() and model.cram is cram
+    assert all(torch.equal(module.weight, before[path]) for path, module in cram.modules.items())
+
+
+class Scaled(nn.Linear):
+    """A linear that computes something else than its weight says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Packed(torch.Tensor):
+    """A weight that is stored in another form; it says of itself that it is floating point."""
+
+
+def scaled(linear: nn.Linear) -> None:
+    linear.__class__ = Scaled
+
+
+def hooked(linear: nn.Linear) -> None:
+    linear.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def packed(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+def whole_numbers(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [scaled, hooked, packed, whole_numbers])
+def test_a_linear_that_is_more_than_its_weight_is_not_merged(change: Any, tmp_path: Path) -> None:
+    """Added to such a weight, an expert would act otherwise than beside it."""
+    model, processor, cram = factories.routed_llava()
+    path, last = list(cram.modules.items())[-1]
+    change(last.base)
+    before = {path: module.weight.clone() for path, module in cram.modules.items()}
+    with pytest.raises(ValueError, match=f"{path} must be a plain linear with a floating point weight"):
+        export_merged(model, tmp_path / "x", {"old": 1.0}, processor)
+    assert model.cram is cram and not (tmp_path / "x").exists()
     assert all(torch.equal(module.weight, before[path]) for path, module in cram.modules.items())
 
 
