@@ -182,7 +182,7 @@ def match_linears(model: nn.Module, family: Family, projections: Iterable[str]) 
 
     Raises:
         ValueError: If a projection is missing in any layer, so that no part of an adapter is silently
-            without effect.
+            without effect, or is no `nn.Linear`.
     """
     wanted = tuple(projections)
     pattern = re.compile(rf"{re.escape(family.language_model)}\.layers\.(\d+)\.(?:.+\.)?([^.]+)")
@@ -191,9 +191,16 @@ def match_linears(model: nn.Module, family: Family, projections: Iterable[str]) 
     skipped, layers = [], set()
     for path, module in model.named_modules():
         found = pattern.fullmatch(path)
-        if not isinstance(module, nn.Linear) or found is None:
+        if found is None:
             continue
         layer, projection = int(found[1]), found[2]
+        if not isinstance(module, nn.Linear):
+            if projection in counts:
+                raise ValueError(
+                    f"{path} must be an `nn.Linear` or of a class made from it, as those of bitsandbytes, "
+                    f"torchao and quanto are, got {type(module).__module__}.{type(module).__name__}"
+                )
+            continue
         layers.add(layer)
         if projection in counts:
             modules[path] = (layer, module)

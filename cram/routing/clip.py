@@ -283,9 +283,14 @@ def _equal_tower(vision: nn.Module, model: nn.Module | None) -> Any:
     own: Any = vision.config
     if any(getattr(tower.config, name, None) != getattr(own, name, None) for name in shape):
         return None
-    ours, theirs = vision.state_dict(), tower.state_dict()
+    # By parameters: a state dict of some quantised models changes them, and weights that are quantised or
+    # offloaded cannot be compared.
+    ours, theirs = dict(vision.named_parameters()), dict(tower.named_parameters())
     same = ours.keys() == theirs.keys() and all(
-        ours[key].shape == value.shape and torch.equal(ours[key].to(value.device, value.dtype), value)
+        type(value) is nn.Parameter
+        and not value.is_meta
+        and ours[key].shape == value.shape
+        and torch.equal(ours[key].to(value.device, value.dtype), value)
         for key, value in theirs.items()
     )
     return tower if same else None

@@ -139,6 +139,19 @@ def test_no_match_is_an_error(names: tuple[str, ...]) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_linear_of_a_foreign_class_is_named(name: str) -> None:
+    """Some quantisations put modules in the place of linears that are none."""
+    model = factories.MODELS[name]()
+    kind = torch.nn.Bilinear
+    model.model.language_model.layers[1].self_attn.k_proj = kind(2, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.k_proj must be an `nn.Linear` .* got .*Bilinear"
+    ):
+        attach(model, CramConfig(), factories.clip_encoder())
+    assert not any(isinstance(module, ExpertLinear) for module in model.modules())
+
+
 def test_a_slower_implementation_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

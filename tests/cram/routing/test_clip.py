@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from cram.routing.clip import ClipEncoder, mean_per_sample
 from tests.cram import factories
@@ -34,6 +35,45 @@ def test_another_tower_is_not_reused() -> None:
     assert not factories.clip_encoder(model, clip).reuses_vision_tower
     assert not factories.clip_encoder(factories.llava(), clip).reuses_vision_tower
     assert not factories.clip_encoder(factories.internvl(), clip).reuses_vision_tower
+
+
+class Stored(torch.Tensor):
+    """A weight that is stored in another form and compares with nothing, as torchao's."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.equal:
+            raise NotImplementedError("attempting to run unimplemented operator aten.equal")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def stored(tower: Any) -> None:
+    linear = tower.encoder.layers[0].mlp.fc1
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Stored), requires_grad=False)
+
+
+def changed_by_reading(tower: Any) -> None:
+    """bitsandbytes' 4-bit linears on some processors convert their weight back to write it."""
+
+    def lose(*arguments: Any) -> None:
+        raise AssertionError("the state dict of a model was asked for")
+
+    stored(tower)
+    tower.encoder.layers[0].mlp.fc1._register_state_dict_hook(lose)
+
+
+def offloaded(tower: Any) -> None:
+    cpu_offload(tower, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", [stored, changed_by_reading, offloaded])
+def test_a_tower_that_cannot_be_compared_is_not_reused(kind: Any) -> None:
+    clip = factories.clip_model()
+    model = factories.llava(clip=clip)
+    kind(model.model.vision_tower)
+    encoder = factories.clip_encoder(model, clip)
+    assert not encoder.reuses_vision_tower
+    assert torch.equal(encoder.encode_images(IMAGES)[0], factories.clip_encoder().encode_images(IMAGES)[0])
 
 
 @pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"hidden_act": "gelu"}])
