@@ -197,6 +197,8 @@ class ForwardHooks:
         """The state of a forward; `continued` is the KV cache that it continues, or None."""
         routed = self.num_experts > 0 and not self.solo_in_training
         self._overrides.check()
+        if self.override is None and routed:
+            _check_recorded()
         if self.override is None and continued is not None:
             return (
                 self._continued(call, continued, len(embeds), training_mode)
@@ -321,6 +323,14 @@ class ForwardHooks:
         if call is None or call.input_ids is None:
             raise ValueError("the penalty must see input_ids to find the visual tokens, got embeddings")
         return visual_token_mask(call.input_ids, self._image_token_id, call.mask)
+
+
+def _check_recorded() -> None:
+    """Refuses to record a forward as a graph that would keep the route of its example."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(
+            f"a recorded forward (torch.jit.trace, torch.export) must have a route for all inputs; {EXPLICIT}"
+        )
 
 
 def visual_token_mask(input_ids: Tensor, image_token_id: int, attention_mask: Tensor | None = None) -> Tensor:

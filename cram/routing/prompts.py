@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -80,6 +80,13 @@ class Call:
         if self.mask is not None and self.mask.shape == self.positions.shape:
             anew &= self.mask[:, :-1].to(anew.device)  # behind left padding positions begin
         return bool(anew.any())
+
+    def prompt(self) -> Call:
+        """The same without generated tokens, which a generation without a cache feeds again."""
+        if self.input_ids is None or self.prompt_tokens is None:
+            return self
+        mask = None if self.mask is None else self.mask[:, : self.prompt_tokens]
+        return replace(self, input_ids=self.input_ids[:, : self.prompt_tokens], mask=mask)
 
     def followed_by(self, more: Call, samples: int, kept: int) -> Call:
         """One row for each of S samples: their first `kept` tokens here, and behind them those of `more`."""
@@ -169,7 +176,7 @@ class PromptReader:
         else:
             reused = self._encoder.reuses_vision_tower
             pooled = output.pooler_output.detach().clone() if reused else None
-            images = Images(Pixels(values), self._tokens(output.last_hidden_state.shape[1]), pooled)
+            images = Images(Pixels(values), self._tokens(int(output.last_hidden_state.shape[1])), pooled)
         setattr(output, _CARRIED, images)
         if self._call is not None:
             self._call.images = images
@@ -209,7 +216,9 @@ class PromptReader:
                 "a row must be one whole sample, got packed rows, whose positions start anew; unpack them or "
                 "enter `model.cram.fixed` with one route for all"
             )
+        call = call.prompt()
         ids = call.input_ids
+        assert ids is not None
         if not self.visual_tokens(call):
             text = self._encoder.encode_text(self.texts(ids, call.mask))
             return Query(text, *mean_per_sample(text.new_zeros(0, self._encoder.image_dim), [0] * len(ids)))
@@ -307,15 +316,18 @@ def real_tokens(mask: Any, rows: int, tokens: int) -> Tensor | None:
 
     Args:
         mask: [B, T], or what generation makes of it for a static cache: [B, 1, T, S] with S >= T, True (bool)
-            or 0 (floating point) where a token is attended to. The last token attends to all real ones.
+            or 0 (floating point) where a token is attended to, also one for each kind of layer by name. A
+            real token attends to itself, behind any window.
         rows: B.
         tokens: T.
     """
+    if isinstance(mask, Mapping):
+        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
     if not isinstance(mask, Tensor):
         return None
     if mask.shape == (rows, tokens):
         return mask.bool()
     if mask.dim() == 4 and mask.shape[0] == rows and mask.shape[2] == tokens <= mask.shape[3]:
-        last = mask[:, 0, -1, :tokens]
-        return last if last.dtype == torch.bool else last == 0
+        own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return own if own.dtype == torch.bool else own == 0
     return None

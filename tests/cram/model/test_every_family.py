@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LogitsProcessor
 
 from cram.attach import attach, detach
 from cram.config import CramConfig
@@ -161,6 +162,78 @@ def test_pictures_of_any_shape_take_the_route_of_their_explicit_query(name: str)
 
 
 @AHEAD
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_a_static_cache_generates_the_same_behind_padding(name: str) -> None:
+    """Generation makes masks of four dimensions for it, on some families one for each kind of layer."""
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES)
+    assert not batch["attention_mask"].all()
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected, gates = model.generate(**batch, **options), cram.state.route.gates
+    found = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, expected) and torch.equal(cram.state.route.gates, gates)
+
+
+class Logits(torch.nn.Module):
+    """A model whose only output is logits, and whose pictures have one shape."""
+
+    def __init__(self, model: Any, batch: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.rest = {name: batch[name] for name in batch if name not in RECORDED}
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(**dict(zip(RECORDED, inputs, strict=True)), **self.rest, use_cache=False).logits
+
+
+RECORDED = ("input_ids", "attention_mask", "pixel_values")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_a_recorded_forward_has_no_route_of_its_own(name: str) -> None:
+    """A trace would answer every question with the experts of its example."""
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES[:1])
+    recorded = Logits(model, batch)
+    inputs = tuple(batch[each] for each in RECORDED)
+    with torch.no_grad():
+        expected = recorded(*inputs)
+        route = cram.state.route
+        with pytest.raises(ValueError, match="a recorded forward .* must have a route for all inputs"):
+            torch.jit.trace(recorded, inputs, check_trace=False)
+        with cram.fixed(route):
+            traced = torch.jit.trace(recorded, inputs, check_trace=False)
+        torch.testing.assert_close(traced(*inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+class Says(LogitsProcessor):
+    """Generates these tokens and nothing else."""
+
+    def __init__(self, tokens: list[int], prompt: int) -> None:
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        told = torch.full_like(scores, -torch.inf)
+        told[:, self.tokens[input_ids.shape[1] - self.prompt]] = 0
+        return told
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_what_is_generated_routes_nothing_without_a_cache_either(name: str) -> None:
+    """Without a cache every forward reads the answer so far; here it holds a question of the other group."""
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES[:1])
+    model.generate(**batch, max_new_tokens=1)
+    gates = cram.state.route.gates
+    turn = build_prompt(processor, QUESTIONS[1], 0) + "x"
+    tokens = processor.tokenizer("</s>" + turn, add_special_tokens=False)["input_ids"]
+    says = Says(tokens, batch["input_ids"].shape[1])
+    options: dict[str, Any] = {"max_new_tokens": len(tokens), "do_sample": False, "eos_token_id": 319}
+    model.generate(**batch, **options, logits_processor=[says], use_cache=False)
+    assert torch.equal(cram.state.route.gates, gates)
+
+
 @pytest.mark.parametrize("name", factories.MODELS)
 def test_features_computed_ahead_bring_their_pictures(name: str) -> None:
     model, processor, cram = routed(name)

@@ -133,3 +133,14 @@ def test_beams_of_one_prompt_change_their_places_freely(text: str, images: int) 
         both = processor(text=texts, padding=True, return_tensors="pt")
     expected = [model.generate(**each, **options)[0, -6:] for each in alone]
     assert torch.equal(model.generate(**both, **options)[:, -6:], torch.stack(expected))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_static_caches_of_every_kind_take_the_routes_of_whole_prompts(text: str) -> None:
+    """The mask of a sliding layer lets the last token see its window alone."""
+    model, processor, cram = routed_llava(text=TEXTS[text])
+    batch = batch_of(processor, 0, 1)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected, gates = model.generate(**batch, **options), cram.state.route.gates
+    found = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, expected) and torch.equal(cram.state.route.gates, gates)
