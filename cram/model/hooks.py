@@ -29,10 +29,13 @@ from cram.model.override import Override, Overrides
 from cram.model.state import Current, ForwardState
 from cram.routing.prompts import EXPLICIT, Call, PromptReader, real_tokens
 from cram.routing.query import Query, Route, Routes
+from cram.routing.threads import PerThread
 
 # Travels with the keyword arguments from the language model to the attention blocks, also where gradient
 # checkpointing runs a layer again.
 STATE = "cram_state"
+# Of gates that the same pictures give twice.
+ROUNDING = 1e-3
 
 
 class ForwardHooks:
@@ -72,6 +75,8 @@ class ForwardHooks:
         self._num_layers, self._reader, self._current = num_layers, reader, current
         self._image_token_id = int(model.config.image_token_id)
         self._caches = CacheStates()
+        # The route of the generation that a thread is in.
+        self._generation: PerThread[Route | None] = PerThread(None)
         self._handles = [*reader.register(model), *self._register(model, family)]
 
     @property
@@ -213,6 +218,7 @@ class ForwardHooks:
         else:
             query = self._query(call, routed)
             route = self.method.route(query, training_mode) if routed else None
+            self._check_generation(call, route)
         if route is not None:
             self.check_route(route, embeds.shape[0])
         prefill = self._caches.get(continued)
@@ -291,8 +297,27 @@ class ForwardHooks:
     @contextmanager
     def generating(self, prompt_tokens: int | None) -> Iterator[None]:
         """Forwards of this thread inside belong to a generation behind a prompt of so many tokens."""
-        with self._reader.generating(prompt_tokens):
-            yield
+        before = self._generation.get()
+        self._generation.set(None)
+        try:
+            with self._reader.generating(prompt_tokens):
+                yield
+        finally:
+            self._generation.set(before)
+
+    def _check_generation(self, call: Call | None, route: Route | None) -> None:
+        """Refuses a second prompt in one generation, as of guidance, that would have other experts."""
+        if call is None or call.prompt_tokens is None or route is None or not self.method.uses_queries:
+            return
+        first = self._generation.get() or route
+        self._generation.set(first)
+        same = first.gates.shape == route.gates.shape
+        # A generation without a cache reads its pictures anew for every token, on a GPU up to rounding.
+        if not same or not torch.allclose(first.gates, route.gates, rtol=0.0, atol=ROUNDING):
+            raise ValueError(
+                "all prompts of one generation must have one route, got another prompt (guidance_scale, "
+                f"negative_prompt_ids) with another route; {EXPLICIT}"
+            )
 
     def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         """Refuses to route a cache by a first token alone: it is a prompt that comes token by token."""
@@ -327,7 +352,7 @@ class ForwardHooks:
 
 def _check_recorded() -> None:
     """Refuses to record a forward as a graph that would keep the route of its example."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
         raise ValueError(
             f"a recorded forward (torch.jit.trace, torch.export) must have a route for all inputs; {EXPLICIT}"
         )

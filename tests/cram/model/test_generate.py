@@ -116,3 +116,18 @@ def test_generation_returns_to_the_base_model_when_disabled() -> None:
         off = answers(model, batch_of(processor, SAMPLES), num_beams=3)
     detach(model)
     assert answers(model, batch_of(processor, SAMPLES), num_beams=3) == off
+
+
+def test_guidance_by_a_prompt_of_another_route_is_refused() -> None:
+    """The prompt without a condition is the last token alone, which asks for whatever experts."""
+    model, processor, cram = routed_llava()
+    batch = processor(text=[prompt(QUESTIONS[0])], images=[image(0)], return_tensors="pt")
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    with pytest.raises(
+        ValueError, match="all prompts of one generation must have one route, .*guidance_scale"
+    ):
+        model.generate(**batch, **options, guidance_scale=1.5)
+    with cram.fixed(cram.state.route):
+        assert model.generate(**batch, **options, guidance_scale=1.5).shape == expected.shape
+    assert torch.equal(model.generate(**batch, **options), expected)
