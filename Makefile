@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test lint versions peer-tests vllm-tests readme bench gpu headers sanitize mutants clean
+.PHONY: demo serve test lint versions peer-tests vllm-tests swift-tests readme bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -38,6 +38,10 @@ readme:
 # The tests against a real vLLM on a CPU, in an environment of their own (2.2 GB).
 vllm-tests:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/vllm/run
+
+# The test of the ms-swift tuner against a real ms-swift, in an environment of its own.
+swift-tests:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/swift
 
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick

@@ -15,7 +15,8 @@ from tests.cram import factories
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TESTED = {"own_data.py", "import_lora.py", "merge_and_export.py"}
-ELSEWHERE = {"sft.py"}  # tests/cram/learning/test_sft.py; it needs TRL.
+# They need TRL and ms-swift: tests/cram/learning/test_sft.py and test_ms_swift.py beside this file.
+ELSEWHERE = {"sft.py", "ms_swift.py"}
 
 
 @pytest.fixture(autouse=True)
