@@ -228,12 +228,15 @@ class OneTask:
         return {"task": self.task, "earlier experts": self._older, "config": self.cram.config.to_dict()}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the task in training, or else the bundle of all experts, in place of the base model."""
+        """Write the task in training, or else the bundle of all experts, in place of the base model.
+
+        Beside the checkpoints in `output_dir` the bundle has a folder of its own, `output_dir/bundle`.
+        """
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
         if self._steps is None:
-            save(self.model, folder)
+            save(self.model, folder / "bundle" if folder == Path(self.args.output_dir) else folder)
         else:
             tensors, values = self.cram.method.export_training()
             write_checkpoint(folder / TASK, tensors, values, self._of())

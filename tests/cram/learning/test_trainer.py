@@ -165,9 +165,11 @@ def test_what_is_logged(whole: list[CramTrainer]) -> None:
 
 
 def test_a_saved_model_is_a_bundle(whole: list[CramTrainer], tmp_path: Path) -> None:
-    whole[1].save_model(str(tmp_path / "bundle"))
-    model, encoder = factories.fresh()
-    assert load(model, tmp_path / "bundle", encoder).expert_names == ["one", "two"]
+    whole[1].save_model(str(tmp_path / "elsewhere"))
+    whole[1].save_model()
+    for folder in (tmp_path / "elsewhere", Path(whole[1].args.output_dir) / "bundle"):
+        model, encoder = factories.fresh()
+        assert load(model, folder, encoder).expert_names == ["one", "two"]
 
 
 def test_a_plain_model_and_an_optimiser_are_refused(tmp_path: Path) -> None:
