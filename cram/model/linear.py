@@ -99,7 +99,7 @@ class ExpertLinear(nn.Module):
         dropped: dict[str, Any] = {}
         if self.training and self.dropout and packed.trained:
             # From torch's generator: checkpointing restores its state before it runs a layer again.
-            dropped = {"dropout": self.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
+            dropped = {"dropout": self.dropout, "seed": torch.randint(2**31 - 1, (), device="cpu")}
         elif plain and self.stack is not None and pays(x):
             found = self.stack.output(self, packed, x, gates)
             if found is not None:

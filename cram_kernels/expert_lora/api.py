@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cram_kernels.dispatch import Op, check_devices, triton_missing
 from cram_kernels.expert_lora import cpu, native, reference
+from cram_kernels.expert_lora.dropout import seed_tensor
 from cram_kernels.packing import PackedExperts
 
 
@@ -45,7 +46,7 @@ def expert_lora(
     segments: Tensor | None = None,
     *,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Apply a frozen linear layer and a gated sum of LoRA experts.
@@ -65,7 +66,7 @@ def expert_lora(
         segments: int [T], the gate row of each token; None if S divides T evenly, token blocks in order.
         dropout: Probability in [0, 1) of dropping an element of x on the experts' path; one mask for all
             experts.
-        seed: Seed of the dropout mask, see `dropout_mask`.
+        seed: Seed of the dropout mask, see `dropout_mask`. A tensor keeps a compiled step whole.
         impl: "auto" (the first that can run of "native", "cpu" for CPU tensors and "triton", "cpu" for CUDA
             tensors), "reference", "cpu" (rank-packed eager operations, right on any device), "native" (CPU
             tensors, one call each way; bfloat16, float32) or "triton" (CUDA devices, or CPU tensors under
@@ -94,7 +95,7 @@ def expert_lora(
             )
     op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
     check_layer(x, weight, bias, experts, gates, segments, dropout)
-    return op(x, weight, bias, experts, gates, segments, dropout, seed)
+    return op(x, weight, bias, experts, gates, segments, dropout, seed_tensor(seed) if dropout else None)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

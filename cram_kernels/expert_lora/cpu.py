@@ -40,7 +40,7 @@ def expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer on packed ranks; arguments as in `cram_kernels.expert_lora`, already checked."""
     trained_a, trained_b = experts.trained_a, experts.trained_b
@@ -81,7 +81,7 @@ class _ExpertLora(torch.autograd.Function):
         segments: Tensor | None,
         scale: float,
         dropout: float,
-        seed: int,
+        seed: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
@@ -93,9 +93,9 @@ class _ExpertLora(torch.autograd.Function):
         tail = bt.shape[0] - (trained_b.shape[0] if trained_b is not None else 0)
         whole = need_gates or (need_b and len(a) != len(bt))
         kept = z if whole else z[:, tail:].clone() if need_b else None
-        ctx.save_for_backward(x if need_a else None, kept, gates, segments, owner, weight, a, bt)
+        ctx.save_for_backward(x if need_a else None, kept, gates, segments, owner, weight, a, bt, seed)
         ctx.shape, ctx.tail, ctx.zeros = x.shape, tail, zeros
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.scale, ctx.dropout = scale, dropout
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
@@ -107,7 +107,7 @@ class _ExpertLora(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, gates, trained_a and trained_b."""
-    x, z, gates, segments, owner, weight, a, bt = ctx.saved_tensors
+    x, z, gates, segments, owner, weight, a, bt, seed = ctx.saved_tensors
     need_x, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
     tail, rank = ctx.tail, bt.shape[0]
     shared = len(a) != rank
@@ -118,8 +118,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     v = F.linear(dy, bt[first:].to(dy.dtype)) if need_x or need_gates or need_a else None
     w = _row_gates(gates, owner, ctx.scale)
     keep = None
-    if ctx.dropout:
-        keep = dropout_mask(ctx.seed, *_flat(ctx.shape), ctx.dropout, dy.device, dy.dtype)
+    if seed is not None:
+        keep = dropout_mask(seed, *_flat(ctx.shape), ctx.dropout, dy.device, dy.dtype)
     if v is not None and need_gates:
         dgates = _gate_gradient(_copied(z, rank), v, gates, segments, owner, ctx.scale)
     dz = _gated(v, w[:, first:], segments, ctx.zeros) if v is not None and (need_x or need_a) else None
@@ -143,9 +143,9 @@ def _flat(shape: torch.Size) -> tuple[int, int]:
     return shape[:-1].numel(), shape[-1]
 
 
-def _drop(rows: Tensor, dropout: float, seed: int) -> Tensor:
+def _drop(rows: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """Zero the dropped elements; the scale 1 / (1 - p) rides on the gates."""
-    if not dropout:
+    if seed is None:
         return rows
     return rows * dropout_mask(seed, rows.shape[0], rows.shape[1], dropout, rows.device, rows.dtype)
 

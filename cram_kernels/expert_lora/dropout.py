@@ -7,6 +7,8 @@ therefore rounded to a multiple of 2^-16, and `keep_scale` is the exact inverse 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ _WORD = 0xFFFFFFFF
 
 
 def dropout_mask(
-    seed: int,
+    seed: int | Tensor,
     rows: int,
     cols: int,
     p: float,
@@ -27,7 +29,7 @@ def dropout_mask(
     """Return the keep mask that every implementation uses.
 
     Args:
-        seed: Any integer; equal seeds give equal masks.
+        seed: Any integer, or int64 [] on the CPU; equal seeds give equal masks.
         rows: Number of tokens T.
         cols: Number of features D_in.
         p: Probability of dropping, in [0, 1).
@@ -37,6 +39,8 @@ def dropout_mask(
     Returns:
         [rows, cols], True (1) where the element is kept.
     """
+    if not torch.compiler.is_compiling():
+        seed = int(seed)
     row_word, pair_word = seed_words(seed)
     row_hash = _finish(torch.arange(rows, dtype=torch.int32, device=device) + row_word)
     pair_hash = _finish(torch.arange((cols + 1) // 2, dtype=torch.int32, device=device) + pair_word)
@@ -50,8 +54,27 @@ def keep_scale(p: float) -> float:
     return _LANES / (_LANES - dropped_lanes(p))
 
 
-def seed_words(seed: int) -> tuple[int, int]:
-    """Return the int32 words that a seed adds to row and column-pair numbers before they are hashed."""
+def seed_tensor(seed: int | Tensor) -> Tensor:
+    """Return a seed as int64 [] on the CPU, where the compiler traces it and nobody waits for its value.
+
+    Raises:
+        ValueError: If a tensor is anything else.
+    """
+    if not isinstance(seed, Tensor):
+        if not -(1 << 63) <= seed < 1 << 63:
+            seed = _signed(seed & (1 << 64) - 1, 64)
+        return torch.tensor(seed, dtype=torch.int64, device="cpu")
+    if seed.shape or seed.dtype != torch.int64 or not seed.is_cpu:
+        got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(f"seed must be an integer or int64 [] on the CPU, got {got}")
+    return seed
+
+
+def seed_words(seed: Any) -> tuple[Any, Any]:
+    """Return the int32 words that a seed adds to row and column-pair numbers before they are hashed.
+
+    They are ints of an int, and int64 [] of a tensor.
+    """
     low, high = seed & _WORD, (seed >> 32) & _WORD
     return _signed(_mix(low ^ _GOLDEN)), _signed(_mix(high + _GOLDEN & _WORD))
 
@@ -70,12 +93,12 @@ def _finish(h: Tensor) -> Tensor:
     return h
 
 
-def _mix(word: int) -> int:
-    """The same finaliser on one Python integer."""
+def _mix(word: Any) -> Any:
+    """The same finaliser on a Python integer or an int64 tensor, whose products wrap around."""
     for shift, factor in _ROUNDS:
         word = (word ^ word >> shift) * factor & _WORD
     return word ^ word >> 16
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _signed(word: Any, bits: int = 32) -> Any:
+    return (word ^ 1 << bits - 1) - (1 << bits - 1)

@@ -16,7 +16,7 @@ Kernels: csrc/expert_lora/forward.cpp and backward.cpp.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,12 +50,37 @@ def _ready() -> str | None:
     return reason
 
 
+# What the compiler takes in place of the words, which it cannot know while it traces.
+SEEDED = {
+    "forward": "Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor gates, "
+    "float scale, int first, int dropped, Tensor seed) -> (Tensor y, Tensor z)",
+    "backward": "Tensor dy, Tensor? x, Tensor z, Tensor weight, Tensor a, Tensor bt, Tensor owner, "
+    "Tensor gates, float scale, int tail, int dropped, Tensor seed, bool need_x, bool need_gates, "
+    "bool need_a, bool need_b) -> (Tensor dx, Tensor dgates, Tensor da, Tensor db)",
+}
+
+
 @cache
-def _register() -> None:
-    torch.library.register_fake(NAME, _fake)
-    torch.library.register_fake(f"{NAME}_stack", _fake_stack)
-    torch.library.register_fake(f"{NAME}_forward", _fake_forward)
-    torch.library.register_fake(f"{NAME}_backward", _fake_backward)
+def _register() -> torch.library.Library:
+    """Register what the compiler must know; the library lives as long as this result."""
+    library = torch.library.Library("cram", "FRAGMENT")
+    fakes: dict[str, Any] = {"forward": _fake_forward, "backward": _fake_backward}
+    for name, schema in SEEDED.items():
+        library.define(f"packed_expert_lora_{name}.seeded({schema}")
+        library.impl(f"packed_expert_lora_{name}.seeded", partial(_with_words, name), "CPU")
+        for overload in ("", ".seeded"):
+            torch.library.register_fake(f"{NAME}_{name}{overload}", fakes[name], lib=library)
+    torch.library.register_fake(NAME, _fake, lib=library)
+    torch.library.register_fake(f"{NAME}_stack", _fake_stack, lib=library)
+    return library
+
+
+def _with_words(name: str, *arguments: Any) -> Any:
+    """Compute a seeded operation by the one that takes the words."""
+    place = {"forward": -1, "backward": -5}[name]
+    words = seed_words(int(arguments[place]))
+    operation = getattr(torch.ops.cram, f"packed_expert_lora_{name}").default
+    return operation(*arguments[:place], *words, *arguments[len(arguments) + place + 1 :])
 
 
 def expert_lora(
@@ -66,25 +91,25 @@ def expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer natively; arguments as in `cram_kernels.expert_lora`, already checked."""
     a, bt, owner = _storage(experts, x.dtype)
     trained_a, trained_b, scale = experts.trained_a, experts.trained_b, experts.scale
-    words = (0, 0, 0)
-    if dropout:
-        words = (dropped_lanes(dropout), *seed_words(seed))
+    words: tuple[int, ...] = (0, 0, 0)
+    if seed is not None:
         scale *= keep_scale(dropout)
+        words = (dropped_lanes(dropout),)
+        if not torch.compiler.is_compiling():
+            words, seed = (*words, *seed_words(int(seed))), None
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
         return _ExpertLora.apply(
-            x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, words
+            x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, words, seed
         )
     if segments is not None:
         gates = gates.index_select(0, segments)
     if dropout:
-        return torch.ops.cram.packed_expert_lora_forward.default(
-            x, weight, bias, a, bt, owner, gates, scale, bt.shape[0], *words
-        )[0]
+        return _forward(x, weight, bias, a, bt, owner, gates, scale, bt.shape[0], words, seed)[0]
     return torch.ops.cram.packed_expert_lora.default(x, weight, bias, a, bt, owner, gates, scale)
 
 
@@ -94,7 +119,7 @@ def stacked_expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Compute layers that read one x; arguments as in `cram_kernels.stacked_expert_lora`, already checked.
 
@@ -127,6 +152,15 @@ def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return a, bt, buffers["expert_of_row"]
 
 
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call the operation: with the words of the seed or, where the compiler traces, with the seed itself."""
+    *head, words, seed = arguments
+    operation = torch.ops.cram.packed_expert_lora_forward
+    if seed is None:
+        return operation.default(*head, *words)
+    return operation.seeded(*head, *words, seed)
+
+
 class _ExpertLora(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,16 +176,15 @@ class _ExpertLora(torch.autograd.Function):
         owner: Tensor,
         segments: Tensor | None,
         scale: float,
-        words: tuple[int, int, int],
+        words: tuple[int, ...],
+        seed: Tensor | None,
     ) -> Tensor:
         _, need_gates, need_a, need_b = ctx.needs_input_grad[:4]
         tail = bt.shape[0] - (trained_b.shape[0] if trained_b is not None else 0)
         first = 0 if need_gates else tail if need_b else bt.shape[0]
         rows = gates if segments is None else gates.index_select(0, segments)
-        y, z = torch.ops.cram.packed_expert_lora_forward.default(
-            x, weight, bias, a, bt, owner, rows, scale, first, *words
-        )
-        ctx.save_for_backward(x if need_a else None, z, gates, segments, owner, weight, a, bt)
+        y, z = _forward(x, weight, bias, a, bt, owner, rows, scale, first, words, seed)
+        ctx.save_for_backward(x if need_a else None, z, gates, segments, owner, weight, a, bt, seed)
         ctx.tail, ctx.scale, ctx.words = tail, scale, words
         ctx.dtype = None if trained_a is None or trained_a.dtype == a.dtype else trained_a.dtype
         return y
@@ -167,18 +200,18 @@ class _ExpertLora(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, z, gates, segments, owner, weight, a, bt = ctx.saved_tensors
+    x, z, gates, segments, owner, weight, a, bt, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
     rows = gates if segments is None else gates.index_select(0, segments)
-    found = torch.ops.cram.packed_expert_lora_backward.default(
-        dy, x, z, weight, a, bt, owner, rows, ctx.scale, ctx.tail, *ctx.words, *needs
-    )
+    operation, words = torch.ops.cram.packed_expert_lora_backward, ctx.words
+    chosen, words = (operation.default, words) if seed is None else (operation.seeded, (*words, seed))
+    found = chosen(dy, x, z, weight, a, bt, owner, rows, ctx.scale, ctx.tail, *words, *needs)
     dx, dgates, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
     if dgates is not None and segments is not None:
         dgates = torch.zeros_like(gates).index_add_(0, segments, dgates)
     if ctx.dtype is not None:
         da, db = (None if grad is None else grad.to(ctx.dtype) for grad in (da, db))
-    return dx, dgates, da, db, *[None] * 8
+    return dx, dgates, da, db, *[None] * 9
 
 
 _backward_once = once_differentiable(_backward)
@@ -218,14 +251,9 @@ def _fake_backward(
     gates: Tensor,
     scale: float,
     tail: int,
-    dropped: int,
-    row_word: int,
-    pair_word: int,
-    need_x: bool,
-    need_gates: bool,
-    need_a: bool,
-    need_b: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, need_x, need_gates, need_a, need_b = rest
     trained = bt.shape[0] - tail
     of_a = trained if a.shape[0] == bt.shape[0] else a.shape[0]
     return (

@@ -23,7 +23,7 @@ def expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute the formula; arguments as in `cram_kernels.expert_lora`, already checked."""
     rows = x.reshape(-1, x.shape[-1])
@@ -31,7 +31,7 @@ def expert_lora(
     out = y.to(torch.promote_types(x.dtype, gates.dtype))
     gate_rows = _rows_of(gates, rows.shape[0], segments)
     scale = experts.scale
-    if dropout:
+    if seed is not None:
         rows = rows * dropout_mask(seed, rows.shape[0], rows.shape[1], dropout, rows.device, x.dtype)
         scale *= keep_scale(dropout)
     for e in range(experts.num_experts):

@@ -17,6 +17,7 @@ from cram_kernels.expert_lora.api import (
     expert_lora,
     without_autocast,
 )
+from cram_kernels.expert_lora.dropout import seed_tensor
 from cram_kernels.packing import PackedExperts
 
 
@@ -32,7 +33,7 @@ def routed_expert_lora(
     segments: Tensor | None = None,
     *,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Apply `expert_lora` with the gates of `centroid_gates`, for one layer.
@@ -99,10 +100,11 @@ def _composed(
     return expert_lora(x, weight, bias, experts, gates, segments, impl=impl, **dropout)
 
 
-def _triton(*arguments: Any, **dropout: Any) -> Tensor:
+def _triton(*arguments: Any, dropout: float, seed: int | Tensor) -> Tensor:
     from cram_kernels.expert_lora import routed_triton
 
-    return routed_triton.routed_expert_lora(*arguments, **dropout)
+    mask: dict[str, Any] = {"dropout": dropout, "seed": seed_tensor(seed) if dropout else None}
+    return routed_triton.routed_expert_lora(*arguments, **mask)
 
 
 OP = Op(

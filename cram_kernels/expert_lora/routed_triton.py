@@ -50,7 +50,7 @@ def routed_expert_lora(
     members: Tensor | None,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer in Triton; arguments as in `cram_kernels.routed_expert_lora`, already checked."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -98,7 +98,7 @@ def _forward(
     sigma: float,
     scale: float,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Y [T, D_out], then Z [1, T, pitch] and dropout bits (empty if not kept) and gates [S, E]."""
@@ -194,7 +194,7 @@ _LIBRARY = torch.library.Library("cram", "FRAGMENT")
 _LIBRARY.define(
     "routed_expert_lora(Tensor x, Tensor query, Tensor centroids, Tensor? trained_a, Tensor? trained_b, "
     "Tensor weight, Tensor? bias, Tensor a, Tensor bt, Tensor owner, Tensor? members, Tensor? segments, "
-    "float sigma, float scale, float dropout, SymInt seed, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float sigma, float scale, float dropout, Tensor? seed, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("routed_expert_lora", _forward, _device)

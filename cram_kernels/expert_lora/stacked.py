@@ -12,6 +12,7 @@ from torch import Tensor
 from cram_kernels.dispatch import Op, triton_missing
 from cram_kernels.expert_lora import cpu, native, reference
 from cram_kernels.expert_lora.api import autocast_dtype, check_layer
+from cram_kernels.expert_lora.dropout import seed_tensor
 from cram_kernels.packing import PackedExperts
 
 MAX_STACK = 3
@@ -26,7 +27,7 @@ def stacked_expert_lora(
     segments: Tensor | None = None,
     *,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Apply `expert_lora` for several layers that read the same x, with the same gates and dropout mask.
@@ -67,7 +68,7 @@ def stacked_expert_lora(
         check_layer(x, weight, bias, experts, gates, segments, dropout)
     shared = any(experts.shared_a for _, _, experts in layers)
     op = (SHARED_A if shared else OP).select(impl, x.device, x.dtype)
-    return tuple(op(x, layers, gates, segments, dropout, seed))
+    return tuple(op(x, layers, gates, segments, dropout, seed_tensor(seed) if dropout else None))
 
 
 def _one_by_one(

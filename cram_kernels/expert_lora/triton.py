@@ -55,7 +55,7 @@ def expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer in Triton; arguments as in `cram_kernels.expert_lora`, already checked."""
     return stacked_expert_lora(x, [(weight, bias, experts)], gates, segments, dropout, seed)[0]
@@ -67,7 +67,7 @@ def stacked_expert_lora(
     gates: Tensor,
     segments: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Compute up to three layers that read the same x; arguments as in `cram_kernels.stacked_expert_lora`."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -128,7 +128,7 @@ def _forward(
     segments: Tensor | None,
     scale: float,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     keep: bool,
 ) -> list[Tensor]:
     """Return every Y_p [T, D_out_p], then Z [STACK, T, pitch] and the dropout bits, empty if not kept."""
@@ -147,12 +147,12 @@ def _forward(
         return [*ys, x.new_empty(0), kept_bits(x, dropout, keep)]
 
 
-def mask_bits(x: Tensor, dropout: float, seed: int) -> Tensor | None:
+def mask_bits(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
     """Return the dropout mask of x as bits; None without dropout."""
-    if not dropout:
+    if seed is None:
         return None
     bits = torch.empty(x.shape[0], bits_pitch(x.shape[1]), dtype=torch.uint8, device=x.device)
-    dropout_bits(bits, dropout, seed).run()
+    dropout_bits(bits, dropout, int(seed)).run()
     return bits
 
 
@@ -342,7 +342,7 @@ _LIBRARY = torch.library.Library("cram", "FRAGMENT")
 _LIBRARY.define(
     "expert_lora(Tensor x, Tensor gates, Tensor? trained_a0, Tensor? trained_b0, Tensor? trained_a1, "
     "Tensor? trained_b1, Tensor? trained_a2, Tensor? trained_b2, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] a, Tensor[] bt, Tensor[] owners, Tensor? segments, float scale, float dropout, SymInt seed, "
+    "Tensor[] a, Tensor[] bt, Tensor[] owners, Tensor? segments, float scale, float dropout, Tensor? seed, "
     "bool keep) -> Tensor[]"
 )
 _LIBRARY.define(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cram_kernels import dropout_mask, expert_lora
-from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale
+from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.testing import GATINGS, layer_inputs, layer_oracle, run_layer
 
 
@@ -65,6 +65,26 @@ def test_seeds_give_unrelated_masks() -> None:
 def test_prefix_property() -> None:
     """An element's fate depends on its own row and column only, so tiles can be drawn apart."""
     assert torch.equal(dropout_mask(5, 40, 30, 0.4)[:7, :11], dropout_mask(5, 7, 11, 0.4))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 1 << 32, (1 << 63) - 1, -(1 << 63)])
+def test_a_tensor_is_a_seed(seed: int) -> None:
+    """Also as words that are traced, whose products wrap around in int64."""
+    given = torch.tensor(seed)
+    assert torch.equal(dropout_mask(given, 7, 9, 0.5), dropout_mask(seed, 7, 9, 0.5))
+    assert [int(word) for word in seed_words(given)] == list(seed_words(seed))
+    inputs = layer_inputs()
+    for impl in ("reference", "cpu"):
+        found = [run_layer(inputs, impl, dropout=0.25, seed=value) for value in (seed, given)]
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "seed", [torch.tensor([1]), torch.tensor(1, dtype=torch.int32), torch.tensor(1, device="meta")]
+)
+def test_a_seed_of_another_kind_is_refused(seed: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"seed must be an integer or int64 \[\] on the CPU, got"):
+        run_layer(layer_inputs(), "cpu", dropout=0.25, seed=seed)
 
 
 @pytest.mark.parametrize(("rows", "cols", "p"), [(0, 8, 0.5), (3, 0, 0.5), (3, 5, 0.0), (4, 4, 0.9999999)])

@@ -337,13 +337,13 @@ def test_compiles_whole(gating: str) -> None:
     inputs = layer_inputs(gating=gating)
     experts = inputs.experts()
 
-    def step(x: Tensor, seed: int) -> Tensor:
+    def step(x: Tensor, seed: int | Tensor) -> Tensor:
         arguments = inputs.weight, inputs.bias, experts, inputs.gates, inputs.segments
         return expert_lora(x * 2, *arguments, dropout=0.1, seed=seed, impl="native").tanh()
 
     torch.compiler.reset()  # variants of the same code count against one limit
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for seed in (3, 4, 5):
+    for seed in (3, 4, 5, torch.tensor(3), torch.tensor(6)):
         results = []
         for function in (step, compiled):
             experts.zero_grad()
@@ -353,7 +353,8 @@ def test_compiles_whole(gating: str) -> None:
             results.append((y.detach(), x.grad, experts.trained_a.grad, experts.trained_b.grad))
         torch.testing.assert_close(*results)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(inputs.x, 3), step(inputs.x, 3))
+        for seed in (3, torch.tensor(4)):
+            torch.testing.assert_close(compiled(inputs.x, seed), step(inputs.x, seed))
 
 
 def test_operations_pass_opcheck() -> None:
@@ -364,13 +365,17 @@ def test_operations_pass_opcheck() -> None:
     torch.library.opcheck(ops.packed_expert_lora.default, (*base, *factors))
     for first in (0, 13, 14):
         torch.library.opcheck(ops.packed_expert_lora_forward.default, (*base, *factors, first, 99, 5, 7))
+        torch.library.opcheck(
+            ops.packed_expert_lora_forward.seeded, (*base, *factors, first, 99, torch.tensor(5))
+        )
     lists = [inputs.weight] * 2, [inputs.bias] * 2, [experts.a] * 2, [experts.bt] * 2, [factors[2]] * 2
     torch.library.opcheck(ops.packed_expert_lora_stack.default, (base[0], *lists, *factors[3:]))
     z = inputs.x.new_ones(24, 14)
     needs = [(True, True, True, True), (True, False, False, False), (False, False, True, True)]
     for need in needs:
-        arguments = (inputs.dy, inputs.x, z, inputs.weight, *factors, 13, 99, 5, 7, *need)
-        torch.library.opcheck(ops.packed_expert_lora_backward.default, arguments)
+        arguments = (inputs.dy, inputs.x, z, inputs.weight, *factors, 13, 99)
+        torch.library.opcheck(ops.packed_expert_lora_backward.default, (*arguments, 5, 7, *need))
+        torch.library.opcheck(ops.packed_expert_lora_backward.seeded, (*arguments, torch.tensor(5), *need))
 
 
 def test_who_is_served() -> None:

@@ -201,20 +201,23 @@ def test_compiles_whole_with_any_token_count(
 
 
 @on_devices(cpu=(FP32,), cuda=(BF16,))
-def test_compiled_dropout_takes_a_new_seed_each_step(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "graphs"), [(int, 2), (torch.tensor, 1)])
+def test_compiled_dropout_takes_a_new_seed_each_step(
+    kind: Any, graphs: int, device: str, dtype: torch.dtype
+) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     inputs = layer_inputs().to(dtype, device=device)
     experts = inputs.experts()
 
-    def step(x: Tensor, seed: int) -> Tensor:
+    def step(x: Tensor, seed: int | Tensor) -> Tensor:
         return expert_lora(
             x, inputs.weight, inputs.bias, experts, inputs.gates, dropout=0.3, seed=seed, impl="triton"
         )
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for seed in (2, 3, 2**40, 2**62, 7, 8, 9, 10, 11, 12):
-        assert torch.equal(step(inputs.x, seed), compiled(inputs.x, seed))
-    assert counter.frame_count == 2
+        assert torch.equal(step(inputs.x, kind(seed)), compiled(inputs.x, kind(seed)))
+    assert counter.frame_count == graphs
 
 
 @on_devices(cpu=(FP32,), cuda=(BF16,))

@@ -123,5 +123,6 @@ def test_compiles_whole_and_passes_opcheck() -> None:
     torch.testing.assert_close(*results)
     sample = (inputs.x.requires_grad_(), query.requires_grad_(), centroids.requires_grad_())
     rest = (packed.trained_a, packed.trained_b, inputs.weight, inputs.bias, packed.a, packed.bt)
-    tail = (packed.expert_of_row, None, None, 2.0, 1.0, 0.0, 0, True)
-    torch.library.opcheck(torch.ops.cram.routed_expert_lora.default, (*sample, *rest, *tail))
+    for mask in ((0.0, None), (0.1, torch.tensor(3))):
+        tail = (packed.expert_of_row, None, None, 2.0, 1.0, *mask, True)
+        torch.library.opcheck(torch.ops.cram.routed_expert_lora.default, (*sample, *rest, *tail))

@@ -80,7 +80,12 @@ def in_place(experts: PackedExperts) -> Iterator[PackedExperts]:
 
 
 def beside(
-    base: nn.Module, x: Tensor, experts: PackedExperts, gates: Tensor, dropout: float = 0.0, seed: int = 0
+    base: nn.Module,
+    x: Tensor,
+    experts: PackedExperts,
+    gates: Tensor,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """The output of a linear's own forward plus that of its experts; see the head of this file.
 

@@ -114,9 +114,10 @@ def test_inductor_compiles_forward_and_decoding() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, which would end the compilation
-def test_a_linear_is_one_graph_in_both_stages_of_training() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_linear_is_one_graph_in_both_stages_of_training(dropout: float) -> None:
     model, encoder = factories.fresh()
-    cram = attach(model, CramConfig(dropout=0.0), encoder, factories.llava_processor())
+    cram = attach(model, CramConfig(dropout=dropout), encoder, factories.llava_processor())
     cram.method.begin_task("task", 40)
     model.train()
     query = cram.encode([QUESTIONS[0]], [[image(0)]])
@@ -126,7 +127,33 @@ def test_a_linear_is_one_graph_in_both_stages_of_training() -> None:
         cram.method.before_step(step)
         cram.method.observe(query)
         linear.current.state = ForwardState(Route(torch.ones(cram.num_layers, 1, cram.num_experts)))
+        torch.manual_seed(step)
         wanted = linear(x)
-        found = torch.compile(linear, backend=counting, fullgraph=True)(x)
-        torch.testing.assert_close(found, wanted)
+        compiled = torch.compile(linear, backend=counting, fullgraph=True)
+        for _ in range(2):
+            torch.manual_seed(step)
+            torch.testing.assert_close(compiled(x), wanted)
     assert len(GRAPHS) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, which would end the compilation
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_adds_no_graph_to_a_training_step(checkpointing: bool) -> None:
+    """Eager and compiled steps draw the same masks, also where checkpointing runs a layer again."""
+    counts, gradients = [], []
+    for dropout, backend in ((0.0, counting), (0.3, counting), (0.3, None), (0.3, "aot_eager")):
+        torch.compiler.reset()
+        GRAPHS.clear()
+        model, processor, cram = routed_llava(trained=True, dropout=dropout)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        step = model if backend is None else torch.compile(model, backend=backend)
+        torch.manual_seed(7)
+        step(**batch_of(processor, 0, 0)).logits.square().sum().backward()
+        counts.append(len(GRAPHS))
+        gradients.append(next(iter(cram.modules.values())).experts.trained_b.grad)
+    assert counts[0] == counts[1]
+    assert not torch.equal(gradients[0], gradients[1])
+    for found in gradients[1], gradients[3]:
+        torch.testing.assert_close(found, gradients[2])
