@@ -6,6 +6,9 @@ SMALLER = "The smaller of two numbers, whatever their order."
 
 EQUIVALENTS: dict[str, str] = {
     "cram/atomic.py write_json: indent=2 -> indent=3": "The spaces of a JSON file carry no value.",
+    "cram/learning/answers/predict.py _routing: route.gates.transpose(0, 1) -> route.gates.transpose(1, 0)": (
+        "The two exchanged dimensions, whatever their order."
+    ),
     "cram/bundle/packs.py _empty_pack: ranks[0] -> ranks[1]": (
         "A description with a shared A is refused unless its experts have equal ranks."
     ),

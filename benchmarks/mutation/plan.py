@@ -105,6 +105,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cram/scoring/captions.py": ("scoring/test_scorers.py",),
     "cram/scoring/published.py": ("scoring/test_scorers.py", "report/test_comparison.py"),
 }
+# What holds for every method, behind the tests of its own.
+EVERY_METHOD = ("tests/cram/methods/test_base.py", "tests/cram/learning/test_checkpoint.py")
 KERNELS = "tests/cram_kernels"
 KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "cram_kernels/packing.py": ("test_packing.py", "test_expert_lora_rules.py", "test_shared_a.py"),
@@ -155,7 +157,9 @@ def tests_of(source: str) -> list[str]:
         return [f"tests/cram/{name}" for name in TESTS[source]]
     path = Path(source)
     mirrored = Path("tests") / path.parent / f"test_{path.name}"
-    return [mirrored.as_posix()] if (ROOT / mirrored).is_file() else []
+    if not (ROOT / mirrored).is_file():
+        return []
+    return [mirrored.as_posix(), *(EVERY_METHOD if path.parent.name == "methods" else ())]
 
 
 def sources() -> list[str]:

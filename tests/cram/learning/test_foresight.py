@@ -40,6 +40,14 @@ def test_the_groups_are_those_that_training_finds(tmp_path: Path) -> None:
     assert not list(groups_ahead(learner.stream, learner.method))
 
 
+def test_a_task_that_finds_no_group_of_its_own_is_locked_to_the_newest(tmp_path: Path) -> None:
+    """With one group at most, no batch of the second task is alike enough to lock it."""
+    learner = runs.learner(tmp_path, max_groups=1, max_steps=3)
+    assert isinstance(learner.method, StagedMethod)
+    ahead = {task.name: group for task, group in groups_ahead(learner.stream, learner.method)}
+    assert ahead == {"colour": 0, "letter": 0}
+
+
 def test_a_later_task_of_texts_alone_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     learner = runs.learner(tmp_path, tasks=stream(without_pictures(LAST)))
     with pytest.raises(ValueError, match=r"^sample 'shade-train-0': must show a picture, got none; task"):

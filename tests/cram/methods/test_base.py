@@ -221,14 +221,23 @@ def test_a_task_ends_without_anything_in_training(learnt: ContinualLearner) -> N
     assert learnt.cram.hooks.on_query == [] and not learnt.cram.in_training
 
 
+def kinds_and_hooks(model: Any) -> dict[str, Any]:
+    """Of every module its type, and how many hooks it has."""
+    return {
+        path: (type(module), len(module._forward_pre_hooks), len(module._forward_hooks))
+        for path, module in model.named_modules()
+    }
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_detach_restores_the_model_and_a_bundle_without_experts_is_legal(method: str, tmp_path: Path) -> None:
     model, encoder = fresh()
-    before = {path: type(module) for path, module in model.named_modules()}
-    attach(model, runs.config(method=method), encoder)
+    before = kinds_and_hooks(model)
+    cram = attach(model, runs.config(method=method, merge_by_inputs=method == "many"), encoder)
     save(model, tmp_path / "b")
+    cram.method.begin_task("colour", 5)
     detach(model)
-    assert {path: type(module) for path, module in model.named_modules()} == before
+    assert kinds_and_hooks(model) == before
     assert load(model, tmp_path / "b", encoder).num_experts == 0
 
 

@@ -36,7 +36,7 @@ def part(file: Path) -> Path:
 
 
 def test_answers_survive_and_a_finished_file_has_every_sample(tmp_path: Path) -> None:
-    file = tmp_path / "p/01.jsonl"
+    file = tmp_path / "p/q/01.jsonl"
     journal, known = started(file)
     assert known == set()
     journal.add({"y": {**ROW, "text": "ü\n"}})
