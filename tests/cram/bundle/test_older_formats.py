@@ -60,6 +60,15 @@ def test_a_bundle_of_format_2_answers_as_before_and_is_written_as_format_4(
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
+def test_groups_may_be_as_many_as_the_configuration_allows_and_no_more(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "cram", tmp_path / "cram"))
+    edit_json("cram.json", lambda data: data["config"].update(max_groups=2))(folder)
+    assert len(loaded(folder).cram.method.router.groups) == 2
+    edit_json("cram.json", lambda data: data["config"].update(max_groups=1))(folder)
+    with pytest.raises(ValueError, match="counts must be up to 1 of at least 1"):
+        loaded(folder)
+
+
 def test_format_4_holds_what_the_method_has_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
     model = loaded(bundle)
     save(model, tmp_path / "again")
