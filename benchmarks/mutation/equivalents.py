@@ -9,6 +9,13 @@ EQUIVALENTS: dict[str, str] = {
     "cram/learning/answers/predict.py _routing: route.gates.transpose(0, 1) -> route.gates.transpose(1, 0)": (
         "The two exchanged dimensions, whatever their order."
     ),
+    "cram/methods/many.py ManyMethod.release: self.inputs.release() -> pass": (
+        "Its hooks are on the adapted linears, which detaching takes out of the model."
+    ),
+    "cram/methods/parts/separable.py SeparableGating._rows: experts.trained or self.fusion.requires_grad -> "
+    "experts.trained and self.fusion.requires_grad": "The method trains experts and fusion, or neither.",
+    "cram/methods/parts/task/mixing.py MixingRouter._gather: self.inputs += x.sum(0) -> "
+    "self.inputs -= x.sum(0)": "Both that read the sum take products of two of it.",
     "cram/bundle/packs.py _empty_pack: ranks[0] -> ranks[1]": (
         "A description with a shared A is refused unless its experts have equal ranks."
     ),
