@@ -23,6 +23,9 @@ EQUIVALENTS: dict[str, str] = {
     "cram/routing/groups.py InstructionGroups._decide: min(2, len(self)) -> min(len(self), 2)": SMALLER,
     "cram/model/factors.py new_lora: min(rank, linear.in_features, linear.out_features) -> "
     "min(linear.in_features, rank, linear.out_features)": SMALLER,
+    "cram/scoring/boxes.py overlap: max(left[0], right[0]) -> max(right[0], left[0])": (
+        "The larger of two numbers, whatever their order."
+    ),
     "cram/scoring/scorers.py _same_number: max(1.0, abs(expected)) -> max(abs(expected), 1.0)": (
         "The larger of two numbers, whatever their order."
     ),
