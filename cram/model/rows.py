@@ -95,7 +95,7 @@ def _exchangeable(state: ForwardState, rows: int) -> Tensor:
             own = _places(rows, each)
             distances = _distances(each, each).to(same.device)
             eps = torch.finfo(each.dtype if each.is_floating_point() else torch.float32).eps
-            close = distances <= 8 * eps * each.abs().amax().to(same.device)
+            close = distances <= 8 * eps * _numbers(each).abs().amax().to(same.device)
             same &= close[own][:, own]
     return same
 
@@ -123,8 +123,12 @@ def _values(layer: Any, start: int, held: int, step: int) -> Tensor:
 
 def _distances(found: Tensor, known: Tensor) -> Tensor:
     """[N, M], the largest difference of each row of one tensor from each row of another."""
-    rows = [each.detach().flatten(1).float().nan_to_num() for each in (found, known)]
-    return torch.cdist(rows[0], rows[1], p=torch.inf)
+    return torch.cdist(_numbers(found).flatten(1), _numbers(known).flatten(1), p=torch.inf)
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A tensor of any dtype in float32, without NaN."""
+    return tensor.detach().float().nan_to_num()
 
 
 def _places(rows: int, known: Tensor) -> Tensor:
