@@ -20,6 +20,7 @@ from cram_kernels.centroid_gates.kernels import launches as gates_launches
 from cram_kernels.expert_lora import routed_triton, tiles, wide
 from cram_kernels.expert_lora import triton as expert_lora
 from cram_kernels.expert_lora.decode import PLANES_TOKENS
+from cram_kernels.expert_lora.dropout import seed_tensor
 from cram_kernels.launch import Launch
 from cram_kernels.packing import PackedExperts, pack_experts
 from tests.cram_kernels.aot import Case, Excuse
@@ -210,6 +211,7 @@ def recorded(call: Call, arch: int) -> list[Launch]:
     )
     segments = empty(call.tokens, dtype=torch.int64) if call.mapped else None
     tile = tiles.streamed(STREAM_ROW, call.width) if call.streamed else None
+    mask = (call.dropout, seed_tensor(call.seed) if call.dropout else None)
     with (
         recording(arch) as launches,
         torch.set_grad_enabled(call.train),
@@ -223,10 +225,10 @@ def recorded(call: Call, arch: int) -> list[Launch]:
             query, centroids = empty(samples, 768), empty(count, 768)
             route = (query.requires_grad_(call.train), centroids, 1.0, None)
             outputs = [
-                routed_triton.routed_expert_lora(x, *layers[0], *route, segments, call.dropout, call.seed)
+                routed_triton.routed_expert_lora(x, *layers[0], *route, segments, *mask)
             ]
         else:
-            outputs = expert_lora.stacked_expert_lora(x, layers, gates, segments, call.dropout, call.seed)
+            outputs = expert_lora.stacked_expert_lora(x, layers, gates, segments, *mask)
         if call.train:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     return launches
