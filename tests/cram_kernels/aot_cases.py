@@ -224,9 +224,7 @@ def recorded(call: Call, arch: int) -> list[Launch]:
         elif call.routed:
             query, centroids = empty(samples, 768), empty(count, 768)
             route = (query.requires_grad_(call.train), centroids, 1.0, None)
-            outputs = [
-                routed_triton.routed_expert_lora(x, *layers[0], *route, segments, *mask)
-            ]
+            outputs = [routed_triton.routed_expert_lora(x, *layers[0], *route, segments, *mask)]
         else:
             outputs = expert_lora.stacked_expert_lora(x, layers, gates, segments, *mask)
         if call.train:
