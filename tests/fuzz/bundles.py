@@ -36,7 +36,7 @@ class Bundles:
 
 
 def prepare(folder: Path, methods: Sequence[str] = ()) -> Bundles:
-    """Bundles in an older format and in today's; and those of `methods`, as two tasks leave them."""
+    """Bundles in an older format and in the current one, and those of `methods`, as two tasks leave them."""
     model, encoder = factories.fresh()
     processor = factories.llava_processor()
     prompts = [factories.prompt(question) for question in factories.QUESTIONS[:2]]
