@@ -54,11 +54,13 @@ CRAM_INLINE float sum(const Vector<Lanes>& value) {
   }
 }
 
+// Bytes of a cache line.
+constexpr int kLine = 64;
+
 // Reads one value of each cache line, in order. A product walks several rows at a time, which hardware prefetchers
 // follow badly while rows are short; software prefetches do not set them going.
 CRAM_INLINE void stream(const float* from, int64_t count) {
-  constexpr int64_t kLine = 16;
-  for (int64_t i = 0; i < count; i += kLine) (void)*static_cast<const volatile float*>(from + i);
+  for (int64_t i = 0; i < count; i += kLine / sizeof(float)) (void)*static_cast<const volatile float*>(from + i);
 }
 
 // out [nx, ny] = x [nx, depth] y [ny, depth]^T. Rows past the end of a tile repeat the last one and are not stored.

@@ -3,7 +3,7 @@
 // row.
 //
 //             vendor,   unit,       float32: from, base, gradient, bfloat16: from, base, gradient
-CRAM_CROSSOVER("Intel",  "tiles",    2, 16, 0,   1, 1024, 1024)
+CRAM_CROSSOVER("Intel",  "tiles",    1, 16, 0,   1, 1024, 1024)
 CRAM_CROSSOVER("AMD",    "pairs",    1, 64, 0,   1, 32, 0)
 CRAM_CROSSOVER("AMD",    "avx2",     1, 64, 0,   1, 64, 0)
 // Any other processor. Where torch has no fast bfloat16 product, ours is the better one for longer.

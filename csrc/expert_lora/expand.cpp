@@ -108,15 +108,53 @@ CRAM_INLINE void expand_columns(const Expand& e, int64_t c, Chunk chunk, bool ad
   }
 }
 
+// `Rows` rows from k on, added to the sums of the only token for columns [c, c + width). A row starts where no prefetcher
+// has been.
+template <int Lanes, typename W, int Rows>
+CRAM_INLINE void add_rows(const Expand& e, int64_t k, int64_t last, int64_t c, int64_t width, float* sums) {
+  const float* u = static_cast<const float*>(e.u);
+  const W *row[Rows], *next[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    row[r] = static_cast<const W*>(e.w) + e.rows[k + r] * e.w_stride + c;
+    next[r] = static_cast<const W*>(e.w) + e.rows[std::min(k + Rows + r, last)] * e.w_stride + c;
+  }
+  for (int64_t i = 0; i < width; i += Lanes) {
+    Vector<Lanes> total = load<Lanes>(sums + i);
+    for (int r = 0; r < Rows; ++r) {
+      __builtin_prefetch(next[r] + i);
+      total += u[(k + r) * kPanel] * read<Lanes>(row[r] + i);
+    }
+    store<Lanes>(sums + i, total);
+  }
+}
+
+// All vectors of the only token. Eight rows are read side by side in runs as long as the sums allow that stay in the
+// first-level cache.
+template <int Lanes, typename W, typename Y>
+CRAM_INLINE void expand_lonely(const Expand& e, Chunk chunk, bool add) {
+  constexpr int64_t kRun = 1024;
+  constexpr int kRows = 8;
+  alignas(kLine) float sums[kRun];
+  Y* const y = static_cast<Y*>(e.y);
+  const int64_t whole = e.columns - e.columns % Lanes;
+  for (int64_t c = 0; c < whole; c += kRun) {
+    const int64_t width = std::min(kRun, whole - c);
+    std::memset(sums, 0, width * sizeof(float));
+    int64_t k = chunk.begin;
+    for (; k + kRows <= chunk.end; k += kRows) add_rows<Lanes, W, kRows>(e, k, chunk.end - 1, c, width, sums);
+    for (; k < chunk.end; ++k) add_rows<Lanes, W, 1>(e, k, chunk.end - 1, c, width, sums);
+    for (int64_t i = 0; i < width; i += Lanes) {
+      const Vector<Lanes> before = add ? read<Lanes>(y + c + i) : Vector<Lanes>{};
+      write<Lanes>(y + c + i, before + load<Lanes>(sums + i));
+    }
+  }
+}
+
 template <int Lanes, typename W, typename Y>
 CRAM_INLINE void expand_chunk(const Expand& e, Chunk chunk, bool add) {
   constexpr int kVectors = kExpandVectors<Lanes>, kGroups = kPackedVectors<Lanes> / kVectors;
+  if (e.tokens == 1) return expand_lonely<Lanes, W, Y>(e, chunk, add);
   int64_t c = 0;
-  if (e.tokens == 1) {
-    for (; c + 8 * Lanes <= e.columns; c += 8 * Lanes) {
-      expand_tile<Lanes, W, Y, 1, 8>(e, 0, c, chunk, add, nullptr);
-    }
-  }
   for (; c + kPackedVectors<Lanes> * Lanes <= e.columns; c += kPackedVectors<Lanes> * Lanes) {
     expand_columns<Lanes, W, Y, kVectors, kGroups>(e, c, chunk, add);
   }

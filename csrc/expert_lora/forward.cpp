@@ -26,7 +26,13 @@ namespace {
 
 // Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by torch's
 // linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
-constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128;
+constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128, kMostOwnColumns = 512;
+
+// One token reads each row of Bt once, and memory serves long runs of a row faster.
+int64_t own_columns(int64_t tokens, int64_t columns, int64_t threads, Unit unit) {
+  if (tokens > 1 || unit == Unit::tiles) return kOwnColumns;
+  return std::min(kMostOwnColumns, divided(divided(columns, threads), kOwnColumns) * kOwnColumns);
+}
 
 // What a forward reads and writes. Without `base`, y holds the base linear's output already.
 struct Operands {
@@ -42,7 +48,7 @@ class Forward {
         gate_(gating(layer, tokens, first, true, true)), rows_(static_cast<int64_t>(gate_.rows.size())),
         threads_(threads_for(layer, tokens, own() ? layer.d_out : rows_)),
         blocks_(shrink_blocks(tokens, rows_, keep || (tiles() && !own()), unit)), u_(arena, tokens, gate_.live, unit),
-        step_(own() ? kOwnColumns : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
+        step_(own() ? own_columns(tokens, layer.d_out, threads_, unit) : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
         block_tokens_(
             !own() ? token_step(tokens, across_, threads_, unit)
                    : tiles() ? tile_tokens(tokens, layer.d_in) : tokens) {
@@ -140,23 +146,22 @@ class Forward {
   // The base linear, the experts and the bias summed in float32, rounded once.
   void whole_block(Range columns) {
     static const std::vector<int32_t> counted = [] {
-      std::vector<int32_t> rows(kOwnColumns);
+      std::vector<int32_t> rows(kMostOwnColumns);
       std::iota(rows.begin(), rows.end(), 0);
       return rows;
     }();
     const int64_t width = columns.end - columns.begin;
-    float* sums = scratch(tokens_ * width);
+    float *const sums = scratch((tokens_ + 1) * width), *const added = sums + tokens_ * width;
     shrink(to_.base)({to_.x.data, to_.x.stride, tokens_, to_.base.at(columns.begin, 0), to_.base.stride,
                       counted.data(), width, to_.x.stride, sums, width});
     if (gate_.live) {
       expand_tile(false)({u_.at(0), tokens_, to_.up.at(0, columns.begin), to_.up.stride, gate_.rows.data(), gate_.live,
                           width, sums, width, true});
     }
-    float added[kOwnColumns] = {};
     if (to_.bias.data) Matrix{to_.bias.at(0, columns.begin), width, to_.bias.half}.copy(0, width, added);
     for (int64_t t = 0; t < tokens_; ++t) {
       float* row = sums + t * width;
-      for (int64_t c = 0; c < width; ++c) row[c] += added[c];
+      for (int64_t c = 0; to_.bias.data && c < width; ++c) row[c] += added[c];
       to_.y.write(t, columns.begin, width, row);
     }
   }
@@ -225,6 +230,7 @@ std::vector<Tensor> forward(
     const Layer& layer = layers[i];
     const auto& [weight, bias] = bases[i];
     layer.check_base(x, layer.d_in, weight, bias);
+    layer.check_gates(tokens);
     const bool own = is_own(x, weight, bias);
     made.push_back(own ? empty_rows_of(x, layer.d_out) : dense(base_linear(x, weight, bias)));
     if (!tokens || !(own || layer.rows)) continue;

@@ -206,12 +206,23 @@ struct Layer {
         "owner must name columns of gates [S, ", gates.size(1), "], got ", static_cast<int64_t>(last));
   }
 
-  // Raises where a linear or what it reads or writes does not have this layer's widths.
+  // Raises where a linear or what it reads or writes does not have this layer's widths, or another type.
   void check_base(const Tensor& x, int64_t width, const Tensor& weight, const std::optional<Tensor>& bias) const {
     STD_TORCH_CHECK(
         x.dim() && x.size(x.dim() - 1) == width && weight.dim() == 2 && weight.size(0) == d_out &&
             weight.size(1) == d_in && (!bias || (bias->dim() == 1 && bias->size(0) == d_out)),
         "x, weight and bias must fit a [R, ", d_in, "] and bt [R, ", d_out, "]");
+    STD_TORCH_CHECK(
+        weight.scalar_type() == x.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()),
+        "x, weight and bias must have one dtype");
+  }
+
+  // Raises where gates cannot be those of so many tokens.
+  void check_gates(int64_t tokens) const {
+    const int64_t segments = gates.size(0);
+    STD_TORCH_CHECK(
+        gates.scalar_type() == ScalarType::Float && (!tokens || (segments > 0 && tokens % segments == 0)),
+        "gates must be float32 [S, E] with S dividing T = ", tokens, ", got S = ", segments);
   }
 
   bool shared() const { return a_rows != rows; }
@@ -234,9 +245,7 @@ struct Gating {
 inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool before, bool dead) {
   const Tensor &gates = layer.gates, &owner = layer.owner;
   const int64_t count = layer.rows, segments = gates.size(0), experts = gates.size(1);
-  STD_TORCH_CHECK(
-      gates.scalar_type() == ScalarType::Float && segments > 0 && tokens % segments == 0,
-      "gates must be float32 [S, E] with S dividing T = ", tokens, ", got S = ", segments);
+  layer.check_gates(tokens);
   const int64_t* of_row = static_cast<const int64_t*>(owner.const_data_ptr());
   const float* gate = static_cast<const float*>(gates.const_data_ptr());
   std::vector<char> used(experts);
