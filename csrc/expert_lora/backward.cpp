@@ -109,7 +109,7 @@ struct Backward {
         x(matrix(x_in, "x")), z(matrix(z_in, "z")), down(matrix(layer.a, "a")), up(matrix(layer.bt, "bt")),
         dx(matrix(to.x, "dx")), da(matrix(to.a, "da")), db(matrix(to.b, "db")), base(base),
         kept_from(layer.rows - z_in.size(1)), unit(unit_for(dy.half)),
-        gate(gating(layer, tokens, first_wanted(layer, need, tail), need.x, need.gates)),
+        gate(gating(layer, tokens, first_wanted(layer, need, tail), need.x, need.gates, 1)),
         trained(trained_rows(layer, tokens, need.a || need.b ? tail : layer.rows)),
         everyone(layer.shared() && need.a ? std::optional(trained_rows(layer, tokens, 0)) : std::nullopt),
         rows(static_cast<int64_t>(gate.rows.size())),

@@ -25,18 +25,26 @@ float* packed_memory() {
   return memory;
 }
 
+// Chunks from the second on go on with the sums that the one before left in y. So a sum does not depend on where chunks
+// begin, and rows that only other tokens use do not change it.
 struct Chunk {
   int64_t begin, end;
 };
 
-// `packed` holds the chunk's rows if they were written there before. Sums go on top of y where `add`.
+// `packed` holds the chunk's rows if they were written there before.
 template <int Lanes, typename W, typename Y, int Tokens, int Vectors>
-CRAM_INLINE void expand_tile(const Expand& e, int64_t t, int64_t c, Chunk chunk, bool add, const float* packed) {
+CRAM_INLINE void expand_tile(const Expand& e, int64_t t, int64_t c, Chunk chunk, const float* packed) {
   const float* u = static_cast<const float*>(e.u) + panel_index(t, 0, e.count, false);
   Vector<Lanes> total[Tokens][Vectors]{};
   for (int i = 0; i < Tokens; ++i) {
-    const int64_t row = std::min<int64_t>(t + i, e.tokens - 1) * e.y_stride;
-    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(static_cast<const Y*>(e.y) + row + c + v * Lanes, 1);
+    const Y* y = static_cast<const Y*>(e.y) + std::min<int64_t>(t + i, e.tokens - 1) * e.y_stride + c;
+    for (int v = 0; v < Vectors; ++v) {
+      if (chunk.begin) {
+        total[i][v] = read<Lanes>(y + v * Lanes);
+      } else {
+        __builtin_prefetch(y + v * Lanes, 1);
+      }
+    }
   }
   for (int64_t k = chunk.begin; k < chunk.end; ++k) {
     Vector<Lanes> row[Vectors];
@@ -56,7 +64,7 @@ CRAM_INLINE void expand_tile(const Expand& e, int64_t t, int64_t c, Chunk chunk,
   for (int i = 0; i < Tokens && t + i < e.tokens; ++i) {
     Y* y = static_cast<Y*>(e.y) + (t + i) * e.y_stride + c;
     for (int v = 0; v < Vectors; ++v) {
-      const Vector<Lanes> before = add ? read<Lanes>(y + v * Lanes) : Vector<Lanes>{};
+      const Vector<Lanes> before = e.add ? read<Lanes>(y + v * Lanes) : Vector<Lanes>{};
       write<Lanes>(y + v * Lanes, before + total[i][v]);
     }
   }
@@ -76,22 +84,22 @@ CRAM_INLINE void expand_column(const Expand& e, int64_t c) {
 }
 
 template <int Lanes, typename W, typename Y, int Vectors>
-CRAM_INLINE void expand_tokens(const Expand& e, int64_t c, Chunk chunk, bool add, const float* packed) {
+CRAM_INLINE void expand_tokens(const Expand& e, int64_t c, Chunk chunk, const float* packed) {
   for (int64_t t = 0; t < e.tokens; t += kPanel) {
     if (e.tokens - t > kPanel / 2) {
-      expand_tile<Lanes, W, Y, kPanel, Vectors>(e, t, c, chunk, add, packed);
+      expand_tile<Lanes, W, Y, kPanel, Vectors>(e, t, c, chunk, packed);
     } else {
-      expand_tile<Lanes, W, Y, kPanel / 2, Vectors>(e, t, c, chunk, add, packed);
+      expand_tile<Lanes, W, Y, kPanel / 2, Vectors>(e, t, c, chunk, packed);
     }
   }
 }
 
 // `Groups` tiles side by side. More tokens than a tile has read the rows packed.
 template <int Lanes, typename W, typename Y, int Vectors, int Groups>
-CRAM_INLINE void expand_columns(const Expand& e, int64_t c, Chunk chunk, bool add) {
+CRAM_INLINE void expand_columns(const Expand& e, int64_t c, Chunk chunk) {
   constexpr int kWidth = Vectors * Lanes;
   if (e.tokens <= kPanel) {
-    for (int g = 0; g < Groups; ++g) expand_tokens<Lanes, W, Y, Vectors>(e, c + g * kWidth, chunk, add, nullptr);
+    for (int g = 0; g < Groups; ++g) expand_tokens<Lanes, W, Y, Vectors>(e, c + g * kWidth, chunk, nullptr);
     return;
   }
   float* const packed = packed_memory();
@@ -104,7 +112,7 @@ CRAM_INLINE void expand_columns(const Expand& e, int64_t c, Chunk chunk, bool ad
     }
   }
   for (int g = 0; g < Groups; ++g) {
-    expand_tokens<Lanes, W, Y, Vectors>(e, c + g * kWidth, chunk, add, packed + g * rows * kWidth);
+    expand_tokens<Lanes, W, Y, Vectors>(e, c + g * kWidth, chunk, packed + g * rows * kWidth);
   }
 }
 
@@ -131,7 +139,7 @@ CRAM_INLINE void add_rows(const Expand& e, int64_t k, int64_t last, int64_t c, i
 // All vectors of the only token. Eight rows are read side by side in runs as long as the sums allow that stay in the
 // first-level cache.
 template <int Lanes, typename W, typename Y>
-CRAM_INLINE void expand_lonely(const Expand& e, Chunk chunk, bool add) {
+CRAM_INLINE void expand_lonely(const Expand& e, Chunk chunk) {
   constexpr int64_t kRun = 1024;
   constexpr int kRows = 8;
   alignas(kLine) float sums[kRun];
@@ -139,33 +147,35 @@ CRAM_INLINE void expand_lonely(const Expand& e, Chunk chunk, bool add) {
   const int64_t whole = e.columns - e.columns % Lanes;
   for (int64_t c = 0; c < whole; c += kRun) {
     const int64_t width = std::min(kRun, whole - c);
-    std::memset(sums, 0, width * sizeof(float));
+    for (int64_t i = 0; i < width; i += Lanes) {
+      store<Lanes>(sums + i, chunk.begin ? read<Lanes>(y + c + i) : Vector<Lanes>{});
+    }
     int64_t k = chunk.begin;
     for (; k + kRows <= chunk.end; k += kRows) add_rows<Lanes, W, kRows>(e, k, chunk.end - 1, c, width, sums);
     for (; k < chunk.end; ++k) add_rows<Lanes, W, 1>(e, k, chunk.end - 1, c, width, sums);
     for (int64_t i = 0; i < width; i += Lanes) {
-      const Vector<Lanes> before = add ? read<Lanes>(y + c + i) : Vector<Lanes>{};
+      const Vector<Lanes> before = e.add ? read<Lanes>(y + c + i) : Vector<Lanes>{};
       write<Lanes>(y + c + i, before + load<Lanes>(sums + i));
     }
   }
 }
 
 template <int Lanes, typename W, typename Y>
-CRAM_INLINE void expand_chunk(const Expand& e, Chunk chunk, bool add) {
+CRAM_INLINE void expand_chunk(const Expand& e, Chunk chunk) {
   constexpr int kVectors = kExpandVectors<Lanes>, kGroups = kPackedVectors<Lanes> / kVectors;
-  if (e.tokens == 1) return expand_lonely<Lanes, W, Y>(e, chunk, add);
+  if (e.tokens == 1) return expand_lonely<Lanes, W, Y>(e, chunk);
   int64_t c = 0;
   for (; c + kPackedVectors<Lanes> * Lanes <= e.columns; c += kPackedVectors<Lanes> * Lanes) {
-    expand_columns<Lanes, W, Y, kVectors, kGroups>(e, c, chunk, add);
+    expand_columns<Lanes, W, Y, kVectors, kGroups>(e, c, chunk);
   }
-  for (; c + 2 * Lanes <= e.columns; c += 2 * Lanes) expand_columns<Lanes, W, Y, 2, 1>(e, c, chunk, add);
-  for (; c + Lanes <= e.columns; c += Lanes) expand_columns<Lanes, W, Y, 1, 1>(e, c, chunk, add);
+  for (; c + 2 * Lanes <= e.columns; c += 2 * Lanes) expand_columns<Lanes, W, Y, 2, 1>(e, c, chunk);
+  for (; c + Lanes <= e.columns; c += Lanes) expand_columns<Lanes, W, Y, 1, 1>(e, c, chunk);
 }
 
 template <int Lanes, typename W, typename Y>
 CRAM_INLINE void expand_chunks(const Expand& e) {
   for (int64_t k = 0; k == 0 || k < e.count; k += kChunk) {
-    expand_chunk<Lanes, W, Y>(e, {k, std::min(e.count, k + kChunk)}, e.add || k);
+    expand_chunk<Lanes, W, Y>(e, {k, std::min(e.count, k + kChunk)});
   }
   for (int64_t c = e.columns - e.columns % Lanes; c < e.columns; ++c) expand_column<W, Y>(e, c);
 }
@@ -182,9 +192,11 @@ CRAM_EXPAND(expand_float_half, float, Half)
 CRAM_EXPAND(expand_half_float, Half, float)
 CRAM_EXPAND(expand_half_half, Half, Half)
 
-// A bfloat16 y is rounded once, also where the rows are more than a chunk.
-void expand_rounded(const Expand& e, ExpandTile narrow_tile, ExpandTile wide_tile) {
-  if (e.count <= kChunk) return narrow_tile(e);
+// More rows than a chunk are summed in memory of their own where y holds something already, or would round the sums between
+// chunks.
+template <typename Y>
+void expand_long(const Expand& e, ExpandTile tile, ExpandTile wide_tile) {
+  if (e.count <= kChunk) return tile(e);
   float* const memory = kept<Use::sums>(e.tokens * e.columns);
   Expand sums = e;
   sums.y = memory;
@@ -192,21 +204,25 @@ void expand_rounded(const Expand& e, ExpandTile narrow_tile, ExpandTile wide_til
   sums.add = false;
   wide_tile(sums);
   for (int64_t t = 0; t < e.tokens; ++t) {
-    Half* y = static_cast<Half*>(e.y) + t * e.y_stride;
+    Y* y = static_cast<Y*>(e.y) + t * e.y_stride;
     const float* sum = memory + t * e.columns;
     for (int64_t c = 0; c < e.columns; ++c) narrow((e.add ? widen(y[c]) : 0.0f) + sum[c], y + c);
   }
 }
 
-void expand_float_rounded(const Expand& e) { expand_rounded(e, expand_float_half_best(), expand_float_float_best()); }
+void expand_float(const Expand& e) { expand_long<float>(e, expand_float_float_best(), expand_float_float_best()); }
 
-void expand_half_rounded(const Expand& e) { expand_rounded(e, expand_half_half_best(), expand_half_float_best()); }
+void expand_half(const Expand& e) { expand_long<float>(e, expand_half_float_best(), expand_half_float_best()); }
+
+void expand_float_rounded(const Expand& e) { expand_long<Half>(e, expand_float_half_best(), expand_float_float_best()); }
+
+void expand_half_rounded(const Expand& e) { expand_long<Half>(e, expand_half_half_best(), expand_half_float_best()); }
 
 }  // namespace
 
 ExpandTile wide_expand(bool half_w, bool half_y) {
-  if (half_w) return half_y ? expand_half_rounded : expand_half_float_best();
-  return half_y ? expand_float_rounded : expand_float_float_best();
+  if (half_w) return half_y ? expand_half_rounded : expand_half;
+  return half_y ? expand_float_rounded : expand_float;
 }
 
 }  // namespace cram

@@ -45,7 +45,7 @@ class Forward {
   Forward(
       const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep, Unit unit, Arena& arena)
       : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), unit_(unit),
-        gate_(gating(layer, tokens, first, true, true)), rows_(static_cast<int64_t>(gate_.rows.size())),
+        gate_(gating(layer, tokens, first, true, true, summed_rows(unit))), rows_(static_cast<int64_t>(gate_.rows.size())),
         threads_(threads_for(layer, tokens, own() ? layer.d_out : rows_)),
         blocks_(shrink_blocks(tokens, rows_, keep || (tiles() && !own()), unit)), u_(arena, tokens, gate_.live, unit),
         step_(own() ? own_columns(tokens, layer.d_out, threads_, unit) : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),

@@ -241,11 +241,16 @@ struct Gating {
   const float* of(int64_t token) const { return factors.data() + token / tokens * static_cast<int64_t>(rows.size()); }
 };
 
-// Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`.
-inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool before, bool dead) {
+// Rows that an EXPAND sums at once. A group of the packed rows is left out whole or not at all; so rows keep their places in
+// it, and a token's sums do not depend on which experts other tokens use.
+inline int64_t summed_rows(Unit unit) { return unit == Unit::tiles ? kDepth : unit == Unit::pairs ? 2 : 1; }
+
+// Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`. In a live group
+// of so many rows a live one with factor 0 stands for each dead one, which may hold NaN.
+inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool before, bool dead, int64_t group) {
+  layer.check_gates(tokens);
   const Tensor &gates = layer.gates, &owner = layer.owner;
   const int64_t count = layer.rows, segments = gates.size(0), experts = gates.size(1);
-  layer.check_gates(tokens);
   const int64_t* of_row = static_cast<const int64_t*>(owner.const_data_ptr());
   const float* gate = static_cast<const float*>(gates.const_data_ptr());
   std::vector<char> used(experts);
@@ -253,13 +258,25 @@ inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool bef
     for (int64_t e = 0; e < experts; ++e) used[e] |= gate[s * experts + e] != 0;
   }
   Gating found{};
+  std::vector<char> stands_in;
+  const auto take = [&](int64_t row, bool instead) {
+    found.rows.push_back(static_cast<int32_t>(row));
+    stands_in.push_back(instead);
+  };
   found.rows.reserve(count);
-  for (int64_t r = before ? 0 : first; r < count; ++r) {
-    if (used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
+  stands_in.reserve(count);
+  for (int64_t begin = before ? 0 : first; begin < count; begin += group) {
+    const int64_t end = std::min(count, begin + group);
+    int64_t live = begin;
+    while (live < end && !used[of_row[live]]) ++live;
+    for (int64_t r = begin; live < end && r < end; ++r) {
+      const bool dead_row = !used[of_row[r]];
+      take(dead_row ? live : r, dead_row);
+    }
   }
   found.live = static_cast<int64_t>(found.rows.size());
   for (int64_t r = first; dead && r < count; ++r) {
-    if (!used[of_row[r]]) found.rows.push_back(static_cast<int32_t>(r));
+    if (!used[of_row[r]]) take(r, false);
   }
   found.plain = true;
   for (int32_t r : found.rows) {
@@ -271,7 +288,9 @@ inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool bef
   found.factors.resize(segments * found.rows.size());
   float* factor = found.factors.data();
   for (int64_t s = 0; s < segments; ++s) {
-    for (int32_t r : found.rows) *factor++ = gate[s * experts + of_row[r]] * static_cast<float>(layer.scale);
+    for (size_t k = 0; k < found.rows.size(); ++k) {
+      *factor++ = stands_in[k] ? 0 : gate[s * experts + of_row[found.rows[k]]] * static_cast<float>(layer.scale);
+    }
   }
   return found;
 }

@@ -70,6 +70,43 @@ def test_own_base_gives_a_sample_the_same_bits_in_any_batch(unit: str) -> None:
         assert torch.equal(one, whole[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [(3, 5, 40, 2, 7), (130, 9, 130, 1, 60)], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_neighbours_with_other_experts_change_no_bit(
+    unit: str, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Each token uses some experts and no other; alone, the rows of the others are not there."""
+    set_crossovers(ALWAYS, unit)
+    tokens = 64  # with so many sums some differ even after their rounding to bfloat16
+    inputs = layer_inputs(ranks, tokens, 70, 2100, segment_count=tokens).to(dtype)
+    gates = inputs.gates * (torch.rand(tokens, 5, generator=torch.Generator().manual_seed(0)) < 0.4)
+    assert len({tuple(row) for row in (gates != 0).tolist()}) > 4
+    experts = inputs.experts().freeze()
+    whole = expert_lora(inputs.x, inputs.weight, inputs.bias, experts, gates, impl="native")
+    for t in range(tokens):
+        rows = slice(t, t + 1)
+        one = expert_lora(inputs.x[rows], inputs.weight, inputs.bias, experts, gates[rows], impl="native")
+        assert torch.equal(one, whole[rows])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_idle_expert_in_a_group_of_rows_may_hold_nan(unit: str) -> None:
+    """Its rows share a tile, and a pair, with rows of an expert in use."""
+    set_crossovers(ALWAYS, unit)
+    inputs = layer_inputs((3, 5, 4), 6, 64, 96, segment_count=2).to(BF16)
+    gates = inputs.gates.clone()
+    gates[:, 1] = 0
+    clean, spoilt = inputs.experts().freeze(), inputs.experts().freeze()
+    for storage in (spoilt.a, spoilt.bt):
+        storage[3:8] = torch.nan
+    expected, found = (
+        expert_lora(inputs.x, inputs.weight, inputs.bias, pack, gates, impl="native")
+        for pack in (clean, spoilt)
+    )
+    assert torch.equal(expected, found)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_own_base_gives_any_number_of_threads_the_same_bits(unit: str) -> None:
     set_crossovers(ALWAYS, unit)

@@ -60,6 +60,10 @@ FORWARD: list[tuple[dict[str, Any], str]] = [
     ({"weight": lambda w: w.flatten()}, "x, weight and bias must fit"),
     ({"bias": lambda b: b[:27]}, "x, weight and bias must fit"),
     ({"bias": lambda b: b[None]}, "x, weight and bias must fit"),
+    ({"bias": lambda b: b.bfloat16()}, "x, weight and bias must have one dtype"),
+    ({"weight": lambda w: w.bfloat16()}, "x, weight and bias must have one dtype"),
+    ({"gates": lambda g: g.double()}, "gates must be float32"),
+    ({"gates": lambda g: g.double(), "x": lambda x: x[:0]}, "gates must be float32"),
     ({"x": lambda x: x[:, :19]}, "x, weight and bias must fit"),
     ({"x": lambda x: x[0, 0]}, "x, weight and bias must fit"),
 ]
