@@ -119,6 +119,8 @@ def _differentiable(
     members: Tensor | None,
     trained: int,
 ) -> Tensor:
+    if not (torch.is_grad_enabled() and (query.requires_grad or centroids.requires_grad)):
+        return forward(query, centroids, sigma, members)
     return _CentroidGates.apply(query, centroids, sigma, members, trained, forward, backward)
 
 
