@@ -19,7 +19,7 @@ from cram.config import read_config
 
 MAX_RECORD_BYTES = 16 << 20
 
-Fields = Mapping[str, type | tuple[type, ...]]
+Fields = dict[str, type | tuple[type, ...]]
 NUMBER = (int, float)
 RUN_FIELDS: Fields = {"format": int, "identity": dict, "settings": dict}
 IDENTITY_FIELDS: Fields = {"method": str, "config": dict, "stream": dict, "model": dict}
@@ -30,6 +30,7 @@ LATER_FIELDS: Mapping[str, Fields] = {"stream": {"pictures": str}, "model": {"we
 TRAINING_FIELDS: Fields = {"seconds": NUMBER, "loss": NUMBER}
 RESULT_FIELDS: Fields = {"accuracies": list, "seconds": NUMBER, "routing": dict}
 ROUTING_FIELDS: Fields = {"group_accuracy": NUMBER, "expert_accuracy": NUMBER, "mean_gates": dict}
+LATER_ROUTING_FIELDS: Fields = {"gate_entropy": NUMBER}
 # Of which training and bundle a result tells: sha256 of their files.
 OWNERS = ("training", "bundle")
 SEAL = "sha256"
@@ -46,8 +47,8 @@ def run_record(file: Path, version: int) -> dict[str, Any]:
         raise ValueError(f"format of {file} must be {version}, got {run['format']!r:.100}")
     identity = _fields(run["identity"], IDENTITY_FIELDS, f"{file}: identity")
     for name, fields in (("stream", STREAM_FIELDS), ("model", MODEL_FIELDS)):
-        later = {key: kind for key, kind in LATER_FIELDS[name].items() if key in identity[name]}
-        _fields(identity[name], {**fields, **later}, f"{file}: identity.{name}")
+        wanted = _with_later(fields, LATER_FIELDS[name], identity[name])
+        _fields(identity[name], wanted, f"{file}: identity.{name}")
     stream = identity["stream"]
     tasks = stream["tasks"]
     if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
@@ -120,14 +121,23 @@ def result_record(file: Path, tasks: list[str], owners: Mapping[str, str]) -> di
     for task, routing in record["routing"].items():
         if task not in tasks:
             raise ValueError(f"{file}: routing must be of {tasks}, got {task!r:.100}")
-        where = f"{file}: routing of {task}"
-        _fields(routing, ROUTING_FIELDS, where)
-        for name in ("group_accuracy", "expert_accuracy"):
-            _number(routing[name], f"{where}: {name}", 0, 100)
-        for expert, gate in routing["mean_gates"].items():
-            _number(gate, f"{where}: gate of {expert!r:.100}", -math.inf, math.inf)
+        _check_routing(routing, f"{file}: routing of {task}")
     _check_seal(record, seal, file)
     return record
+
+
+def _check_routing(routing: Any, where: str) -> None:
+    _fields(routing, _with_later(ROUTING_FIELDS, LATER_ROUTING_FIELDS, routing), where)
+    for name in ("group_accuracy", "expert_accuracy"):
+        _number(routing[name], f"{where}: {name}", 0, 100)
+    _number(routing.get("gate_entropy", 0), f"{where}: gate_entropy", 0, math.inf)
+    for expert, gate in routing["mean_gates"].items():
+        _number(gate, f"{where}: gate of {expert!r:.100}", -math.inf, math.inf)
+
+
+def _with_later(fields: Fields, later: Fields, found: Any) -> Fields:
+    """Return the fields of a record's part, with those of later versions that it has."""
+    return fields | {key: kind for key, kind in later.items() if isinstance(found, dict) and key in found}
 
 
 def _fields(value: Any, fields: Fields, where: str) -> dict[str, Any]:

@@ -65,7 +65,8 @@ FIGURES = {
         "Routing of the test samples after the last task",
         "Left: the mean weight of each expert for the samples of a task. Experts outside the sample's group "
         "have weight 0. Right: the share of samples that reach the group of their task, and the share whose "
-        "largest weight is on their own task's expert. Sharing experts within a group is intended.",
+        "largest weight is on their own task's expert. Sharing experts within a group is intended. "
+        "The entropy of a sample's weights is 0 with one expert in use, and 0.69 with two in equal parts.",
     ),
     "cost": ("Cost", "Parameters kept by each method, and its wall-clock time over the whole stream."),
 }

@@ -171,6 +171,11 @@ def routing_map(routing: RoutingSummary) -> Figure:
         beside.barh(places + offset, values, height=0.3, color=colour, label=label)
         for place, value in zip(places, values, strict=True):
             beside.text(value + 3, place + offset, f"{value:.0f}", va="center", fontsize=8, color=QUIET)
+    for place, entropy in zip(places, routing.gate_entropy, strict=True):
+        if not np.isnan(entropy):
+            beside.text(132, place, f"{entropy:.2f}", va="center", fontsize=8, color=QUIET)
+    if not np.isnan(routing.gate_entropy).all():
+        beside.text(128, -0.1, "entropy\nof gates", va="bottom", fontsize=8, color=QUIET)
     beside.set_xlim(0, 118)
     beside.set_xticks([0, 50, 100])
     beside.set_xlabel("share of samples (%)")

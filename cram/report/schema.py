@@ -33,11 +33,14 @@ class Routing(TypedDict):
     `group_accuracy`: percentage of samples that were routed to the group of their own task.
     `expert_accuracy`: percentage of samples whose largest gate is that of their own task's expert.
     `mean_gates`: mean weight of each expert over samples and layers.
+    `gate_entropy`: entropy in nats of a sample's gates (their means over the layers), the mean over
+    samples. It is 0 where every sample uses one expert, and log(2) where every sample uses two equally.
     """
 
     group_accuracy: float
     expert_accuracy: float
     mean_gates: dict[str, float]
+    gate_entropy: NotRequired[float]
 
 
 class Entry(TypedDict):
@@ -221,6 +224,7 @@ def _optional_parts(method: dict[str, Any], tasks: list[str], where: str) -> Non
             routing = _object(value, f"{where}.routing.{task}", Routing)
             _number(routing["group_accuracy"], f"{where}.routing.{task}.group_accuracy")
             _number(routing["expert_accuracy"], f"{where}.routing.{task}.expert_accuracy")
+            _number(routing.get("gate_entropy", 0.0), f"{where}.routing.{task}.gate_entropy")
             for expert, gate in _mapping(routing["mean_gates"], f"{where}.routing.{task}.mean_gates").items():
                 _number(gate, f"{where}.routing.{task}.mean_gates.{expert}")
 

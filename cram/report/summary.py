@@ -33,13 +33,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Mean routing over seeds: gates [tasks, experts], accuracies [tasks] in percent."""
+    """Mean routing over seeds: gates [tasks, experts], accuracies [tasks] in percent.
+
+    Entropies [tasks] are in nats, and NaN where a report does not have them.
+    """
 
     tasks: list[str]
     experts: list[str]
     gates: NDArray[np.float64]
     group_accuracy: NDArray[np.float64]
     expert_accuracy: NDArray[np.float64]
+    gate_entropy: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ def _summarise_routing(tasks: list[str], runs: list[MethodReport]) -> RoutingSum
         np.array(gates),
         np.array([_mean([r[task]["group_accuracy"] for r in routings]) for task in routed]),
         np.array([_mean([r[task]["expert_accuracy"] for r in routings]) for task in routed]),
+        np.array([_mean([r[task].get("gate_entropy", math.nan) for r in routings]) for task in routed]),
     )
 
 

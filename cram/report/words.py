@@ -67,10 +67,13 @@ def description(name: str, methods: Sequence[MethodSummary]) -> str:
     if kind == "routing":
         routing = next(each for each in methods if each.name == method).routing
         assert routing is not None
-        rows = zip(routing.tasks, routing.group_accuracy, routing.expert_accuracy, strict=True)
+        rows = zip(
+            routing.tasks, routing.group_accuracy, routing.expert_accuracy, routing.gate_entropy, strict=True
+        )
         return f"Heat map of mean gates and bars, {method}. " + _listed(
             f"{task}: {group:.0f} % in the right group, {expert:.0f} % with the right expert first"
-            for task, group, expert in rows
+            + ("" if np.isnan(entropy) else f", entropy of the gates {entropy:.2f}")
+            for task, group, expert, entropy in rows
         )
     kinds = {
         "matrices": "Heat maps of accuracy, a row per learnt task. Bottom rows",

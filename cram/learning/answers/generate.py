@@ -200,6 +200,7 @@ def routing_of(method: Method, expert: str, rows: Sequence[AnswerRow]) -> Routin
         "group_accuracy": 100 * right_group / len(rows),
         "expert_accuracy": 100 * right_expert / len(rows),
         "mean_gates": dict(zip(names, gates.mean(0).tolist(), strict=True)),
+        "gate_entropy": float(torch.special.entr(gates.clamp(min=0)).sum(1).mean()),
     }
 
 

@@ -183,6 +183,10 @@ EARLIER: dict[str, tuple[Callable[[Path], None], str]] = {
         "must be 1, got",
     ),
     "no routing": (edit(f"{FIRST}/result.json", lambda d: d.pop("routing") and None), "must have the keys"),
+    "a negative entropy": (
+        edit(f"{FIRST}/result.json", lambda d: d["routing"]["colour"].update(gate_entropy=-1)),
+        "gate_entropy must be a finite number from 0",
+    ),
     "a result that is a list": (edit(f"{FIRST}/result.json", lambda d: [1]), "must have the keys"),
     "a result cut short": (text(f"{FIRST}/result.json", '{"acc'), "must be a JSON file"),
     "training of text": (

@@ -35,7 +35,7 @@ def method_report(name: str, shift: float = 0.0) -> dict[str, Any]:
 
 def routing(task: str) -> dict[str, Any]:
     gates = {other: 0.8 if other == task else 0.1 for other in TASKS}
-    return {"group_accuracy": 99.0, "expert_accuracy": 81.0, "mean_gates": gates}
+    return {"group_accuracy": 99.0, "expert_accuracy": 81.0, "mean_gates": gates, "gate_entropy": 0.42}
 
 
 def single_seed() -> dict[str, Any]:

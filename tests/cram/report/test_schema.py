@@ -84,6 +84,10 @@ def test_faults_of_a_comparison_are_named(damage: Damage, message: str) -> None:
             lambda r: r["methods"]["cram"]["routing"]["spell"].pop("mean_gates"),
             "methods.cram.routing.spell must",
         ),
+        (
+            lambda r: r["methods"]["cram"]["routing"]["spell"].update(gate_entropy="low"),
+            "methods.cram.routing.spell.gate_entropy must be a finite number",
+        ),
     ],
 )
 def test_faults_are_named(damage: Damage, message: str) -> None:

@@ -68,4 +68,6 @@ def test_descriptions_say_what_is_drawn() -> None:
     bottom = ", ".join(f"{value:.0f}" for value in MATRICES["sequential"][-1])
     assert f"sequential {bottom}" in description("matrices", methods)
     assert "k_proj: mean 7.0, from 5 to 9" in description("ranks_cram", methods)
-    assert "count: 99 % in the right group, 81 % with" in description("routing_cram", methods)
+    routed = description("routing_cram", methods)
+    assert "count: 99 % in the right group, 81 % with the right expert first, entropy of" in routed
+    assert "gates 0.42;" in routed
