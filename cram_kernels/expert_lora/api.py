@@ -98,11 +98,9 @@ def expert_lora(
                 x, weight, bias, experts, gates, segments, dropout=dropout, seed=seed, impl=impl
             )
     op = (SHARED_A if experts.shared_a else OP).select(impl, x.device, x.dtype)
-    check = partial(check_layer, x, weight, bias, experts, gates, segments, dropout)
-    if op is native.expert_lora and sees_faults(((weight, bias, experts),), gates, segments, dropout):
-        return explained(op, (x, weight, bias, experts, gates, None, 0.0, None), check)
-    check()
-    return op(x, weight, bias, experts, gates, segments, dropout, seed_tensor(seed) if dropout else None)
+    arguments = (x, weight, bias, experts, gates, segments, dropout)
+    by_kernel = op is native.expert_lora and sees_faults([arguments[1:4]], gates, segments, dropout)
+    return checked(op, arguments, seed, partial(check_layer, *arguments), by_kernel)
 
 
 def sees_faults(
@@ -122,14 +120,29 @@ def sees_faults(
     return True
 
 
-def explained(op: Callable[..., Result], arguments: tuple[Any, ...], check: Callable[[], None]) -> Result:
-    """Return what a native kernel computes. What it refuses, `check` refuses in words of the caller.
+def checked(
+    op: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    seed: int | Tensor,
+    check: Callable[[], None],
+    by_kernel: bool,
+) -> Result:
+    """Return what an operation computes. What it cannot compute, `check` refuses in words of the caller.
 
-    Checks in Python cost half of the time of a small call. A kernel of CPU tensors never sees a meta tensor:
-    with one, torch returns a meta result.
+    Args:
+        op: The operation.
+        arguments: Its arguments up to dropout.
+        seed: Seed of the dropout mask.
+        check: Raises where the arguments do not fit together.
+        by_kernel: Whether the kernel sees every fault itself; then `check` only explains, because checks in
+            Python cost half of the time of a small call. A kernel of CPU tensors never sees a meta tensor:
+            with one, torch returns a meta result.
     """
+    if not by_kernel:
+        check()
+        return op(*arguments, seed_tensor(seed) if arguments[-1] else None)
     try:
-        found = op(*arguments)
+        found = op(*arguments, None)
     except RuntimeError:
         check()
         raise

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cram_kernels.dispatch import Op, triton_missing
 from cram_kernels.expert_lora import cpu, native, reference
-from cram_kernels.expert_lora.api import autocast_dtype, check_layer, explained, sees_faults
-from cram_kernels.expert_lora.dropout import seed_tensor
+from cram_kernels.expert_lora.api import autocast_dtype, check_layer, checked, sees_faults
 from cram_kernels.packing import PackedExperts
 
 MAX_STACK = 3
@@ -66,11 +65,9 @@ def stacked_expert_lora(
             )
     shared = any(experts.shared_a for _, _, experts in layers)
     op = (SHARED_A if shared else OP).select(impl, x.device, x.dtype)
-    check = partial(_check, x, layers, gates, segments, dropout)
-    if op is native.stacked_expert_lora and sees_faults(layers, gates, segments, dropout):
-        return tuple(explained(op, (x, layers, gates, None, 0.0, None), check))
-    check()
-    return tuple(op(x, layers, gates, segments, dropout, seed_tensor(seed) if dropout else None))
+    by_kernel = op is native.stacked_expert_lora and sees_faults(layers, gates, segments, dropout)
+    arguments = (x, layers, gates, segments, dropout)
+    return tuple(checked(op, arguments, seed, partial(_check, *arguments), by_kernel))
 
 
 def _check(x: Tensor, layers: Sequence[Layer], *rest: Any) -> None:
