@@ -87,7 +87,10 @@ class ForwardHooks:
     def _register(self, model: Any, family: Family) -> list[Any]:
         language = model.get_submodule(family.language_model)
         attention = [layer.self_attn for layer in language.layers]
+        core = model.get_submodule(family.core)
         return [
+            # Before the vision tower, which may be beyond recording.
+            core.register_forward_pre_hook(self._check_recorded),
             language.register_forward_pre_hook(self._before_language, with_kwargs=True),
             language.register_forward_hook(self._after_language),
             *(each.register_forward_pre_hook(self._before_attention, with_kwargs=True) for each in attention),
@@ -202,8 +205,8 @@ class ForwardHooks:
         """The state of a forward; `continued` is the KV cache that it continues, or None."""
         routed = self.num_experts > 0 and not self.solo_in_training
         self._overrides.check()
-        if self.override is None and routed:
-            _check_recorded()
+        self._check_recorded()
+        _check_positions(kwargs, embeds)
         if self.override is None and continued is not None:
             return (
                 self._continued(call, continued, len(embeds), training_mode)
@@ -319,6 +322,15 @@ class ForwardHooks:
                 f"negative_prompt_ids) with another route; {EXPLICIT}"
             )
 
+    def _check_recorded(self, *_: Any) -> None:
+        """Refuses to record a forward as a graph that would keep the route of its example."""
+        recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+        if recorded and self.override is None and self.num_experts > 0 and not self.solo_in_training:
+            raise ValueError(
+                "a recorded forward (torch.jit.trace, torch.export) must have a route for all inputs; "
+                f"{EXPLICIT}"
+            )
+
     def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         """Refuses to route a cache by a first token alone: it is a prompt that comes token by token."""
         single = call is not None and call.input_ids is not None and call.input_ids.shape[1] == 1
@@ -350,11 +362,13 @@ class ForwardHooks:
         return visual_token_mask(call.input_ids, self._image_token_id, call.mask)
 
 
-def _check_recorded() -> None:
-    """Refuses to record a forward as a graph that would keep the route of its example."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+def _check_positions(kwargs: Mapping[str, Any], embeds: Tensor) -> None:
+    """Refuses positions of other tokens; Qwen's models make one for every token of a mask, also with a cache."""
+    positions, tokens = kwargs.get("position_ids"), embeds.shape[1]
+    if positions is not None and positions.shape[-1] not in (1, tokens):
         raise ValueError(
-            f"a recorded forward (torch.jit.trace, torch.export) must have a route for all inputs; {EXPLICIT}"
+            f"position_ids must be those of the {tokens} new tokens, got {positions.shape[-1]}; give them to a "
+            "forward behind a KV cache, and leave out guidance_scale, which gives none"
         )
 
 

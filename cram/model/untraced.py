@@ -12,14 +12,20 @@ import torch
 from cram.model.state import ForwardState
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+WHY = (
+    "an attached model reads the route of a forward outside of graphs; torch.export takes strict=False, "
+    "inside `with model.cram.fixed(...)`"
+)
+
+
+@torch.compiler.disable(reason=WHY)  # type: ignore[untyped-decorator]
 def made(make: Any, *arguments: Any) -> ForwardState:
     """What `make` returns."""
     state: ForwardState = make(*arguments)
     return state
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=WHY)  # type: ignore[untyped-decorator]
 def done(do: Any, *arguments: Any) -> None:
     """Call `do`."""
     do(*arguments)

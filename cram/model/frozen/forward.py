@@ -26,6 +26,8 @@ from cram_kernels import PackedExperts, dropout_mask, keep_scale
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 # Where accelerate keeps the hook that brings a module's tensors to the device that computes.
 _PLACEMENT = "_hf_hook"
+# Steps of autograd between the input of a linear and its output that are looked at.
+NODES_OF_A_LINEAR = 32
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -99,8 +101,13 @@ def beside(
 
     Returns:
         [..., D_out] in the dtype and on the device of the base's output.
+
+    Raises:
+        ValueError: If x needs a gradient, and the base's product has no derivative.
     """
     y: Tensor = base(x)
+    if x.requires_grad and not torch.compiler.is_compiling():
+        _check_derivative(base, x, y)
     rows = x.reshape(-1, x.shape[-1]).to(y.device)
     scale = experts.scale
     if dropout:
@@ -111,6 +118,22 @@ def beside(
         for a, bt, owner in _parts(experts, y.device):
             out = _added(out, rows, a, bt, gates.to(y.device).index_select(1, owner), scale)
     return out.view(y.shape)
+
+
+def _check_derivative(base: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Refuses y = base(x) through which no gradient goes: some quantised products are for inference alone."""
+    nodes: list[Any] = [y.grad_fn]
+    for _ in range(NODES_OF_A_LINEAR):
+        node = nodes.pop() if nodes else None
+        if node is None:
+            return
+        if node.name().endswith("NotImplemented"):
+            raise ValueError(
+                "base must have a derivative to train experts on it, got a linear with a weight of type "
+                f"{type(getattr(base, 'weight', None)).__name__} without one; train on the base in another "
+                "form and load the bundle on this one"
+            )
+        nodes.extend(parent for parent, _ in node.next_functions if parent not in (None, x.grad_fn))
 
 
 def _parts(experts: PackedExperts, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import LogitsProcessor
 
@@ -205,6 +206,44 @@ def test_a_recorded_forward_has_no_route_of_its_own(name: str) -> None:
         with cram.fixed(route):
             traced = torch.jit.trace(recorded, inputs, check_trace=False)
         torch.testing.assert_close(traced(*inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_an_export_is_refused_before_the_vision_tower(name: str) -> None:
+    """Qwen's towers cannot be exported, which would be reported in place of the missing route."""
+    model, processor, _ = routed(name)
+    batch = batch_of(processor, SAMPLES[:1])
+    inputs = tuple(batch[each] for each in RECORDED)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="a recorded forward .* must have a route for all inputs"),
+    ):
+        torch.export.export(Logits(model, batch), inputs, strict=False)
+
+
+def test_a_strict_export_says_what_to_do_instead() -> None:
+    model, processor, cram = routed("llava")
+    batch = batch_of(processor, SAMPLES[:1])
+    recorded, inputs = Logits(model, batch), tuple(batch[each] for each in RECORDED)
+    with torch.no_grad(), cram.fixed(cram.route(explicit(cram, SAMPLES[:1]))):
+        with pytest.raises(Exception, match="torch.export takes strict=False"):
+            torch.export.export(recorded, inputs, strict=True)
+        exported = torch.export.export(recorded, inputs, strict=False).module()
+        torch.testing.assert_close(exported(*inputs), recorded(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_other_tokens_are_refused(name: str) -> None:
+    """Of a whole mask Qwen's models make positions of all tokens; guidance gives the mask alone."""
+    model, processor, cram = routed(name)
+    batch = batch_of(processor, SAMPLES[:1])
+    cache = made_cache(model(**batch, use_cache=True))
+    token, mask = torch.tensor([[40]]), F.pad(batch["attention_mask"], (0, 1), value=1)
+    more = continuing(model, cache)
+    with pytest.raises(ValueError, match="position_ids must be those of the 1 new tokens, got"):
+        model(input_ids=token, attention_mask=mask, **more)
+    with cram.disabled(), pytest.raises(ValueError, match="leave out guidance_scale"):
+        model.generate(**batch, max_new_tokens=3, min_new_tokens=3, guidance_scale=1.5)
 
 
 class Says(LogitsProcessor):

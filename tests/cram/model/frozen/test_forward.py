@@ -46,6 +46,21 @@ class Int8(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
+class Int4(nn.Linear):
+    """A linear whose product of packed 4-bit weights is made for inference alone, as one of torchao's is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        codes = torch.randint(16, self.weight.shape, dtype=torch.int32)
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.register_buffer("scales", torch.full((self.in_features // 32, self.out_features, 2), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, 32, self.scales)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
 class Halved(Tensor):
     """A weight whose products are half of what its storage says; quantised weights are such subclasses."""
 
@@ -218,6 +233,17 @@ def test_training_beside_a_base_of_another_kind() -> None:
     batch = batch_of(processor)
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in cram.trainable_parameters())
+
+
+def test_a_base_without_a_derivative_answers_and_is_refused_in_training() -> None:
+    model, processor, cram = routed_llava(trained=True)
+    for module in cram.modules.values():
+        module.base = Int4(module.base)
+    batch = batch_of(processor)
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"base must have a derivative .* load the bundle on this one"):
+        model.train()(**batch, labels=batch["input_ids"])
 
 
 def offloaded_kinds(folder: Path) -> dict[str, Callable[[Any], Any]]:
