@@ -18,7 +18,7 @@ from torch import nn
 from cram.base import base_folder
 from cram.base.real import real_base_folder
 from cram.families import FAMILIES
-from cram.routing.clip import ClipEncoder, check_weights, load_image_processor
+from cram.routing.clip import ClipEncoder, check_weights, load_config, load_image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_CLIP = "openai/clip-vit-large-patch14-336"
@@ -99,12 +99,10 @@ def model_type(source: str | Path) -> str:
         ValueError: If the family is not known.
         OSError: If there is no model at `source`.
     """
-    from transformers import AutoConfig
-
     from cram.base.real.tower import register_tower
 
     register_tower()
-    found: str = AutoConfig.from_pretrained(str(source)).model_type
+    found: str = load_config(source, "model").model_type
     if found not in FAMILIES:
         raise ValueError(f"model must be of a family among {sorted(FAMILIES)}, got {found!r} at {source}")
     return found

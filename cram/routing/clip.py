@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cram.console import first_line
 from cram.families import family_of
 from cram.routing.query import Query
 from cram.values import Values, some_values
@@ -29,6 +31,27 @@ IMAGES_A_PASS = 64
 VALUES_PER_WEIGHT = 4  # that tell an encoder
 KEYS_SHOWN = 4
 LEGACY_END_ID = 2  # CLIP configs of old name this id wrongly; transformers then pools at the largest token id
+
+
+def load_config(source: str | Path, what: str) -> Any:
+    """Load the configuration of a model.
+
+    Args:
+        source: A folder or a name that transformers resolves.
+        what: What the model is, for an error.
+
+    Raises:
+        OSError: If there is no model at `source`, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except OSError as error:
+        raise OSError(
+            f"{what} must be a folder, or a name that the hub or its cache has, got {str(source)!r}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def load_image_processor(source: str) -> Any:
@@ -90,9 +113,9 @@ class ClipEncoder:
             ValueError: If `source` holds no CLIP, or not exactly its weights.
             OSError: If there is nothing at `source`.
         """
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
 
-        kind = AutoConfig.from_pretrained(source).model_type
+        kind = load_config(source, "encoder").model_type
         if kind != "clip":
             raise ValueError(
                 f"encoder must be a CLIP with both towers, got a model of type {kind!r} at {source}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, Qwen2VLImageProcessor
+from transformers import AutoConfig, CLIPTextModel, Qwen2VLImageProcessor
 
 from cram.loading import _image_text_class, load_encoder, load_model, load_processor, shipped_folder
 from tests.cram import factories
@@ -110,3 +110,18 @@ def test_a_processor_without_its_video_part_is_copied(copied: Any) -> None:
     twin = copied(kind(Qwen2VLImageProcessor(), factories.tokenizer()))
     assert type(twin) is kind
     assert twin.tokenizer("ab")["input_ids"] == factories.tokenizer()("ab")["input_ids"]
+
+
+@pytest.mark.parametrize(("load", "what"), [(load_model, "model"), (load_encoder, "encoder")])
+def test_a_name_that_cannot_be_loaded_is_named(
+    load: Callable[[str], Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers says without a network names the hub alone."""
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    expected = f"{what} must be a folder, .* got 'someone/big-model': We couldn't connect to the hub.$"
+    with pytest.raises(OSError, match=expected):
+        load("someone/big-model")
