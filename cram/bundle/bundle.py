@@ -254,7 +254,7 @@ def _check_target(cram: AttachedModel | None, description: Description, folder: 
     if cram is None:
         return
     if cram.expert_names:
-        raise ValueError(f"model must have no experts yet, got {cram.expert_names}")
+        raise ValueError(f"model must have no experts yet, got {cram.expert_names}; call detach first")
     config = description.config
     if description.format == 1:
         config = replace(config, method=cram.config.method)  # the format does not say which method made it

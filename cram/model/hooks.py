@@ -363,12 +363,12 @@ class ForwardHooks:
 
 
 def _check_positions(kwargs: Mapping[str, Any], embeds: Tensor) -> None:
-    """Refuses positions of other tokens; Qwen's models make one for every token of a mask, also with a cache."""
+    """Refuses positions of other tokens; Qwen's models make one per token of a mask, cached ones too."""
     positions, tokens = kwargs.get("position_ids"), embeds.shape[1]
     if positions is not None and positions.shape[-1] not in (1, tokens):
         raise ValueError(
-            f"position_ids must be those of the {tokens} new tokens, got {positions.shape[-1]}; give them to a "
-            "forward behind a KV cache, and leave out guidance_scale, which gives none"
+            f"position_ids must be those of the {tokens} new tokens, got {positions.shape[-1]}; give them "
+            "to a forward behind a KV cache, and leave out guidance_scale, which gives none"
         )
 
 

@@ -24,6 +24,9 @@ from cram.model.state import Current, ForwardState
 from cram.routing.means import moved
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 
+# What the names of an adapted linear's tensors begin with; any other name is one of the base.
+PARTS = ("base", "experts", "solo", "gating")
+
 
 def is_peft_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of PEFT, which keeps the layer that it adapts as `base_layer`."""
@@ -74,6 +77,14 @@ class ExpertLinear(nn.Module):
                 "names of other linears (`model.cram.report.skipped`), or call `cram.detach(model)` first"
             )
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes the base's tensors also under the names that they have without experts."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.split(".")[0] not in PARTS:
+                state_dict[f"{prefix}base.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertLinear:
         """Moves everything, and casts the base alone: experts stay float32."""

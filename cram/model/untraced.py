@@ -11,7 +11,6 @@ import torch
 
 from cram.model.state import ForwardState
 
-
 WHY = (
     "an attached model reads the route of a forward outside of graphs; torch.export takes strict=False, "
     "inside `with model.cram.fixed(...)`"

@@ -178,3 +178,18 @@ def test_a_copy_is_a_model_of_its_own(copied: Any, tmp_path: Path) -> None:
     twin.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == factories.llava().state_dict().keys()
+
+
+@pytest.mark.parametrize("name", factories.MODELS)
+def test_the_base_loads_under_its_own_names(name: str) -> None:
+    """Left out, the adapted linears would keep other weights than the rest of the model."""
+    model, other, batch = factories.MODELS[name](), factories.MODELS[name](seed=5), factories.inputs(name)
+    cram = attach(model, CramConfig(method="many"), factories.clip_encoder())
+    cram.set_experts(["one"], [expert_weights(cram, 0)], trained=0)
+    experts = cram.expert_weights(0)
+    left = model.load_state_dict(other.state_dict(), strict=False)
+    assert not left.unexpected_keys and all(".experts." in key for key in left.missing_keys)
+    with cram.disabled():
+        assert torch.equal(model(**batch).logits, other(**batch).logits)
+    assert all(torch.equal(a, experts[path][0]) for path, (a, _) in cram.expert_weights(0).items())
+    assert not any(model.load_state_dict(model.state_dict()))
