@@ -24,6 +24,7 @@ from cram.streams import load_stream
 
 TOKEN = "CRAM_ADMIN_TOKEN"
 FIRST_RUN = Path("runs/serve")
+MAX_DRAIN = 86_400
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -83,44 +84,46 @@ def run(arguments: argparse.Namespace) -> None:
             raise ModuleNotFoundError(
                 f"{name} must be installed (`pip install 'cram-mcit[hf,serve]'`), got none"
             )
-    from cram.serve.http.connection import web_server
-
     for option in ("rows", "queue", "max_tokens", "piece"):
         given = getattr(arguments, option)
         if given is not None and given < 1:
             raise ValueError(f"{option} must be at least 1, got {given}")
+    if not 0 <= arguments.drain <= MAX_DRAIN:
+        raise ValueError(f"drain must be in [0, {MAX_DRAIN}], got {arguments.drain}")
     watched = watched_bundles(arguments)
     with bound(arguments.host, arguments.port) as place:
         served = load_served(arguments)
-        app = application(arguments, served, watched)
+        server = web_server_of(arguments, served, watched)
         experts, url = ", ".join(served.model.cram.expert_names) or "none", url_of(place)
         print(f"experts: {experts}\npage: {url}/\nAPI: {url}/v1", flush=True)
         # After an interrupt uvicorn has shut down in order and raises it again.
         with suppress(KeyboardInterrupt):
-            web_server(app, arguments.drain).run(sockets=[place])
+            server.run(sockets=[place])
 
 
-def application(
+def web_server_of(
     arguments: argparse.Namespace, served: Served, watched: Callable[[], list[Any]] | None
 ) -> Any:
-    """The application over an engine with the command's limits."""
+    """The web server over an engine with the command's limits."""
     from cram.serve.bundles import Bundles
     from cram.serve.engine.engine import Engine
     from cram.serve.engine.limits import Limits
     from cram.serve.http.app import create_app
     from cram.serve.http.body import Settings
+    from cram.serve.http.connection import web_server
 
     piece = arguments.piece or (Limits.piece if served.model.device.type == "cpu" else 512)
     sizes = (arguments.rows, arguments.queue, arguments.max_tokens, arguments.context, piece)
     engine = Engine(served.model, served.processor, Limits(*sizes), arguments.gate_floor)
     settings = Settings(
-        drain_s=arguments.drain,
         admin_token=os.environ.get(TOKEN) or None,
         hosts=LOOPBACK if arguments.host in LOOPBACK else (),
     )
     root = None if arguments.bundles is None else Path(arguments.bundles)
     bundles = Bundles(engine, served.model, root, watched, served.bundle)
-    return create_app(engine, served.processor, settings, bundles, examples() if served.builtin else ())
+    offered = examples() if served.builtin else ()
+    app = create_app(engine, served.processor, settings, bundles, offered)
+    return web_server(app, partial(engine.stop, 0), arguments.drain)
 
 
 def bound(host: str, port: int) -> socket.socket:

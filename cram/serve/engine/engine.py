@@ -2,7 +2,7 @@
 
 One turn of the engine:
 
-    calls       dry runs and changes of the experts, between steps
+    calls       one dry run, and changes of the experts, between steps
     admit       waiting requests, as long as there are rows for their answers
     read        a piece of one prompt; routed once, its answers then join a batch
     step        one token for every answer in flight
@@ -214,7 +214,8 @@ class Engine:
 
     def turn(self) -> None:
         """One turn; see the head of this file."""
-        while self._calls:
+        # One, so that whoever asks again and again does not keep the others waiting.
+        if self._calls:
             self._calls.popleft().run()
         while self._changes and (self.versions.swaps_in_flight or not self._worker.rows):
             self._changes.popleft().run()
@@ -228,8 +229,8 @@ class Engine:
     def _admitted(self) -> Request | None:
         """The next request, taken out of the queue, or None if it must wait."""
         with self._changed:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
+            if any(each.cancelled for each in self._waiting):
+                self._waiting = deque(each for each in self._waiting if not each.cancelled)
             if not self._waiting or self._changes:
                 return None
             if self._worker.rows + self._waiting[0].sampling.n > self.limits.rows:

@@ -58,7 +58,7 @@ def create_app(
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
-        await asyncio.to_thread(engine.stop, settings.drain_s)
+        await asyncio.to_thread(engine.stop, 0)
 
     routes = [*Server(engine, processor, settings).routes(), *Page(examples).routes()]
     if bundles is not None:

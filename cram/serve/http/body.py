@@ -26,7 +26,6 @@ class Settings:
         max_pixels: Pixels of all images of a request together at most.
         max_held: Bytes of images and model inputs of all requests together at most.
         body_s: Seconds within which a request must have been sent.
-        drain_s: Seconds that a stop waits for the answers in flight.
         admin_token: What opens the admin routes; None closes them.
         hosts: Names by which clients may call the server; empty for any.
     """
@@ -35,7 +34,6 @@ class Settings:
     max_pixels: int = MAX_PIXELS
     max_held: int = 2 << 30
     body_s: float = 30.0
-    drain_s: float = 30.0
     admin_token: str | None = None
     hosts: tuple[str, ...] = ()
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0
+# After the drain, seconds for the last words to those whose answers were given up.
+LAST_WORDS_S = 5.0
 _BUSY = object()
 
 
@@ -35,11 +40,49 @@ class HeadsInTime(H11Protocol):
             self.loop.call_later(HEAD_S, self._look, self.cycle if waits else _BUSY)
 
 
-def web_server(app: Any, drain_s: float, log_level: str = "warning") -> uvicorn.Server:
+class Draining(uvicorn.Server):
+    """A server that gives up the answers in flight, so that each ends in words, before uvicorn cuts them off.
+
+    A second signal gives them up at once, a third one cuts them off.
+
+    Args:
+        config: Of uvicorn.
+        give_up: Ends what is left.
+        drain_s: Seconds that a stop waits for the answers in flight.
+    """
+
+    def __init__(self, config: uvicorn.Config, give_up: Callable[[], Any], drain_s: float) -> None:
+        super().__init__(config)
+        self._give_up, self._drain_s, self._hurries = give_up, drain_s, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self.should_exit and not self._hurries:
+            self._hurries = True
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take no more connections and wait for those that are there."""
+        drain = asyncio.create_task(self._drain())
+        await super().shutdown(sockets)
+        drain.cancel()
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + self._drain_s
+        while time.monotonic() < deadline and not self._hurries:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._give_up)
+
+
+def web_server(
+    app: Any, give_up: Callable[[], Any], drain_s: float, log_level: str = "warning"
+) -> uvicorn.Server:
     """The server of an application.
 
     Args:
         app: The application (ASGI).
+        give_up: Ends the answers that are left when a stop has waited for `drain_s`.
         drain_s: Seconds that a stop waits for the answers in flight.
         log_level: From which level on uvicorn speaks.
     """
@@ -49,6 +92,6 @@ def web_server(app: Any, drain_s: float, log_level: str = "warning") -> uvicorn.
         log_level=log_level,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
+        timeout_graceful_shutdown=drain_s + LAST_WORDS_S,
     )
-    return uvicorn.Server(config)
+    return Draining(config, give_up, drain_s)

@@ -1,8 +1,10 @@
-"""A request's events on their way from the engine's thread to the event loop."""
+"""A request's events on their way from the engine's thread to the event loop, and who waits for them."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -39,19 +41,43 @@ class Mailbox:
         """The next event."""
         return await self._events.get()
 
-    async def next_unless(self, http: Request) -> Event:
-        """The next event.
+
+class Presence:
+    """Whether the client of a request whose body has been read is still there; used as a context.
+
+    Args:
+        http: The request.
+    """
+
+    def __init__(self, http: Request) -> None:
+        self._http = http
+
+    async def __aenter__(self) -> Presence:
+        """Begin to listen."""
+        self._gone = asyncio.ensure_future(self._departure())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Listen no more."""
+        self._gone.cancel()
+
+    async def _departure(self) -> None:
+        while (await self._http.receive())["type"] != "http.disconnect":
+            pass
+
+    async def unless_gone(self, wanted: Awaitable[Any]) -> Any:
+        """The result of `wanted`, which is cancelled if the client goes before or together with it.
 
         Raises:
-            ClientDisconnect: If the client goes first.
+            ClientDisconnect: If the client has gone.
         """
-        fetched = asyncio.ensure_future(self._events.get())
-        gone = asyncio.ensure_future(http.receive())
+        found = asyncio.ensure_future(wanted)
+        # Where nobody asks for its result, nobody is told of its failure either.
+        found.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            await asyncio.wait({fetched, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if fetched.done():
-                return fetched.result()
-            raise ClientDisconnect
+            await asyncio.wait({found, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self._gone.done():
+                raise ClientDisconnect
+            return found.result()
         finally:
-            fetched.cancel()
-            gone.cancel()
+            found.cancel()

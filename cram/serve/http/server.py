@@ -8,17 +8,17 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from cram.serve.engine.engine import Engine
 from cram.serve.http.body import Settings, read_json
 from cram.serve.http.chat import ChatReader, ChatRequest
 from cram.serve.http.errors import failed, failure
 from cram.serve.http.fields import AUTOMATIC, BASE
-from cram.serve.http.mailbox import Mailbox
+from cram.serve.http.mailbox import Mailbox, Presence
 from cram.serve.http.replies import Replies, decided, event
 from cram.serve.request import Collector, Delta, Failed, Prompt, QueueFullError, Request, Started
 
@@ -56,55 +56,54 @@ class Server:
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers a conversation."""
-        asked = await self._read(http)
-        heard = Collector(asked.sampling.n)
-        mailbox = Mailbox(heard)
-        request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
-        self._engine.submit(request)
-        replies = Replies(asked.model, self._tokenizer)
-        try:
-            first = await mailbox.next_unless(http)
-            if isinstance(first, Failed):
-                return failed(first)
-            if asked.stream:
-                assert isinstance(first, Started)
-                chunks = self._chunks(request, mailbox, replies, first, asked.usage)
-                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-                return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
-            while not heard.done.is_set() or mailbox.waiting:
-                if isinstance(found := await mailbox.next_unless(http), Failed):
-                    return failed(found)
-            return JSONResponse(replies.whole(heard))
-        except (ClientDisconnect, asyncio.CancelledError):
-            request.cancel()
-            raise
+        body = await read_json(http, self._settings)
+        async with Presence(http) as client:
+            asked = await self._read(body, client)
+            heard = Collector(asked.sampling.n)
+            mailbox = Mailbox(heard)
+            request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
+            self._engine.submit(request)
+            replies = Replies(asked.model, self._tokenizer)
+            try:
+                first = await client.unless_gone(mailbox.next())
+                if isinstance(first, Failed):
+                    return failed(first)
+                if asked.stream:
+                    chunks = self._chunks(request.sampling.n, mailbox, replies, first, asked.usage)
+                    return Stream(chunks, request)
+                while not heard.done.is_set() or mailbox.waiting:
+                    if isinstance(found := await client.unless_gone(mailbox.next()), Failed):
+                        return failed(found)
+                return JSONResponse(replies.whole(heard))
+            except BaseException:
+                request.cancel()
+                raise
 
     async def _chunks(
-        self, request: Request, mailbox: Mailbox, replies: Replies, started: Started, counts: bool
+        self, n: int, mailbox: Mailbox, replies: Replies, started: Started, counts: bool
     ) -> AsyncIterator[str]:
-        try:
-            for chunk in replies.first(started, request.sampling.n):
-                yield event(chunk)
-            left = request.sampling.n
-            while left:
-                found = await mailbox.next()
-                if isinstance(found, Failed):
-                    yield event(failure(found.message, f"{found.fault}_error"))
-                    return
-                assert isinstance(found, Delta)
-                yield event(replies.piece(found))
-                left -= found.finish is not None
-            if counts:
-                yield event(replies.last(mailbox.heard))
-            yield event("[DONE]")
-        finally:
-            # Also where the client has gone: the engine then computes nothing more for it.
-            request.cancel()
+        for chunk in replies.first(started, n):
+            yield event(chunk)
+        left = n
+        while left:
+            found = await mailbox.next()
+            if isinstance(found, Failed):
+                yield event(failure(found.message, f"{found.fault}_error"))
+                return
+            assert isinstance(found, Delta)
+            yield event(replies.piece(found))
+            left -= found.finish is not None
+        if counts:
+            yield event(replies.last(mailbox.heard))
+        yield event("[DONE]")
 
     async def route(self, http: HttpRequest) -> Response:
         """Which experts would answer a conversation."""
-        asked = await self._read(http)
-        decision = await asyncio.wrap_future(self._engine.decide(asked.prompt, asked.mixture))
+        body = await read_json(http, self._settings)
+        async with Presence(http) as client:
+            asked = await self._read(body, client)
+            future = self._engine.decide(asked.prompt, asked.mixture)
+            decision = await client.unless_gone(asyncio.wrap_future(future))
         return JSONResponse(decided(decision, self._engine.versions.current.names))
 
     async def models(self, http: HttpRequest) -> Response:
@@ -132,17 +131,37 @@ class Server:
         """Counts for Prometheus."""
         return PlainTextResponse(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _read(self, http: HttpRequest) -> ChatRequest:
-        body = await read_json(http, self._settings)
+    async def _read(self, body: Any, client: Presence) -> ChatRequest:
         # Before images are decoded, which costs more than anything else that a refused request does.
         self._engine.check_room()
-        asked = await asyncio.to_thread(self._reader.read, body)
+        asked: ChatRequest = await client.unless_gone(asyncio.to_thread(self._reader.read, body))
         held = sum(each.num_bytes for each in list(self._held.values()))
         if held and held + asked.prompt.num_bytes > self._settings.max_held:
             self._engine.metrics.rejected += 1
             raise QueueFullError("the requests that wait have too many pictures together")
         self._held[id(asked.prompt)] = asked.prompt
         return asked
+
+
+class Stream(StreamingResponse):
+    """An answer that is sent piece by piece.
+
+    Args:
+        chunks: Its pieces.
+        request: Is cancelled when the response ends, also where the client has gone before the first piece.
+    """
+
+    def __init__(self, chunks: AsyncIterator[str], request: Request) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._request.cancel()
 
 
 def _listed(name: str) -> dict[str, Any]:

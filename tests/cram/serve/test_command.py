@@ -104,6 +104,7 @@ def test_a_run_is_served_until_sigterm_and_answers_in_flight_end(trained: Path) 
         (["--model", "elsewhere"], "--bundle or --run must be given"),
         (["--run", "."], "must be a run folder"),
         (["--rows", "0"], "rows must be at least 1"),
+        (["--drain", "nan"], "drain must be in [0, 86400]"),
     ],
 )
 def test_wrong_arguments_are_one_line(

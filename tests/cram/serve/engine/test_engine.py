@@ -304,3 +304,18 @@ def test_a_dry_run_decides_as_the_answer_does() -> None:
         assert dry.gates is not None and made.gates is not None
         for name, gates in dry.gates.items():
             assert gates == pytest.approx(made.gates[name], abs=1e-5)
+
+
+def test_dry_runs_that_never_end_keep_nobody_waiting() -> None:
+    model, processor, _ = routed_llava()
+    engine = Engine(model, processor)
+    asked = llava_prompt(processor, QUESTIONS[0], 0)
+    request, heard = ask(asked)
+    engine.submit(request)
+
+    def again(_: object) -> None:
+        engine.decide(asked).add_done_callback(again)
+
+    again(None)
+    run(engine, heard)
+    assert heard.failed is None

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ def serving(
     examples: Sequence[Any] = (),
     made: tuple[Any, Any] | None = None,
     gate_floor: float = 0.0,
+    drain_s: float = 20,
 ) -> Iterator[Running]:
     """A server on a free port of the loopback.
 
@@ -95,6 +97,7 @@ def serving(
         examples: Questions that the page offers.
         made: Model and processor; by default the routed LLaVA.
         gate_floor: See `Engine`.
+        drain_s: See `web_server`.
     """
     from cram.serve.http.app import create_app
     from cram.serve.http.connection import web_server
@@ -102,7 +105,8 @@ def serving(
     model, processor = made or routed_llava()[:2]
     engine = Engine(model, processor, limits, gate_floor)
     app = create_app(engine, processor, settings, Bundles(engine, model, bundles), examples)
-    server, place = web_server(app, 20, "error"), socket.create_server(("127.0.0.1", 0))
+    server = web_server(app, partial(engine.stop, 0), drain_s, "error")
+    place = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([place],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
