@@ -33,8 +33,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     if 0 in image.size:
         raise ValueError(f"must have pixels, got {image.width} x {image.height}")
-    pages = getattr(image, "n_frames", 1)
-    if image.format in _PAGED and pages > 1:
+    # The frames of an animation are counted by decoding them; a small file can hold half a million.
+    if image.format in _PAGED and (pages := getattr(image, "n_frames", 1)) > 1:
         raise ValueError(f"must be one picture, got {pages} pages; save each page as a file")
     if image.mode in _WIDE:
         raise ValueError(f"must have 8 or 16 bits per channel, got {_WIDE[image.mode]}; scale it to 8 bits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ async def read_json(http: Request, settings: Settings) -> Any:
     Raises:
         HTTPException: 415 for another content type or an encoding, 413 for a body that is too large, 408 for
             a slow one.
-        RequestError: If the body is not JSON.
+        RequestError: If the body is not JSON, or an object in it has a name twice.
     """
     # A page of another site can send no JSON without asking first, and is never allowed to.
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -66,9 +67,20 @@ async def read_json(http: Request, settings: Settings) -> Any:
         wanted = f"the body must arrive within {settings.body_s:g} s, got a part"
         raise HTTPException(408, wanted, CLOSE) from None
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        return json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+    except RequestError:
+        raise
     except (ValueError, RecursionError):
         raise RequestError("the body must be JSON, got other text") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a name that is there twice nobody knows which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise RequestError(f"the body must have each name once in an object, got {twice!r:.100} twice")
+    return found
 
 
 def _refuse_constant(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cram.families import Family
 from cram.learning.answers.prompts import chat_text, image_placeholder, message_text
-from cram.serve.http.fields import checked_fields, named_mixture, sampling
+from cram.serve.http.fields import IN_MESSAGES, checked_fields, named_mixture, refuse_others, sampling
 from cram.serve.http.images import read_image
 from cram.serve.request import Prompt, RequestError, Sampling
 
@@ -95,6 +95,7 @@ class ChatReader:
                 raise RequestError(
                     f"messages[{place}].role must be system, user or assistant, got {role!r:.50}"
                 )
+            refuse_others(message, ("role", "content"), IN_MESSAGES, f"messages[{place}].")
             parts = _parts(message.get("content"), place)
             content = []
             for part in parts:
@@ -159,4 +160,5 @@ def _parts(content: Any, place: int) -> list[dict[str, Any]]:
             or (kind == "text" and not isinstance(part["text"], str))
         ):
             raise RequestError(f"messages[{place}].content must hold text and image_url parts, got another")
+        refuse_others(part, ("type", kind), {}, f"messages[{place}].content.")
     return content

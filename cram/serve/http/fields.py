@@ -6,7 +6,7 @@ request is answered as if it had been understood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from cram.serve.request import RequestError, Sampling
@@ -45,8 +45,9 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "logprobs": (lambda v: isinstance(v, bool), "a boolean"),
     "top_logprobs": (_integer, "an integer"),
 }
-# Field that is not acted on -> the values that change nothing; None where no value does.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+# Field that is not acted on -> the values that change nothing; None where no value changes anything.
+Idle = Mapping[str, tuple[Any, ...] | None]
+WITHOUT_EFFECT: Idle = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -61,6 +62,10 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "safety_identifier": None,
     "prompt_cache_key": None,
 }
+# What clients send back with an answer that they were given, and the name of who speaks.
+IN_MESSAGES: Idle = {"name": None, "tool_calls": ([],), "annotations": ([],)}
+# Every model has one resolution.
+IN_IMAGES: Idle = {"detail": ("auto", "low", "high")}
 
 
 def checked_fields(body: Any) -> dict[str, Any]:
@@ -76,11 +81,29 @@ def checked_fields(body: Any) -> dict[str, Any]:
             if not test(value):
                 raise RequestError(f"{name} must be {wanted}, got {type(value).__name__}")
             given[name] = value
-        elif name not in WITHOUT_EFFECT:
-            raise RequestError(f"{name!r:.100} is not a known field; known are {sorted(FIELDS)}")
-        elif (legal := WITHOUT_EFFECT[name]) is not None and value not in legal:
-            raise RequestError(f"{name} is not supported, except with the value {legal[0]!r}")
+    refuse_others(body, FIELDS, WITHOUT_EFFECT)
     return given
+
+
+def refuse_others(given: Mapping[str, Any], known: Collection[str], idle: Idle, where: str = "") -> None:
+    """Refuse a field that would change the answer if it were acted on.
+
+    Args:
+        given: The fields.
+        known: Those that are acted on.
+        idle: See `WITHOUT_EFFECT`.
+        where: What stands before the field's name in an error.
+
+    Raises:
+        RequestError: If there is one.
+    """
+    for name, value in given.items():
+        if value is None or name in known:
+            continue
+        if name not in idle:
+            raise RequestError(f"{where}{name!r:.100} is not a known field; known are {sorted(known)}")
+        if (legal := idle[name]) is not None and value not in legal:
+            raise RequestError(f"{where}{name} is not supported, except with the value {legal[0]!r}")
 
 
 def sampling(given: Mapping[str, Any]) -> Sampling:

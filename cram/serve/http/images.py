@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from cram.serve.http.fields import IN_IMAGES, refuse_others
 from cram.serve.images import decoded
 from cram.serve.request import RequestError
 
@@ -34,6 +35,7 @@ def _content(given: Any, where: str) -> bytes:
     url = given.get("url") if isinstance(given, dict) else None
     if not isinstance(url, str) or not url.startswith("data:image/"):
         raise RequestError(f"{where}: image_url.url must be a data URL of an image, got another")
+    refuse_others(given, ("url",), IN_IMAGES, f"{where}.content.image_url.")
     header, _, data = url.partition(",")
     if not header.endswith(";base64"):
         raise RequestError(f"{where}: image data must be in base64, got another encoding")

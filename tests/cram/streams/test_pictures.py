@@ -110,6 +110,14 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     assert at(open_image(tmp_path / "x.webp"), 0, 0) == [255, 0, 0]
 
 
+def test_the_frames_of_an_animation_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frames = [Image.new("L", (4, 4), value) for value in (255, 0)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    counting = property(lambda image: pytest.fail("counted"))
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.n_frames", counting)
+    assert at(open_image(tmp_path / "x.gif"), 0, 0) == [255] * 3
+
+
 def test_several_pages_are_refused(tmp_path: Path) -> None:
     pages = [Image.new("L", (4, 4), value) for value in (0, 255)]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])

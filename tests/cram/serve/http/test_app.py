@@ -93,6 +93,7 @@ def test_a_part_of_a_character_has_no_bytes_of_its_own() -> None:
     assert whole["bytes"] == [0xC3, 0xA9] and part["bytes"] is None
 
 
+TEXT = {"type": "text", "text": "x"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages must be 1 to"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "role must be"),
@@ -111,6 +112,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature must be a number"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"guess": 1}, "'guess' is not a known field"),
+    (
+        {"messages": [{"role": "user", "content": "x", "weight": 0}]},
+        "messages[0].'weight' is not a known field",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+        "messages[0].tool_calls is not supp",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [TEXT | {"cache_control": {}}]}]},
+        "content.'cache_control' is no",
+    ),
     ({"max_tokens": 4096}, "max_tokens must be at most"),
     ({"max_tokens": 1000}, "prompt and answer must fit into 512 tokens"),
     ({"top_logprobs": 2}, "top_logprobs must come with logprobs"),
@@ -148,6 +161,16 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
         for url, message in PICTURES:
             status, reply = client.chat(**picture(url))
             assert status == 400 and message in reply["error"]["message"], (url[:40], reply)
+        sent_back = {
+            "content": "y",
+            "role": "assistant",
+            "refusal": None,
+            "tool_calls": None,
+            "annotations": [],
+        }
+        turns = [{"role": "user", "content": "x", "name": "Ann"}, sent_back, *question]
+        turns[2]["content"][0]["image_url"]["detail"] = "high"
+        assert client.chat(messages=turns)[0] == 200
         large = io.BytesIO()
         image(0).resize((40, 40)).save(large, "PNG")
         url = "data:image/png;base64," + base64.b64encode(large.getvalue()).decode()
@@ -155,6 +178,9 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
         for body in (b"{", b"[" * 100_000, b'{"model": NaN}', b"\xff", b""):
             status, reply, _ = client.send("/v1/chat/completions", body)
             assert status == 400, (body[:20], reply)
+        for body in (b'{"n": 1, "n": 1}', b'{"messages": [{"a": 1, "n": [], "n": {}}]}'):
+            status, reply, _ = client.send("/v1/chat/completions", body)
+            assert status == 400 and "got 'n' twice" in reply["error"]["message"]
         assert client.send("/v1/chat/completions", b" " * 300_000)[0] == 413
         for header in ({"Content-Type": "text/plain"}, {"Content-Encoding": "gzip"}):
             assert client.send("/v1/chat/completions", {}, header)[0] == 415

@@ -185,6 +185,19 @@ def calls_by_a_foreign_name(client: Client) -> None:
     assert client.send("/v1/models", headers={"Host": "LOCALHOST:8000"})[0] == 200
 
 
+def sends_requests_without_end_behind_one(client: Client) -> None:
+    """Does not wait for the answer before it sends more."""
+    content = json.dumps({"model": "cram", "max_tokens": 300, "messages": messages("x")}).encode()
+    more, sent = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000, 0
+    with socket.create_connection(address(client), timeout=0.5) as line:
+        line.sendall(head(len(content)) + content)
+        with pytest.raises(TimeoutError):
+            while sent < 100_000_000:
+                sent += line.send(more)
+    # What the kernel holds.
+    assert sent < 20_000_000
+
+
 FAULTS: list[Callable[[Client], None]] = [
     leaves_while_the_prompt_is_read,
     leaves_in_the_middle_of_a_stream,
@@ -197,6 +210,7 @@ FAULTS: list[Callable[[Client], None]] = [
     names_scales_that_are_no_numbers,
     names_unknown_models,
     calls_by_a_foreign_name,
+    sends_requests_without_end_behind_one,
 ]
 
 
