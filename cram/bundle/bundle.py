@@ -36,6 +36,7 @@ from cram.bundle.format import (
     Description,
     check_expert_name,
     check_hashes,
+    check_unchanged,
     describe,
     fingerprint,
 )
@@ -123,6 +124,7 @@ def load(model: nn.Module, folder: str | Path, encoder: Any = None, processor: A
     check_hashes(folder, description)
     packs = read_packs(description, files, linears)
     state = {name: tensor for file in state_files for name, tensor in file.read()}
+    check_unchanged(folder, description)
     if encoder is None and present is None:
         encoder = named_encoder(description, model)
         check_encoder(encoder, description, folder)

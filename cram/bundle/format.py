@@ -97,6 +97,7 @@ class Description:
         tensors: Shapes of the tensors in `method.safetensors`, by name.
         values: JSON values that the method keeps. Before format 3: those of CRAM's groups.
         listed: The manifest's entry, bytes and sha256, of every file.
+        stamps: What `check_unchanged` compares, by file, from before any of them was read.
     """
 
     format: int
@@ -112,6 +113,7 @@ class Description:
     tensors: dict[str, tuple[int, ...]]
     values: dict[str, Any]
     listed: dict[str, dict[str, Any]]
+    stamps: dict[str, tuple[int, ...]]
 
     def files(self) -> set[str]:
         """The files of the bundle beside the manifest."""
@@ -157,6 +159,7 @@ def read_description(folder: Path) -> Description:
     """
     description = describe(folder)
     check_hashes(folder, description)
+    check_unchanged(folder, description)
     return description
 
 
@@ -167,9 +170,11 @@ def describe(folder: Path) -> Description:
         ValueError: As `read_description`, but for altered tensors of the right size.
     """
     recover_folder(folder)
+    stamps = {MANIFEST: _stamp(folder / MANIFEST)}
     version, listed = _read_manifest(folder)
     for name, entry in listed.items():
         path = _inside(folder, name)
+        stamps[name] = _stamp(path)
         if (size := path.stat().st_size) != entry["bytes"]:
             raise ValueError(
                 f"{path} must have {entry['bytes']} bytes as in {MANIFEST}, got an altered file of {size}"
@@ -189,7 +194,7 @@ def describe(folder: Path) -> Description:
             f"{folder}: format of {DESCRIPTION} must be {version} as in {MANIFEST}, got {data['format']}"
         )
     try:
-        description = _parse(data, listed)
+        description = _parse(data, listed, stamps)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     wanted = description.files()
@@ -211,6 +216,29 @@ def check_hashes(folder: Path, description: Description) -> None:
     """
     for name in description.listed:
         _check_hash(folder, name, description.listed)
+
+
+def check_unchanged(folder: Path, description: Description) -> None:
+    """Refuse what was read of a described bundle if its files have been replaced or written since.
+
+    A file is opened more than once: for its size, its hash, its header and its tensors. In between another
+    bundle can take the folder's place.
+
+    Raises:
+        ValueError: If a file is not the one that was there when the bundle was described.
+    """
+    for name, stamp in description.stamps.items():
+        if _stamp(folder / name) != stamp:
+            raise ValueError(f"{folder / name} must stay as it is while the bundle is read, got a change")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What a file looks like from outside; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _check_hash(folder: Path, name: str, listed: dict[str, dict[str, Any]]) -> None:
@@ -279,7 +307,9 @@ def _check_fields(value: Any, fields: dict[str, type], where: str) -> None:
             raise ValueError(f"{where}: {name} must be a {kind.__name__}, got {value[name]!r:.100}")
 
 
-def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Description:
+def _parse(
+    data: dict[str, Any], listed: dict[str, dict[str, Any]], stamps: dict[str, tuple[int, ...]]
+) -> Description:
     version = data["format"]
     older = version < 4 and "base_values" in data
     known = {name: kind for name, kind in _ENCODER_WEIGHTS.items() if name in data["encoder"]}
@@ -311,6 +341,7 @@ def _parse(data: dict[str, Any], listed: dict[str, dict[str, Any]]) -> Descripti
         tensors={name: _state_shape(name, shape) for name, shape in tensors.items()},
         values=values,
         listed=listed,
+        stamps=stamps,
     )
 
 

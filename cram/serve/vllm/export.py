@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cram.atomic import new_folder, read_json, write_json
-from cram.bundle.format import MANIFEST, Description, check_hashes, describe, fingerprint
+from cram.bundle.format import MANIFEST, Description, check_hashes, check_unchanged, describe, fingerprint
 from cram.bundle.packs import check_experts
 from cram.bundle.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from cram.bundle.runs import bundle_at
@@ -87,6 +87,7 @@ def export_groups(bundle: str | Path, out: str | Path) -> list[Adapter]:
         _export_group(description, index, experts, [own[e] for e in experts], shared, out)
         for index, experts in members.items()
     ]
+    check_unchanged(bundle, description)
     write_json(out / record_name(bundle), {"format": FORMAT, "adapters": {a.index: a.name for a in adapters}})
     return adapters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import PeftModel
 
 from cram import attach, detach, load, save
 from cram.atomic import new_folder, read_json
+from cram.bundle import bundle
 from cram.bundle.format import read_description
 from cram.config import CramConfig
 from tests.cram import factories
@@ -276,3 +278,40 @@ def test_a_block_that_raises_leaves_the_folder_alone(tmp_path: Path) -> None:
         (partial / "a").write_text("2")
         raise RuntimeError
     assert (tmp_path / "f/a").read_text() == "1"
+
+
+@pytest.mark.parametrize("step", ["check_experts", "check_hashes", "read_packs"])
+def test_a_bundle_that_changes_while_it_is_read_is_refused(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Every file of the other bundle is whole and of the same size."""
+    model, _, cram = factories.routed_llava()
+    for path in cram.modules:
+        cram.modules[path].experts.a.mul_(2)
+    real = getattr(bundle, step)
+
+    def replaced(*given: Any) -> Any:
+        found = real(*given)
+        save(model, copied)
+        return found
+
+    monkeypatch.setattr(bundle, step, replaced)
+    other, encoder = fresh()
+    with pytest.raises(ValueError, match="must stay as it is while the bundle is read|must match its entry"):
+        load(other, copied, encoder, factories.llava_processor())
+    assert not hasattr(other, "cram")
+
+
+def test_pipes_and_devices_among_the_files_are_never_opened(copied: Path) -> None:
+    for name in ("notes", "experts/old/notes"):
+        os.mkfifo(copied / name)
+    model, encoder = fresh()
+    load(model, copied, encoder, factories.llava_processor())
+    for name in ("cram.json", "method.safetensors", "experts/old/adapter_config.json", "manifest.json"):
+        kept = (copied / name).read_bytes()
+        (copied / name).unlink()
+        os.mkfifo(copied / name)
+        with pytest.raises(ValueError, match="must be a file, got none|must be a bundle with"):
+            load(fresh()[0], copied, encoder, factories.llava_processor())
+        (copied / name).unlink()
+        (copied / name).write_bytes(kept)

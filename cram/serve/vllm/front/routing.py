@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cram.bundle.encoder import check_encoder, named_encoder
-from cram.bundle.format import METHOD, ROUTER, check_hashes, describe
+from cram.bundle.format import METHOD, ROUTER, check_hashes, check_unchanged, describe
 from cram.bundle.runs import bundle_at
 from cram.bundle.tensors import check_tensors
 from cram.families import FAMILIES, Family
@@ -100,6 +100,7 @@ class BundleRouter:
             if file in specs
             for name, tensor in check_tensors(folder / file, specs[file]).read()
         }
+        check_unchanged(folder, description)
         counts = description.values.get("counts")
         if not isinstance(counts, list) or not all(type(n) is int and 0 < n < MAX_COUNT for n in counts):
             raise ValueError(f"counts of {folder} must be positive integers, got {counts!r:.100}")
