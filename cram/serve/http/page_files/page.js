@@ -5,6 +5,7 @@ import { showRoute } from "./routing.js";
 const LONGEST_SIDE = 1024;
 const at = (id) => document.getElementById(id);
 let image = null; // data URL of the chosen picture
+let standing = ""; // what the status says while nothing is wrong
 let running = null; // AbortController of the question that is being answered
 
 async function start() {
@@ -22,7 +23,12 @@ async function showModels() {
   const options = [option("cram", "experts chosen by the question")];
   options.push(...experts.map((id) => option(id, `${id.slice(5)} alone`)));
   at("model").replaceChildren(...options);
-  at("status").textContent = experts.length === 1 ? "1 expert" : `${experts.length} experts`;
+  standing = experts.length === 1 ? "1 expert" : `${experts.length} experts`;
+  settle();
+}
+
+function settle() {
+  if (standing) at("status").textContent = standing;
 }
 
 function option(value, text) {
@@ -60,6 +66,8 @@ function offer(example) {
 
 function choose(url) {
   image = url;
+  settle();
+  at("clear").hidden = !url;
   at("picture").hidden = !url;
   at("hint").hidden = Boolean(url);
   at("picture").onload = () => at("picture").classList.toggle("small", at("picture").naturalWidth < 128);
@@ -83,7 +91,11 @@ async function asDataUrl(file) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(picture.width * scale));
   canvas.height = Math.max(1, Math.round(picture.height * scale));
-  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const context = canvas.getContext("2d");
+  // A JPEG has no transparency; the server shows what is transparent on white too.
+  context.fillStyle = "white";
+  if (scale < 1) context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   return scale < 1 ? canvas.toDataURL("image/jpeg", 0.92) : canvas.toDataURL("image/png");
 }
 
@@ -94,6 +106,7 @@ async function ask() {
     at("status").textContent = "Please write a question first.";
     return;
   }
+  settle();
   if (running) running.abort();
   at("answers").hidden = false;
   const mine = (running = new AbortController());
@@ -138,6 +151,7 @@ async function answer(model, messages, place, controller, decided) {
     if (!at(place).textContent) at(place).textContent = "(an empty answer)";
   } catch (error) {
     if (error.name !== "AbortError") say(place, told(error), true);
+    else if (controller === running) at(`${place}-time`).textContent = "stopped";
   }
 }
 
@@ -191,6 +205,7 @@ function say(place, text, fault = false) {
 function busy(now) {
   at("send").disabled = now;
   at("stop").hidden = !now;
+  at("answers").classList.toggle("busy", now);
 }
 
 at("ask").addEventListener("submit", (event) => {

@@ -31,6 +31,13 @@ def test_the_page_comes_whole_and_runs_nothing_but_its_own_files() -> None:
         assert listed[0]["image"] == data_url(0)
 
 
+CORNER = """
+const context = document.createElement("canvas").getContext("2d");
+context.drawImage(document.getElementById("picture"), 0, 0);
+return [...context.getImageData(9, 9, 1, 1).data];
+"""
+
+
 @pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_reader_asks_and_sees_answer_route_and_base(width: int, tmp_path: Path) -> None:
@@ -54,10 +61,17 @@ def test_a_reader_asks_and_sees_answer_route_and_base(width: int, tmp_path: Path
         assert mean["width"] == pytest.approx(100) and [each["height"] for each in layers] == [24, 24]
         assert window.run("return document.documentElement.scrollWidth") <= width
         # A file of the reader's own, with a question typed in and sent by the return key.
-        image(2).resize((2000, 1000)).save(tmp_path / "own.png")
+        own = image(2).resize((2000, 1000)).convert("RGBA")
+        own.paste((0, 0, 0, 0), (0, 0, 400, 400))
+        own.save(tmp_path / "own.png")
+        window.click("#clear")
+        assert window.run("return ['clear', 'picture'].every(id => document.getElementById(id).hidden)")
+        window.run("document.getElementById('question').value = ''")
+        window.click("#send")
+        assert window.text("#status") == "Please write a question first."
         window.type("#file", str(tmp_path / "own.png"))
         window.wait("return document.getElementById('picture').naturalWidth === 1024")
-        window.run("document.getElementById('question').value = ''")
+        assert window.text("#status") == "3 experts" and window.run(CORNER) == [255] * 4
         window.type("#question", "How many?\ue007")
         window.wait(f"return document.getElementById('answer').textContent && ({done[7:]})")
         assert window.errors() == []
