@@ -129,7 +129,8 @@ def run(bundles: Bundles, seeds: range, place: Path) -> Tally:
         bundle = place / str(seed) / "bundle"
         shutil.copytree(whole, bundle)
         said, signed = damage(bundle, random)
-        kind, fault = check(bundles, whole, bundle, signed)
+        with tally.timed(seed):
+            kind, fault = check(bundles, whole, bundle, signed)
         tally.add(kind, seed, f"{whole.relative_to(place)}/{said}", fault)
         shutil.rmtree(place / str(seed))
     return tally

@@ -278,7 +278,8 @@ def run(ready: None, seeds: range, place: Path) -> Tally:
     """One call and one raw call per seed."""
     tally = Tally()
     for seed in seeds:
-        said, kind, fault = check(seed)
+        with tally.timed(seed):
+            said, kind, fault = check(seed)
         tally.add(kind, seed, said, fault)
         if native_missing(torch.device("cpu"), torch.float32) is None:
             raw(seed)

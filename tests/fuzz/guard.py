@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# Processor time; what waits longer than this for something else hangs.
+# Processor time, which a busy machine does not stretch; the report has the wall clock beside it. What waits
+# longer than the second limit hangs.
 SECONDS, HANGING_SECONDS = 5, 300
 EXTRA_BYTES = 300 << 20
 MOST_CHARACTERS = 2000
@@ -84,10 +86,25 @@ def fault_of_refusal(error: BaseException, place: Path) -> str | None:
 
 @dataclass
 class Tally:
-    """Counts of a fuzzing run, and its findings."""
+    """Counts of a fuzzing run, and its findings.
+
+    Attributes:
+        counts: Kind of outcome -> how often it came.
+        findings: What must be mended.
+        slowest: Of the mutation that took longest: seconds by the wall clock and of the processor, its seed.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
+    slowest: tuple[float, float, int] = (0.0, 0.0, 0)
+
+    @contextmanager
+    def timed(self, seed: int) -> Iterator[None]:
+        """Measure what is done with a mutation."""
+        wall, processor = time.monotonic(), time.process_time()
+        yield
+        taken = (time.monotonic() - wall, time.process_time() - processor, seed)
+        self.slowest = max(self.slowest, taken)
 
     def add(self, kind: str, seed: int, said: str, finding: str | None) -> None:
         """Count an outcome; a finding is kept with what makes it again."""
@@ -98,5 +115,7 @@ class Tally:
 
     def check(self) -> None:
         """Fail with all findings, and print the counts."""
+        wall, processor, seed = self.slowest
         print(f"\n{sum(self.counts.values())} mutations: {self.counts}")
+        print(f"slowest: seed {seed}, {wall:.2f} s by the wall clock, {processor:.2f} s of processor time")
         assert not self.findings, f"{len(self.findings)} findings\n" + "\n".join(self.findings[:40])

@@ -103,7 +103,8 @@ def run(whole: Path, seeds: range, place: Path) -> Tally:
         folder = place / str(seed) / "run"
         shutil.copytree(whole, folder)
         said = damage(folder, random)
-        kind, fault = check(folder, expected)
+        with tally.timed(seed):
+            kind, fault = check(folder, expected)
         tally.add(kind, seed, said, fault)
         shutil.rmtree(place / str(seed))
     return tally

@@ -97,7 +97,8 @@ def run(whole: Path, seeds: range, place: Path) -> Tally:
         folder = place / str(seed) / "stream"
         shutil.copytree(whole, folder)
         said = damage(folder, random)
-        kind, fault = check(folder)
+        with tally.timed(seed):
+            kind, fault = check(folder)
         tally.add(kind, seed, said, fault)
         shutil.rmtree(place / str(seed))
     return tally

@@ -1,4 +1,4 @@
-"""The web server below the application: uvicorn, with a bound on the time of a request's head."""
+"""The web server below the application: uvicorn, with bounds on idle connections and on a stop."""
 
 from __future__ import annotations
 
@@ -12,32 +12,44 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0
+# Looks between which not a byte was taken.
+STALLED_LOOKS = 2
 # After the drain, seconds for the last words to those whose answers were given up.
 LAST_WORDS_S = 5.0
 _BUSY = object()
 
 
-class HeadsInTime(H11Protocol):
-    """A connection that is closed if no whole head of a request comes within one to two `HEAD_S`.
+class LivelyConnection(H11Protocol):
+    """A connection that ends if its client neither asks nor reads.
 
-    Uvicorn alone keeps a silent connection for ever, so that a few hundred of them lock everybody else out.
-    Between two requests its own limit of 5 seconds holds.
+    It is closed if no whole head of a request comes within one to two `HEAD_S`, and cut off if nothing of
+    what is to be sent is taken for two to three. Uvicorn alone keeps such a connection for ever, so that a
+    few hundred of them lock everybody else out. Between two requests its own limit of 5 seconds holds.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to look."""
         super().connection_made(transport)
-        self._look(_BUSY)
+        self._lost = False
+        self._look(_BUSY, 0, 0)
 
-    def _look(self, before: object) -> None:
-        """Close the connection if it has waited for a head since the last look."""
-        if self.transport.is_closing():
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Look no more."""
+        self._lost = True
+        super().connection_lost(exc)
+
+    def _look(self, before: object, unsent: int, stalled: int) -> None:
+        """End the connection if it has waited for a head, or for its reader, since the last looks."""
+        if self._lost:
             return
+        left = self.transport.get_write_buffer_size()
+        stalled = stalled + 1 if left and left == unsent else 0
         waits = self.cycle is None or self.cycle.response_complete
-        if waits and before is self.cycle:
+        if stalled == STALLED_LOOKS:
+            self.transport.abort()
+        elif waits and before is self.cycle:
             self.transport.close()
-        else:
-            self.loop.call_later(HEAD_S, self._look, self.cycle if waits else _BUSY)
+        self.loop.call_later(HEAD_S, self._look, self.cycle if waits else _BUSY, left, stalled)
 
 
 class Draining(uvicorn.Server):
@@ -88,7 +100,7 @@ def web_server(
     """
     config = uvicorn.Config(
         app,
-        http=HeadsInTime,
+        http=LivelyConnection,
         log_level=log_level,
         access_log=False,
         server_header=False,

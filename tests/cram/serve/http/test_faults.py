@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,21 @@ def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch
         # A request that has begun has the time of its own limits.
         slow.sendall(content[9:])
         assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_that_take_nothing_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cram.serve.http.connection.HEAD_S", 0.2)
+    with serving() as (client, *_), socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.settimeout(0.2)
+        line.connect(address(client))
+        deadline = time.monotonic() + 30
+        with pytest.raises(ConnectionError):
+            while True:
+                assert time.monotonic() < deadline, "who reads nothing must not stay for ever"
+                with suppress(TimeoutError):
+                    line.send(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+        assert client.send("/health")[0] == 200
 
 
 VALUES = st.recursive(
