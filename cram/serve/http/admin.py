@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from cram.serve.bundles import Bundles
 from cram.serve.engine.versions import Version
-from cram.serve.http.body import Settings, read_json
+from cram.serve.http.body import Bodies, Settings
 
 
 class Admin:
@@ -24,7 +24,7 @@ class Admin:
     """
 
     def __init__(self, bundles: Bundles, settings: Settings) -> None:
-        self._bundles, self._settings = bundles, settings
+        self._bundles, self._settings, self._bodies = bundles, settings, Bodies(settings)
 
     def routes(self) -> list[Route]:
         """The routes."""
@@ -36,8 +36,8 @@ class Admin:
     async def bundle(self, http: Request) -> Response:
         """Makes a bundle of the bundle folder current; the body is {"name": folder}."""
         self._admit(http)
-        body = await read_json(http, self._settings)
-        name = body.get("name") if isinstance(body, dict) and body.keys() == {"name"} else None
+        async with self._bodies.read(http) as body:
+            name = body.get("name") if isinstance(body, dict) and body.keys() == {"name"} else None
         return _current(await asyncio.to_thread(self._bundles.use, name))
 
     async def rollback(self, http: Request) -> Response:

@@ -15,7 +15,7 @@ HEAD_S = 30.0
 # Looks between which not a byte was taken.
 STALLED_LOOKS = 2
 # After the drain, seconds for the last words to those whose answers were given up.
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 3.0
 _BUSY = object()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cram.serve.engine.engine import Engine
-from cram.serve.http.body import Settings, read_json
+from cram.serve.http.body import Bodies, Settings
 from cram.serve.http.chat import ChatReader, ChatRequest
 from cram.serve.http.errors import failed, failure
 from cram.serve.http.fields import AUTOMATIC, BASE
@@ -36,7 +37,7 @@ class Server:
     """
 
     def __init__(self, engine: Engine, processor: Any, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine, self._settings, self._bodies = engine, settings, Bodies(settings)
         self._tokenizer = processor.tokenizer
         longest = CHARACTERS_PER_TOKEN * engine.context
         # A prompt lives as long as its request.
@@ -56,28 +57,25 @@ class Server:
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers a conversation."""
-        body = await read_json(http, self._settings)
-        async with Presence(http) as client:
-            asked = await self._read(body, client)
-            heard = Collector(asked.sampling.n)
-            mailbox = Mailbox(heard)
-            request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
+        asked = await self._read(http)
+        heard = Collector(asked.sampling.n)
+        mailbox, replies = Mailbox(heard), Replies(asked.model, self._tokenizer)
+        request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
+        # However this ends, nothing more is computed for the request; a stream takes that over.
+        with ExitStack() as ending:
             self._engine.submit(request)
-            replies = Replies(asked.model, self._tokenizer)
-            try:
+            ending.callback(request.cancel)
+            async with Presence(http) as client:
                 first = await client.unless_gone(mailbox.next())
                 if isinstance(first, Failed):
                     return failed(first)
                 if asked.stream:
-                    chunks = self._chunks(request.sampling.n, mailbox, replies, first, asked.usage)
-                    return Stream(chunks, request)
+                    chunks = self._chunks(asked.sampling.n, mailbox, replies, first, asked.usage)
+                    return Stream(chunks, ending.pop_all())
                 while not heard.done.is_set() or mailbox.waiting:
                     if isinstance(found := await client.unless_gone(mailbox.next()), Failed):
                         return failed(found)
                 return JSONResponse(replies.whole(heard))
-            except BaseException:
-                request.cancel()
-                raise
 
     async def _chunks(
         self, n: int, mailbox: Mailbox, replies: Replies, started: Started, counts: bool
@@ -99,9 +97,8 @@ class Server:
 
     async def route(self, http: HttpRequest) -> Response:
         """Which experts would answer a conversation."""
-        body = await read_json(http, self._settings)
+        asked = await self._read(http)
         async with Presence(http) as client:
-            asked = await self._read(body, client)
             future = self._engine.decide(asked.prompt, asked.mixture)
             decision = await client.unless_gone(asyncio.wrap_future(future))
         return JSONResponse(decided(decision, self._engine.versions.current.names))
@@ -131,10 +128,11 @@ class Server:
         """Counts for Prometheus."""
         return PlainTextResponse(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _read(self, body: Any, client: Presence) -> ChatRequest:
-        # Before images are decoded, which costs more than anything else that a refused request does.
-        self._engine.check_room()
-        asked: ChatRequest = await client.unless_gone(asyncio.to_thread(self._reader.read, body))
+    async def _read(self, http: HttpRequest) -> ChatRequest:
+        async with self._bodies.read(http) as body, Presence(http) as client:
+            # Before images are decoded, which costs more than anything else that a refused request does.
+            self._engine.check_room()
+            asked: ChatRequest = await client.unless_gone(asyncio.to_thread(self._reader.read, body))
         held = sum(each.num_bytes for each in list(self._held.values()))
         if held and held + asked.prompt.num_bytes > self._settings.max_held:
             self._engine.metrics.rejected += 1
@@ -148,20 +146,18 @@ class Stream(StreamingResponse):
 
     Args:
         chunks: Its pieces.
-        request: Is cancelled when the response ends, also where the client has gone before the first piece.
+        ending: Is closed when the response ends, also where the client has gone before the first piece.
     """
 
-    def __init__(self, chunks: AsyncIterator[str], request: Request) -> None:
+    def __init__(self, chunks: AsyncIterator[str], ending: ExitStack) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self._request = request
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
-        try:
+        with self._ending:
             await super().__call__(scope, receive, send)
-        finally:
-            self._request.cancel()
 
 
 def _listed(name: str) -> dict[str, Any]:

@@ -174,8 +174,13 @@ def test_a_stop_tells_everybody_whose_answer_is_given_up() -> None:
             for asked in ({"stream": True, "n": 2}, {"stream": True}, {}, {"n": 2}):
                 replies.append(pool.submit(running.client.send, PATH, {**answers, **asked}))
                 wait_for(lambda: running.engine.load == (max(len(replies) - 1, 0), 2))
+            uploads = socket.create_connection(address(running.client), timeout=30)
+            uploads.sendall(head(100) + b"{")
+            time.sleep(0.1)
             stopped = time.monotonic()
         assert time.monotonic() - stopped < 10
+    with uploads:
+        assert uploads.recv(100).startswith(b"HTTP/1.1 503 ")
     (status, flying, _), *waiting = [each.result() for each in replies]
     said = {
         "error": {"message": "the server has stopped", "type": "server_error", "param": None, "code": None}

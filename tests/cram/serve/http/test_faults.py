@@ -249,6 +249,37 @@ def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch
         assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+def test_bodies_of_all_requests_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many that send a large body slowly must not fill the memory."""
+    question = {"model": "cram", "max_tokens": 2, "messages": messages("x")}
+    large = json.dumps({**question, "metadata": "m" * 300_000}).encode()
+    made, readers = body.Settings(max_bodies=1_000_000), []
+    made_by = body.Bodies
+
+    def noted(settings: Any) -> Any:
+        readers.append(made_by(settings))
+        return readers[-1]
+
+    monkeypatch.setattr("cram.serve.http.server.Bodies", noted)
+    with serving(settings=made) as (client, *_), ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(address(client), timeout=60)) for _ in range(3)]
+        for line in slow:
+            line.sendall(head(len(large)) + large[:-1])
+        while readers[0]._held < 3 * (len(large) - 1):
+            time.sleep(0.02)
+        reply = client.send(PATH, large)
+        assert reply[0] == 429 and reply[2]["retry-after"] == "1"
+        assert "too large together" in reply[1]["error"]["message"]
+        # Small ones pass; what was sent or has gone makes room.
+        assert client.send(PATH, question)[0] == 200
+        slow[0].sendall(large[-1:])
+        assert slow[0].recv(100).startswith(b"HTTP/1.1 200 ")
+        slow[1].close()
+        deadline = time.monotonic() + 20
+        while client.send(PATH, large)[0] != 200:
+            assert time.monotonic() < deadline
+
+
 def test_connections_that_take_nothing_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cram.serve.http.connection.HEAD_S", 0.2)
     with serving() as (client, *_), socket.socket() as line:
