@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo serve test lint versions peer-tests vllm-tests swift-tests readme bench gpu headers sanitize mutants clean
+.PHONY: demo serve test lint versions peer-tests vllm-tests swift-tests zero-tests readme bench gpu headers sanitize mutants clean
 
 demo: .venv/.installed-hf
 	@$(BIN)/cram demo --out runs/demo
@@ -42,6 +42,10 @@ vllm-tests:
 # The test of the ms-swift tuner against a real ms-swift, in an environment of its own.
 swift-tests:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/swift
+
+# The test of ZeRO-2 against a real DeepSpeed in two processes on a CPU, in an environment of its own.
+zero-tests:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' .ci/zero
 
 bench: .venv/.installed-hf
 	@$(BIN)/python -m benchmarks --quick

@@ -14,7 +14,8 @@ the old ones in the optimiser, whose state starts anew; the learning-rate schedu
 has a rate above zero, because a buffer that trains for one step would stay zero otherwise.
 
 Every process has the whole model, and the gradients of the expert are added up in one message. So the model
-is not wrapped: DDP and FSDP bind parameters when they begin, and a stage brings new ones.
+is not wrapped: DDP and FSDP bind parameters when they begin, and a stage brings new ones. Under ZeRO-2 of
+DeepSpeed every stage gets an engine of its own; see `cram.learning.parallel.zero`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from cram.attach import attached
@@ -38,11 +40,12 @@ from cram.learning.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from cram.learning.parallel.processes import by_first, sum_gradients, totals, world
+from cram.learning.parallel.processes import by_first, rank, sum_gradients, totals, world
+from cram.learning.parallel.zero import ZeroStages, export_part, import_part
 from cram.learning.step import TaskSteps, gate_entropy
 from cram.model.attached import AttachedModel
 
-TASK = "task"
+TASK, PART = "task", "optimizer-{:05d}"
 # Arguments of the Trainer that must be off, and why.
 REFUSED = {
     "load_best_model_at_end": "a stage has other parameters",
@@ -61,6 +64,9 @@ class OneTask:
     optimizer: Any
     lr_scheduler: Any
     current_gradient_accumulation_steps: int
+    model_wrapped: Any
+    is_deepspeed_enabled: bool
+    _zero: ZeroStages | None
 
     def __init__(self, *arguments: Any, task: str, **options: Any) -> None:
         """Build the trainer.
@@ -115,6 +121,9 @@ class OneTask:
         found = str(self._checkpoint) if self._checkpoint else None
         result = super().train(resume_from_checkpoint=found, **options)  # type: ignore[misc]
         assert self._steps is not None
+        if self._zero is not None:
+            self._zero.release()
+            self.model_wrapped = self.model
         self._steps.end()
         self._steps = None
         self.model.eval()
@@ -124,11 +133,14 @@ class OneTask:
         """Leave the model unwrapped; see the module."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         kind = str(self.accelerator.distributed_type.value)
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if kind in ("FSDP", "MEGATRON_LM"):
             raise NotImplementedError(
                 f"CramTrainer must run without {kind}, which binds the parameters of one stage: launch plain "
                 "processes (torchrun); cram.learning.parallel.sharding.shard divides a base that is too large"
             )
+        self._zero = ZeroStages(self.accelerator, self.model) if kind == "DEEPSPEED" else None
+        # Else the Trainer would prepare, save and load one engine for the whole training.
+        self.is_deepspeed_enabled = False
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -144,9 +156,7 @@ class OneTask:
             self.cram.method.import_training(self.task, self.state.max_steps, tensors, values)
             steps.resume()
             self._began = -1
-        kind, options = type(self).get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
-        group = {"params": steps.parameters, "weight_decay": self.args.weight_decay}
-        self.optimizer = kind([group], **options)
+        self.optimizer = self._new_optimizer({"weight_decay": self.args.weight_decay})
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -175,9 +185,13 @@ class OneTask:
                 self._renew_optimizer(fresh)
             for parameter in self._steps.parameters:
                 parameter.grad = None
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        acting = model if self._zero is None else self.model_wrapped
+        loss: Tensor = super().training_step(acting, inputs, num_items_in_batch)  # type: ignore[misc]
         if self.accelerator.sync_gradients:
-            sum_gradients(self._steps.parameters, 1 / world())
+            if self._zero is None:
+                sum_gradients(self._steps.parameters, 1 / world())
+            else:
+                self._zero.copy_back()
             self._steps.finish()
             self._meter.steps += 1
         return loss
@@ -212,11 +226,26 @@ class OneTask:
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
         return bool(counted or self.compute_loss_func is not None)  # type: ignore[attr-defined]
 
+    def _new_optimizer(self, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """An optimiser of the stage's parameters, with the settings of a group."""
+        assert self._steps is not None
+        parameters = self._steps.parameters
+        if self._zero is not None:
+            parameters = self._zero.hold(parameters)
+        kind, options = type(self).get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
+        made: torch.optim.Optimizer = kind([{**group, "params": parameters}], **options)
+        return made
+
     def _renew_optimizer(self, parameters: list[nn.Parameter]) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         (group,) = optimizer.param_groups
-        group["params"] = parameters
-        optimizer.state.clear()
+        if self._zero is None:
+            group["params"] = parameters
+            optimizer.state.clear()
+            return
+        self._zero.release()
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self._new_optimizer(group))
+        self.lr_scheduler.optimizer = self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip all that is trained. CRAM's centroid is no parameter of the model."""
@@ -225,7 +254,12 @@ class OneTask:
 
     def _of(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        return {"task": self.task, "earlier experts": self._older, "config": self.cram.config.to_dict()}
+        return {
+            "task": self.task,
+            "number of ZeRO processes": 0 if self._zero is None else world(),
+            "earlier experts": self._older,
+            "config": self.cram.config.to_dict(),
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the task in training, or else the bundle of all experts, in place of the base model.
@@ -240,6 +274,25 @@ class OneTask:
         else:
             tensors, values = self.cram.method.export_training()
             write_checkpoint(folder / TASK, tensors, values, self._of())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer; under ZeRO-2 every process writes its part of the optimiser's state."""
+        if self._zero is None:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        write_checkpoint(Path(output_dir) / PART.format(rank()), *export_part(self.optimizer), self._of())
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer; under ZeRO-2 every process reads its part of the optimiser's state."""
+        if self._zero is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        import_part(self.optimizer, *read_checkpoint(Path(checkpoint) / PART.format(rank()), self._of()))
+        self.is_deepspeed_enabled = True  # Then the Trainer reads the schedule alone.
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        self.is_deepspeed_enabled = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the optimiser needs the task first; see `create_optimizer`."""

@@ -23,6 +23,17 @@ def fresh(config: CramConfig) -> Any:
     return model
 
 
+def seeded(model: Any, seed: int = 0) -> None:
+    """Let a model's method draw the same initial values, whoever trains it."""
+    begin = model.cram.method.begin_task
+
+    def begin_seeded(task: str, total_steps: int) -> None:
+        torch.manual_seed(seed)
+        begin(task, total_steps)
+
+    model.cram.method.begin_task = begin_seeded
+
+
 def examples(task: Task, count: int = 8) -> list[Example]:
     """Encoded training samples; a short task begins again."""
     processor = factories.llava_processor()

@@ -18,20 +18,9 @@ from cram.learning.checkpoint import mark_complete, newest_complete
 from cram.learning.training import Batch, TaskLoop
 from cram.streams import Task
 from tests.cram import factories, runs
-from tests.cram.learning.tasks import collate, examples, experts, fresh, logged, same_group, trainer
+from tests.cram.learning.tasks import collate, examples, experts, fresh, logged, same_group, seeded, trainer
 
 CONFIG = runs.config(dropout=0.0, batch_size=8, lr_warmup_ratio=0.2)
-
-
-def seeded(model: Any, seed: int = 0) -> None:
-    """Let a model's method draw the same initial values, whoever trains it."""
-    begin = model.cram.method.begin_task
-
-    def begin_seeded(task: str, total_steps: int) -> None:
-        torch.manual_seed(seed)
-        begin(task, total_steps)
-
-    model.cram.method.begin_task = begin_seeded
 
 
 def learnt(out: Path, tasks: tuple[Task, ...], config: Any = CONFIG, **options: Any) -> list[CramTrainer]:

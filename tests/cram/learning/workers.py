@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.learner import ContinualLearner, Work
 from tests.cram import factories, runs
-from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
+from tests.cram.learning.tasks import experts, fresh, logged, same_group, seeded, trainer
 
 
 def together(worker: Any, folder: Path, *arguments: Any, processes: int = 2) -> None:
@@ -55,13 +55,7 @@ def learn_and_test(rank: int, folder: Path, options: dict[str, Any]) -> None:
 def train_with_trainer(rank: int, folder: Path, options: dict[str, Any]) -> None:
     """Two tasks by CramTrainer, half of each step's samples in each process."""
     model = fresh(runs.config(dropout=0.0))
-    begin = model.cram.method.begin_task
-
-    def begin_seeded(task: str, total_steps: int) -> None:
-        torch.manual_seed(rank)  # The first process's values are everybody's.
-        begin(task, total_steps)
-
-    model.cram.method.begin_task = begin_seeded
+    seeded(model, rank)  # The first process's values are everybody's.
     found: dict[str, list[float]] = {}
     for task in same_group():
         made = trainer(model, task, folder / task.name, ddp_backend="gloo", **options)

@@ -25,7 +25,7 @@ from cram.learning.parallel.processes import (
 from cram.methods import METHODS
 from tests.cram import runs
 from tests.cram.learning import workers
-from tests.cram.learning.tasks import experts, fresh, logged, same_group, trainer
+from tests.cram.learning.tasks import experts, fresh, logged, same_group, seeded, trainer
 
 PLAIN = {"dropout": 0.0, "batch_size": 4}
 # Steps of two samples leave one of three processes idle.
@@ -120,13 +120,7 @@ def test_the_trainer_in_two_processes_as_in_one(tmp_path: Path, accumulation: in
     workers.together(workers.train_with_trainer, tmp_path, options)
     found = torch.load(tmp_path / "found", weights_only=True)
     model = fresh(runs.config(dropout=0.0))
-    begin = model.cram.method.begin_task
-
-    def begin_seeded(task: str, total_steps: int) -> None:
-        torch.manual_seed(0)
-        begin(task, total_steps)
-
-    model.cram.method.begin_task = begin_seeded
+    seeded(model)
     wanted: dict[str, list[float]] = {}
     for task in same_group():
         made = trainer(model, task, tmp_path / "one" / task.name)
