@@ -123,9 +123,12 @@ def _whole_query(seen: list[Query], text_dim: int, image_dim: int, device: torch
     return Query(**{name: gathered_rows(torch.cat(rows)) for name, rows in parts.items()})
 
 
-def gate_entropy(route: Route | None) -> float | None:
-    """Return the mean entropy of the gates over layers and samples, in nats; None without a route."""
+def gate_entropy(route: Route | None) -> Tensor | None:
+    """Return the mean entropy of the gates over layers and samples, a scalar in nats; None without a route.
+
+    The scalar stays where the gates are, so a GPU is not waited for.
+    """
     if route is None or not route.gates.shape[2]:
         return None
     gates = route.gates.detach()
-    return float(-torch.special.xlogy(gates, gates).sum(-1).mean())
+    return -torch.special.xlogy(gates, gates).sum(-1).mean()

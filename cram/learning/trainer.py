@@ -21,6 +21,7 @@ DeepSpeed every stage gets an engine of its own; see `cram.learning.parallel.zer
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,11 @@ from cram.learning.checkpoint import (
 )
 from cram.learning.parallel.processes import by_first, rank, sum_gradients, totals, world
 from cram.learning.parallel.zero import ZeroStages, export_part, import_part
-from cram.learning.step import TaskSteps, gate_entropy
+from cram.learning.step import TaskSteps, batch_route, gate_entropy
 from cram.model.attached import AttachedModel
 
 TASK, PART = "task", "optimizer-{:05d}"
+NAMES = ("cross_entropy", "penalty", "gate_entropy")
 # Arguments of the Trainer that must be off, and why.
 REFUSED = {
     "load_best_model_at_end": "a stage has other parameters",
@@ -89,6 +91,11 @@ class OneTask:
         for name, reason in REFUSED.items():
             if value := getattr(self.args, name):
                 raise ValueError(f"{name} must be {type(value)()!r}, because {reason}, got {value!r}")
+        if self.args.push_to_hub and self.args.hub_token is not None:
+            raise ValueError(
+                "hub_token must be None, because the Trainer uploads its arguments as they are: set HF_TOKEN "
+                "instead, got one"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 "the GPUs of a process must be one, because DataParallel copies the model: launch a process "
@@ -114,8 +121,14 @@ class OneTask:
             **options: As of `Trainer.train`.
 
         Raises:
-            ValueError: If the checkpoint is damaged or incomplete, or of another task or model.
+            ValueError: If the checkpoint is damaged or incomplete, or of another task, length or model; or if
+                the model is still in a training that was interrupted.
         """
+        if self.cram.in_training or self.cram.hooks.solo_in_training:
+            raise ValueError(
+                "model must not be in training, got one whose training was interrupted: make it anew "
+                "(cram.attach, cram.load), then train, or resume from a checkpoint"
+            )
         self._checkpoint = _chosen(resume_from_checkpoint, Path(self.args.output_dir))
         self.optimizer = self.lr_scheduler = None
         found = str(self._checkpoint) if self._checkpoint else None
@@ -199,9 +212,13 @@ class OneTask:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The Trainer's loss and, in training, the method's own loss of this forward."""
+        """The Trainer's loss and, in training, the method's own loss of this forward.
+
+        An evaluation within the training tells the task to a method that must be told.
+        """
         if self._steps is None or not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            with nullcontext() if self._steps is None else batch_route(self.cram.method, self.task):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         rows, tokens = _rows(inputs), inputs["input_ids"].numel()
         with self._steps.forward():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
@@ -256,6 +273,7 @@ class OneTask:
         """What a checkpoint belongs to."""
         return {
             "task": self.task,
+            "number of steps": self.state.max_steps,
             "number of ZeRO processes": 0 if self._zero is None else world(),
             "earlier experts": self._older,
             "config": self.cram.config.to_dict(),
@@ -297,8 +315,12 @@ class OneTask:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the optimiser needs the task first; see `create_optimizer`."""
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the checkpoint is not complete yet; see `_save_checkpoint`."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's checkpoint, marked complete behind its last file; only then do older ones go."""
+        """The Trainer's checkpoint, marked complete behind its last file; only then is it pushed, and only
+        then do older ones go."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -307,6 +329,8 @@ class OneTask:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         by_first(lambda: None)  # Every process has written its random state.
         by_first(lambda: mark_complete(folder))
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))  # type: ignore[misc]
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
@@ -326,25 +350,23 @@ class _Meter:
         self._forwards, self._tokens = 0, 0
 
     def add(
-        self, loss: Tensor, extra: Tensor | None, divided: int, entropy: float | None, tokens: int
+        self, loss: Tensor, extra: Tensor | None, divided: int, entropy: Tensor | None, tokens: int
     ) -> None:
-        """Count a forward: its part of the step's cross-entropy, and the method's part."""
-        parts = {"cross_entropy": loss, "penalty": None if extra is None else extra.detach() / divided}
-        for name, value in parts.items():
+        """Count a forward: its part of the step's cross-entropy, the method's part, the gates' entropy."""
+        penalty = None if extra is None else extra.detach() / divided
+        for name, value in zip(NAMES, (loss, penalty, entropy), strict=True):
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
-        if entropy is not None:
-            self._sums["gate_entropy"] = self._sums.get("gate_entropy", 0.0) + entropy
         self._forwards += 1
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
         """Return the means over steps (gate entropy: over forwards) and processes, and begin anew."""
-        now, names = time.monotonic(), ("cross_entropy", "penalty", "gate_entropy")
+        now = time.monotonic()
         counts = (max(1, self.steps), max(1, self.steps), max(1, self._forwards))
-        own = [float(self._sums.get(name, 0.0)) / count for name, count in zip(names, counts, strict=True)]
+        own = [float(self._sums.get(name, 0.0)) / count for name, count in zip(NAMES, counts, strict=True)]
         *sums, tokens = totals(*own, float(self._tokens))
-        found = {name: value / world() for name, value in zip(names, sums, strict=True)}
+        found = {name: value / world() for name, value in zip(NAMES, sums, strict=True)}
         found["tokens_per_second"] = tokens / max(1e-9, now - self._since)
         self.__init__()  # type: ignore[misc]
         return found
