@@ -89,6 +89,19 @@ def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
 
 
+def check_one_device(first: torch.Tensor, *arguments: Any) -> None:
+    """Raise ValueError where a tensor, alone or in a list, is not where the first one is; for fake results.
+
+    torch asks for a fake result not only while it traces, but also for one meta tensor among others.
+    """
+    for argument in arguments:
+        for tensor in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(tensor, torch.Tensor) and tensor.device != first.device:
+                raise ValueError(
+                    f"all tensors must be on {first.device} like the first argument, got {tensor.device}"
+                )
+
+
 def triton_missing(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
     """Return why the Triton kernels cannot serve such tensors; `Missing` for every op that has them.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cram_kernels.dispatch import constant_when_compiled
+from cram_kernels.dispatch import check_one_device, constant_when_compiled
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.library import library_missing
 from cram_kernels.packing import PackedExperts
@@ -218,10 +218,12 @@ _backward_once = once_differentiable(_backward)
 
 
 def _fake(x: Tensor, weight: Tensor, *factors: Any) -> Tensor:
+    check_one_device(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_stack(x: Tensor, weights: Sequence[Tensor], *factors: Any) -> list[Tensor]:
+    check_one_device(x, *factors)
     return [_fake(x, weight) for weight in weights]
 
 
@@ -237,7 +239,7 @@ def _fake_forward(
     first: int,
     *words: int,
 ) -> tuple[Tensor, Tensor]:
-    return _fake(x, weight), x.new_empty(x.shape[:-1].numel(), bt.shape[0] - first)
+    return _fake(x, weight, bias, a, bt, owner, gates), x.new_empty(x.shape[:-1].numel(), bt.shape[0] - first)
 
 
 def _fake_backward(
@@ -253,6 +255,7 @@ def _fake_backward(
     tail: int,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_one_device(dy, x, z, weight, a, bt, owner, gates)
     *_, need_x, need_gates, need_a, need_b = rest
     trained = bt.shape[0] - tail
     of_a = trained if a.shape[0] == bt.shape[0] else a.shape[0]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cram_kernels.dispatch import constant_when_compiled
+from cram_kernels.dispatch import check_one_device, constant_when_compiled
 from cram_kernels.library import DTYPES, native_missing
 
 NAME = "cram::orthogonality_penalty"
@@ -151,6 +151,7 @@ def _fake(
     scale: float,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
+    check_one_device(gamma, hidden, a, bt, bases, mask)
     inputs = [h.shape[0] * h.shape[-1] for h in hidden]
     sizes = (sum(inputs), sum(t.numel() for t in a), sum(t.numel() for t in bt), gamma.numel())
     flat = [gamma.new_empty(size if want else 0) for size, want in zip(sizes, wanted, strict=True)]

@@ -80,16 +80,19 @@ def test_layer_refuses_another_device(call: str, name: str, impl: str) -> None:
     available(layer_api.OP, impl)
     if call == "routed" and name == "gates":
         pytest.skip("it has no gates")
-    with pytest.raises(ValueError, match=f"{name} must be on cpu like the first argument, got meta"):
-        CALLS[call](impl, **{name: moved(name)})
+    in_blocks = {} if name == "segments" else {"segments": None}
+    for segments in ({}, in_blocks):
+        with pytest.raises(ValueError, match=f"{name} must be on cpu like the first argument, got meta"):
+            CALLS[call](impl, **{name: moved(name), **segments})
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("call", CALLS)
 def test_layer_refuses_dtype_and_range(call: str, impl: str) -> None:
     available(layer_api.OP, impl)
-    with pytest.raises(ValueError, match=r"bias must be torch.float32 \[28\], got torch.float16 \[28\]"):
-        CALLS[call](impl, bias=layer()["bias"].half())
+    for segments in ({}, {"segments": None}):
+        with pytest.raises(ValueError, match=r"bias must be torch.float32 \[28\], got torch.float16 \[28\]"):
+            CALLS[call](impl, bias=layer()["bias"].half(), **segments)
     for index in (-1, 4):
         segments = layer()["segments"].clone()
         segments[3] = index

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cram_kernels import native_libraries
+from cram_kernels.expert_lora import native as layers
+from cram_kernels.orthogonality import native as penalty
 from cram_kernels.testing import layer_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -110,6 +112,33 @@ def test_the_raw_backward_refuses_what_does_not_fit(changes: dict[str, Any], mes
         torch.ops.cram.packed_expert_lora_backward(**changed(usual, changes))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "a", "bt", "owner", "gates"])
+def test_the_raw_operations_refuse_a_meta_tensor_among_others(name: str) -> None:
+    """torch asks for a fake result then; its memory would not be written."""
+    forward = changed(forward_arguments(), {name: lambda tensor: tensor.to("meta")})
+    assert layers.missing(None, None) is None
+    words = {"first": 0, "dropped": 0, "row_word": 0, "pair_word": 0}
+    lists = {
+        key: [value] for key, value in forward.items() if key not in ("x", "weight", "bias", "owner", "gates")
+    }
+    lists |= {"weights": [forward["weight"]], "biases": [forward["bias"]], "owners": [forward["owner"]]}
+    stacked = {key: lists[key] for key in ("weights", "biases", "a", "bt", "owners")}
+    calls = [
+        (torch.ops.cram.packed_expert_lora, forward),
+        (torch.ops.cram.packed_expert_lora_forward, forward | words),
+        (
+            torch.ops.cram.packed_expert_lora_stack,
+            {"x": forward["x"], **stacked, "gates": forward["gates"], "scale": 1.0},
+        ),
+    ]
+    if name != "bias":
+        backward = changed(backward_arguments(), {name: lambda tensor: tensor.to("meta")})
+        calls.append((torch.ops.cram.packed_expert_lora_backward, backward))
+    for call, arguments in calls:
+        with pytest.raises(ValueError, match="all tensors must be on cpu like the first argument, got meta"):
+            call(**arguments)
+
+
 def test_a_raw_stack_needs_all_of_each_layer() -> None:
     usual = forward_arguments()
     packs = [usual["a"]], [usual["bt"]], [usual["owner"]]
@@ -131,3 +160,12 @@ def test_the_raw_penalty_takes_an_empty_mask_for_a_mask(batch: int, tokens: int)
     )
     assert loss == 0 and [len(each) for each in gradients] == [batch * 8, 16, 12, batch]
     assert not any(each.any() for each in gradients)
+
+
+def test_the_raw_penalty_refuses_a_meta_tensor_among_others() -> None:
+    assert penalty.missing(None, None) is None
+    hidden, a, bt, basis = torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 6), torch.eye(6)[:, :2]
+    with pytest.raises(ValueError, match="all tensors must be on cpu like the first argument, got meta"):
+        torch.ops.cram.orthogonality_penalty(
+            [hidden], [a], [bt.to("meta")], [basis], torch.ones(2), None, 1.0, *[True] * 4
+        )
