@@ -25,6 +25,10 @@ def test_every_registered_method_has_a_size_and_says_what_it_is() -> None:
 @pytest.mark.parametrize(("kind", "rank"), [("task", 9), ("pool", 7), ("branches", 12), ("one", AVERAGE)])
 def test_sizes_by_kind(kind: str, rank: int) -> None:
     assert BUDGETS[kind].rank(9, TASKS, AVERAGE) == rank
+    sized = [name for name, method in METHODS.items() if method.budget == kind and name != "cram"]
+    assert sized
+    for name in sized:
+        assert Entry(name).changes(CONFIG, TASKS, AVERAGE) == {"rank": rank}
 
 
 def test_a_pool_has_the_rows_of_all_tasks() -> None:

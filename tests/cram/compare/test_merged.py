@@ -101,15 +101,15 @@ def test_the_command_joins_files_and_touches_no_runs(
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, seeds in zip(files, (["0", "1"], ["2"]), strict=True):
         file.write_text(json.dumps(part(seeds)))
-    command = ["compare", "--merge", *map(str, files), "--out", str(tmp_path / "joined")]
+    command = ["compare", "--merge", *map(str, files), "--out", str(out := tmp_path / "new/joined")]
     assert main(command) == 0 and main(command) == 0
-    assert "3 seeds" in (tmp_path / "joined/table.md").read_text()
-    assert (tmp_path / "joined/report.html").is_file()
-    (tmp_path / "joined/seeds").mkdir()
-    before = (tmp_path / "joined/report.json").read_bytes()
+    assert "3 seeds" in (out / "table.md").read_text()
+    assert (out / "report.html").is_file()
+    (out / "seeds").mkdir()
+    before = (out / "report.json").read_bytes()
     capsys.readouterr()
     assert main(command) == 2
     assert "must hold no runs" in capsys.readouterr().err
-    assert (tmp_path / "joined/report.json").read_bytes() == before
-    assert main([*command[:-1], str(tmp_path / "new"), "--merge", str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert (out / "report.json").read_bytes() == before
+    assert main([*command[:-1], str(tmp_path / "other"), "--merge", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -95,11 +96,15 @@ def test_a_child_is_quiet_has_its_threads_and_sends_its_fault(monkeypatch: pytes
     monkeypatch.setattr(processes, "quiet_transformers", lambda: calls.append("quiet"))
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append(number))
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: threads.append(thread))
     ours, theirs = multiprocessing.Pipe(duplex=False)
     with ours, theirs:
         processes._child(Job("bad", fail, ("rank must be 3",)), 2, theirs)
         assert ours.recv() == "rank must be 3"
     assert calls == [signal.SIGINT, 2, "quiet"]
+    # A thread that is no daemon would keep a child alive that has done its job.
+    assert [thread.daemon for thread in threads] == [True]
 
 
 def test_a_fault_is_named_and_stops_the_others(tmp_path: Path) -> None:

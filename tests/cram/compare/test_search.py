@@ -36,7 +36,9 @@ def test_a_trial_scales_rate_and_ranks() -> None:
     CramConfig.from_dict({**config.to_dict(), **found})
 
 
-def test_what_was_found_is_what_the_runs_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_what_the_runs_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(searching, "RATES", (1.0, 3.0))
     monkeypatch.setattr(searching, "SIZES", (2.0,))
     factories.save_clip(tmp_path / "clip", clip := factories.clip_model())
@@ -49,6 +51,12 @@ def test_what_was_found_is_what_the_runs_have(tmp_path: Path, monkeypatch: pytes
     command += ["--seeds", "2", "--orders", "2", "--search", "--methods", "cram", "sequential"]
     assert main([*command, "--ablations", "no-penalty", "--config", *settings]) == 0
 
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("== trial")] == [
+        "== trial 1 of 4: cram, 1-2",
+        "== trial 2 of 4: sequential, 1-2",
+        "== trial 3 of 4: cram, 3-2",
+        "== trial 4 of 4: sequential, 3-2",
+    ]
     searched = read_json(out / "search.json")
     assert searched["seed"] == searching.SEED
     assert {method: len(trials) for method, trials in searched["trials"].items()} == {

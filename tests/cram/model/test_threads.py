@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +94,15 @@ def test_values_of_threads() -> None:
     value.set(1)
     assert together(value.get, lambda: (value.set(5), value.get())[1]) == [0, 5]
     assert value.get() == 1
+
+
+def test_a_copy_of_a_value_begins_anew() -> None:
+    value: PerThread[int] = PerThread(3)
+    value.set(1)
+    for made in (copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
+        assert made.get() == 3
+        made.set(5)
+        assert made.get() == 5 and value.get() == 1
 
 
 def test_an_attached_assistant_follows_its_route() -> None:

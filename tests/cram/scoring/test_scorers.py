@@ -112,6 +112,13 @@ def test_golden_soft_accuracy(case: dict[str, Any]) -> None:
     assert score("vqa_soft", predictions, samples) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\t"])
+def test_a_mark_beside_a_blank_joins_wherever_it_stands(blank: str) -> None:
+    assert vqa_normal_form("red-green") == "red green"
+    assert vqa_normal_form(f"self-{blank}made red-green") == "self made redgreen"
+    assert vqa_normal_form(f"self{blank}-made red-green") == "self made redgreen"
+
+
 @pytest.mark.parametrize("case", cases("scorer_grounding"))
 def test_golden_boxes(case: dict[str, Any]) -> None:
     rows = case["json_inputs"]["annotations"]

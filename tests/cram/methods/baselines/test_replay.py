@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cram.learning import learner as learning
 from cram.learning.replay import all_kept_samples, training_samples
+from cram.learning.schedule import task_seed
 from cram.methods.baselines.replay import ReplayMethod
 from cram.streams.types import Sample, Stream
 from tests.cram import runs
@@ -41,6 +43,12 @@ def test_every_task_but_the_last_keeps_the_same_number() -> None:
     assert len(set(kept)) == 60 and kept[:30] == sorted(kept[:30], key=lambda name: int(name.split("-")[1]))
     assert ids(all_kept_samples(stream, 60, seed=3)) == kept
     assert ids(training_samples(stream, 1, 60, seed=4)[100:]) != kept[:30]
+    # Each task's own seed draws what is kept of it, whatever the number of later tasks.
+    for index in (0, 1):
+        generator = torch.Generator().manual_seed(task_seed(3, index))
+        drawn = sorted(torch.randperm(100, generator=generator)[:30].tolist())
+        task = stream.tasks[index]
+        assert kept[30 * index : 30 * index + 30] == [f"{task.name}-{number}" for number in drawn]
     assert training_samples(stream, 2, 0, seed=3) is stream.tasks[2].train
 
 
