@@ -188,7 +188,7 @@ def _is_in_parts(folder: Path) -> bool:
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
     except (ValueError, AttributeError):
-        return False
+        kind = None
     return kind == PARTS and (folder.parent / "llava").is_dir()
 
 
