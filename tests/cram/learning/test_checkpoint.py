@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from cram.learning.checkpoint import RECORD, STATE, Termination, read_checkpoint, write_checkpoint
+from cram.learning.checkpoint import (
+    COMPLETE,
+    RECORD,
+    STATE,
+    Termination,
+    check_complete,
+    mark_complete,
+    read_checkpoint,
+    write_checkpoint,
+)
 from cram.learning.learner import ContinualLearner, Work
 from cram.learning.training import TaskLoop
 from cram.methods import METHODS
@@ -128,6 +137,28 @@ def test_a_damaged_checkpoint_is_refused(damage: Any, words: str, tmp_path: Path
     damage(folder)
     with pytest.raises((ValueError, OSError), match=words):
         read_checkpoint(folder, {"identity": "x"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "deep/a").write_bytes(b"other"), "deep/a must be as .* says, got none or"),
+        (lambda folder: (folder / "deep/a").unlink(), "deep/a must be as .* says, got none or"),
+        (lambda folder: (folder / COMPLETE).write_text("[]"), "must list files, got none"),
+        (lambda folder: (folder / COMPLETE).write_text("{"), "must be a JSON file"),
+        (lambda folder: (folder / COMPLETE).unlink(), "must be a complete checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_complete_as_it_was_marked(
+    damage: Any, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a").write_bytes(b"first")
+    mark_complete(tmp_path)
+    check_complete(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        check_complete(tmp_path)
 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(stopped: Path, tmp_path: Path) -> None:

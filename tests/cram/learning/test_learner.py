@@ -21,6 +21,7 @@ from cram.console import ProgressBar
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.answers.generate import end_ids, generate_answers
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, encode_sample, pad_id, training_batch
+from cram.learning.learner import Work
 from cram.learning.schedule import batch_order, learning_rate, task_seed, total_steps
 from cram.learning.training import answer_loss
 from cram.methods import METHODS
@@ -437,3 +438,10 @@ def test_text_alone_cannot_join_a_group_of_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'bare' must show images in its warm-up .* got text"):
         learner.learn(1)
     assert not (tmp_path / "run/tasks/02-bare").exists()
+
+
+def test_a_base_is_divided_before_anything_is_learnt(tmp_path: Path) -> None:
+    model, encoder = factories.fresh()
+    parts = (model, factories.llava_processor(), runs.two_tasks(), runs.config())
+    with pytest.raises(ValueError, match="must run in several processes .*, got one"):
+        ContinualLearner(*parts, out=tmp_path, encoder=encoder, work=Work(sharded=True))

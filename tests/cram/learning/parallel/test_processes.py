@@ -16,6 +16,7 @@ from cram.learning.parallel.processes import (
     by_first,
     copy_from_first,
     gathered_rows,
+    joined,
     own_share,
     rank,
     sum_gradients,
@@ -60,6 +61,31 @@ def primitives(number: int, folder: Path) -> None:
 
 def test_the_primitives_in_two_processes(tmp_path: Path) -> None:
     workers.together(primitives, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "expected"),
+    [
+        (None, "3", [3, "nccl", "left"]),
+        ("cuda:0", None, [0, "nccl", "left"]),
+        ("cpu", "3", ["gloo", "left"]),
+    ],
+)
+def test_a_process_joins_on_the_gpu_that_the_launcher_gave_it(
+    device: str | None, local: str | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", calls.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
+    with joined(device):
+        assert calls == expected[:-1]
+    assert calls == expected
 
 
 def close(left: Any, right: Any) -> None:
