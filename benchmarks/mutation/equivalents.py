@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-SMALLER = "The smaller of two numbers, whatever their order."
+import re
 
+# Changes that compute the same wherever they stand, as names of mutants tell them.
+KINDS: dict[re.Pattern[str], str] = {
+    re.compile(r": (min|max|torch\.promote_types)\((.+), (.+?)(|, .+)\) -> \1\(\3, \2\4\)( \(\d+\))?$"): (
+        "The smallest, the largest or the common type of some, whatever their order."
+    ),
+}
 EQUIVALENTS: dict[str, str] = {
     "cram/atomic.py write_json: indent=2 -> indent=3": "The spaces of a JSON file carry no value.",
     "cram/learning/answers/predict.py _routing: route.gates.transpose(0, 1) -> route.gates.transpose(1, 0)": (
@@ -20,15 +26,6 @@ EQUIVALENTS: dict[str, str] = {
         "A description with a shared A is refused unless its experts have equal ranks."
     ),
     "cram/bundle/tensors.py _is_entry: return False -> return None": "Its only caller asks for truth alone.",
-    "cram/routing/groups.py InstructionGroups._decide: min(2, len(self)) -> min(len(self), 2)": SMALLER,
-    "cram/model/factors.py new_lora: min(rank, linear.in_features, linear.out_features) -> "
-    "min(linear.in_features, rank, linear.out_features)": SMALLER,
-    "cram/scoring/boxes.py overlap: max(left[0], right[0]) -> max(right[0], left[0])": (
-        "The larger of two numbers, whatever their order."
-    ),
-    "cram/scoring/scorers.py _same_number: max(1.0, abs(expected)) -> max(abs(expected), 1.0)": (
-        "The larger of two numbers, whatever their order."
-    ),
     "cram/streams/pictures.py upright_rgb: -1 -> -2": "No value of 16 bits is negative.",
     "cram_kernels/expert_lora/outputs.py forward_outputs: not order.base_last and order.chunk is None -> "
     "order.base_last and order.chunk is None": (
@@ -44,10 +41,18 @@ EQUIVALENTS: dict[str, str] = {
     "cram/bundle/records.py module: 16 << 20 -> 17 << 20": (
         "What a record may have in bytes: any bound far above a real one does."
     ),
-    "cram_kernels/orthogonality/pooling.py visual_mean: torch.promote_types(x.dtype, torch.float32) -> "
-    "torch.promote_types(torch.float32, x.dtype)": "The common type of two types, whatever their order.",
+    "cram/learning/answers/generate.py _routed_rows: route is not None and route.groups is not None -> "
+    "route is not None or route.groups is not None": (
+        "An assertion for the types: where it could fail, the lines below it fail as well."
+    ),
     "cram_kernels/packing.py PackedExperts._alias: self.trained_a is not None and self.trained_b is not None "
     "-> self.trained_a is not None or self.trained_b is not None": (
         "The two parameters are made together, or neither is."
     ),
 }
+
+
+def reason(name: str) -> str | None:
+    """Why a mutant of that name computes the same as the source; None if nothing says so."""
+    kinds = (text for kind, text in KINDS.items() if kind.search(name))
+    return EQUIVALENTS.get(name) or next(kinds, None)

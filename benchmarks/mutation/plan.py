@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.markdown import table
-from benchmarks.mutation.equivalents import EQUIVALENTS
+from benchmarks.mutation.equivalents import reason
 from benchmarks.mutation.lines import file_digest
 from benchmarks.mutation.operators import Mutant, mutants_of
 
@@ -82,7 +82,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cram/attach.py": ("test_attach.py", "model/frozen/test_saving.py"),
     "cram/atomic.py": ("test_atomic.py", "bundle/test_bundle.py", "learning/test_run_folder.py"),
     "cram/learning/run_folder.py": ("learning/test_run_folder.py", "learning/test_learner.py"),
-    "cram/learning/answers/evaluate.py": ("learning/test_learner.py", "test_cli.py"),
+    "cram/learning/answers/evaluate.py": (
+        "learning/answers/test_evaluate.py",
+        "learning/test_learner.py",
+        "test_cli.py",
+    ),
     "cram/learning/answers/prompts.py": ("learning/test_batches.py",),
     "cram/learning/replay.py": ("methods/baselines/test_replay.py",),
     "cram/learning/schedule.py": ("learning/test_foresight.py", "learning/test_learner.py"),
@@ -202,6 +206,11 @@ def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({row["name"]: row for row in rows}.values())
 
 
+def unnoticed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The survivors that are not known as equivalent."""
+    return [row for row in rows if row["status"] == "survived" and not reason(row["name"])]
+
+
 def package_of(source: str) -> str:
     """The folder of a source, which the table counts by."""
     return Path(source).parent.as_posix()
@@ -211,13 +220,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A table by package, and the survivors below it."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        equal = row["status"] == "survived" and row["name"] in EQUIVALENTS
+        equal = row["status"] == "survived" and reason(row["name"])
         counts.setdefault(package_of(row["source"]), Counter())["equivalent" if equal else row["status"]] += 1
     body = [_row(name, count) for name, count in sorted(counts.items())]
     total = sum(counts.values(), Counter())
     header = ("package", "mutants", "equivalent", "noticed", "survived", "share noticed")
-    lost = [row for row in rows if row["status"] == "survived" and row["name"] not in EQUIVALENTS]
-    equal = [row for row in rows if row["status"] == "survived" and row["name"] in EQUIVALENTS]
+    lost = unnoticed(rows)
+    equal = [row for row in rows if row["status"] == "survived" and reason(row["name"])]
     return [
         *table(header, [*body, _row("all", total)]),
         *([""] if lost else []),
@@ -229,7 +238,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         *([""] if equal else []),
         *(
             f"- equivalent: `{row['source']}` {row['scope']}: `{row['before']}` became `{row['after']}`: "
-            f"{EQUIVALENTS[row['name']]}"
+            f"{reason(row['name'])}"
             for row in equal
         ),
     ]

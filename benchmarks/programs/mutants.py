@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _judge_all(arguments)
     rows = plan.newest(plan.read(arguments.log))
     print("\n".join(plan.summary([row for row in rows if re.search(arguments.only, row["source"])])))
-    return int(any(row["status"] == "survived" and row["name"] not in plan.EQUIVALENTS for row in rows))
+    return int(bool(plan.unnoticed(rows)))
 
 
 def _judge_all(arguments: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def _wanted(source: str, arguments: argparse.Namespace, known: dict[str, Any]) -
     if not arguments.again:
         return plan.draw(source, arguments.each, arguments.seed)
     everything = plan.draw(source, 1 << 30, 0)
-    lost = {name for name, row in known.items() if row["status"] == "survived"} - plan.EQUIVALENTS.keys()
+    lost = {row["name"] for row in plan.unnoticed(known.values())}
     return [each for each in everything if each.name in lost]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.mutation import plan
-from benchmarks.mutation.equivalents import EQUIVALENTS
+from benchmarks.mutation.equivalents import EQUIVALENTS, reason
 from benchmarks.programs import mutants
 
 
@@ -54,11 +54,28 @@ def test_a_verdict_holds_while_what_it_rests_on_stays(status: str, changed: str,
 
 def test_every_equivalent_is_a_mutant_and_has_a_reason() -> None:
     known: dict[str, set[str]] = {}
-    for name, reason in EQUIVALENTS.items():
+    for name, why in EQUIVALENTS.items():
         source = name.split(" ")[0]
         known.setdefault(source, {each.name for each in plan.draw(source, 1 << 30, 0)})
         assert name in known[source], name
-        assert len(reason) > 20
+        assert len(why) > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        ("max(1, f(a, b)) -> max(f(a, b), 1)", True),
+        ("min(a, b, c) -> min(b, a, c)", True),
+        ("min(a, b, c) -> min(b, a, c) (2)", True),
+        ("torch.promote_types(a, b) -> torch.promote_types(b, a)", True),
+        ("max(1, a) -> max(2, a)", False),
+        ("max(1, a + b) -> max(1, a - b)", False),
+        ("pow(a, b) -> pow(b, a)", False),
+        ("c - max(a, b) -> c + max(a, b)", False),
+    ],
+)
+def test_exchanged_arguments_of_what_has_no_order_are_equivalent(change: str, equal: bool) -> None:
+    assert bool(reason(f"cram/a.py A.f: {change}")) == equal
 
 
 def row(source: str, status: str, name: str) -> dict[str, Any]:
