@@ -36,7 +36,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cram/methods/baselines/isolated.py": ("methods/baselines/test_isolated.py", "methods/test_base.py"),
     "cram/methods/baselines/sequential.py": ("methods/test_base.py",),
     "cram/methods/parts/grouped.py": ("methods/test_base.py", "routing/test_router.py"),
-    "cram/methods/parts/warm_up.py": ("methods/test_base.py", "learning/test_learner.py"),
+    "cram/methods/parts/warm_up.py": (
+        "model/test_linear.py",
+        "methods/test_base.py",
+        "learning/test_learner.py",
+    ),
     "cram/methods/parts/penalty.py": (
         "methods/parts/test_penalty.py",
         "methods/parts/test_penalty_terms.py",
@@ -48,7 +52,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "cram/methods/parts/gradients.py": ("methods/test_keeplora.py",),
     "cram/methods/parts/separable.py": ("methods/test_smolora.py",),
-    "cram/methods/parts/staged.py": ("learning/test_foresight.py", "methods/test_base.py"),
+    "cram/methods/parts/staged.py": (
+        "model/test_linear.py",
+        "learning/test_foresight.py",
+        "methods/test_base.py",
+    ),
     "cram/methods/parts/task/curvature.py": ("methods/test_same.py",),
     "cram/methods/parts/task/mixing.py": ("methods/test_same.py",),
     "cram/methods/parts/task/state.py": ("methods/test_keeplora.py", "methods/test_base.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,17 @@ def test_a_state_that_does_not_fit_is_refused(wrong: dict[str, Tensor], tmp_path
     first = next(iter(made.cram.modules))
     with pytest.raises(ValueError, match=r"method state .* must be \[k, "):
         made.method.import_state({name.replace("first", first): rows for name, rows in wrong.items()}, {})
+
+
+def test_a_training_without_a_tensor_or_of_another_shape_is_refused(tmp_path: Path) -> None:
+    made = runs.learner(tmp_path, "keeplora")
+    made.method.begin_task("colour", STEPS)
+    tensors, values = made.method.export_training()
+    for name in [name for name, tensor in tensors.items() if tensor.numel()]:
+        wanted = list(tensors[name].shape)
+        lacking = {other: tensor for other, tensor in tensors.items() if other != name}
+        for wrong, got in ((lacking, "none"), ({**tensors, name: torch.ones(1, 1)}, "[1, 1]")):
+            made.cram.set_experts([], [], 0)
+            message = re.escape(f"{name} of the checkpoint must have shape {wanted}, got {got}")
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                made.method.import_training("colour", STEPS, wrong, values)

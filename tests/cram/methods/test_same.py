@@ -148,6 +148,37 @@ def test_the_second_task_s_gradients_of_a_are_preconditioned(tmp_path: Path) -> 
         assert not torch.equal(a.grad, gradient)
 
 
+@pytest.mark.parametrize(("steps", "free"), [(0, True), (9, True), (10, False)])
+def test_the_first_ten_steps_leave_the_routers_gradients(steps: int, free: bool, tmp_path: Path) -> None:
+    made = runs.learner(tmp_path, "same")
+    made.method.begin_task("colour", 20)
+    for module in made.cram.modules.values():
+        gating = module.gating
+        gating.new_basis.copy_(orthonormal(*gating.new_basis.shape))
+        gating.new_scales.copy_(torch.linspace(4, 1, len(gating.new_scales)))
+        for _ in range(steps):
+            gating.end_step()
+        gradient = torch.randn_like(gating.weight)
+        (gating.weight * gradient).sum().backward()
+        expected = damped(gradient, gating.new_basis, gating.new_scales, 3, 0.2)
+        assert not torch.equal(expected, gradient)
+        assert torch.equal(gating.weight.grad, gradient if free else expected)
+
+
+def test_the_end_of_a_task_takes_up_its_last_step(tmp_path: Path) -> None:
+    made = runs.learner(tmp_path, "same")
+    made.method.begin_task("colour", 5)
+    energies = {}
+    for path, module in made.cram.modules.items():
+        x = torch.randn(1, TOKENS, module.in_features)
+        module.gating.train()(x, torch.ones(1, 1), ForwardState())
+        energies[path] = x.square().sum(-1).mean()
+    made.method.end_task()
+    for path, module in made.cram.modules.items():
+        expected = (0.95 + 0.05 * energies[path])[None]
+        torch.testing.assert_close(module.gating.importance, expected)
+
+
 def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     made = runs.learner(tmp_path, "same")
     made.learn(0)

@@ -114,6 +114,8 @@ def test_life_of_a_task() -> None:
     cram.method.warm_up.begin()
     with pytest.raises(ValueError, match="must begin after the last one has ended"):
         cram.method.warm_up.begin()
+    with pytest.raises(ValueError, match="must be trained beyond its warm-up"):
+        cram.method.freeze()
     new = factories.expert_weights(cram, 9)
     with pytest.raises(ValueError, match="the warm-up must end before an expert is added"):
         cram.method.add_expert("late", new, 0, torch.zeros(factories.PROJECTION))
