@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import nn
 
 from cram.attach import attach, detach
 from cram.config import CramConfig
+from cram.loading import load_processor
 from cram.model.attached import AttachedModel
 from cram.model.linear import ExpertLinear
-from tests.cram import factories
+from cram.routing.pictures import through_tiles
+from tests.cram import factories, runs
 
 FAMILIES = list(factories.MODELS)
 
@@ -291,3 +294,13 @@ def test_adapters_of_peft_beside_the_adapted_linears_act() -> None:
         before = model(**factories.inputs("llava")).logits
         tuned = get_peft_model(model, LoraConfig(target_modules=["gate_proj"], init_lora_weights=False))
         assert not torch.allclose(tuned(**factories.inputs("llava")).logits, before)
+
+
+def test_an_explicit_query_reads_pictures_as_a_processor_of_tiles_leaves_them(tmp_path: Path) -> None:
+    processor = load_processor(runs.save_checkpoint("internvl", tmp_path))
+    cram = attach(factories.internvl(), CramConfig(), factories.clip_encoder(), processor)
+    shown, asked = factories.image(0).resize((48, 16)), factories.QUESTIONS[:1]
+    left = through_tiles(shown, processor)
+    query, original = cram.encode(asked, [[shown]]), cram.encoder.encode(asked, [[shown]])
+    assert torch.equal(query.image, cram.encoder.encode(asked, [[left]]).image)
+    assert not torch.equal(query.image, original.image)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from cram.model.cache import made_cache
+from cram.model.rows import marks_of
 from tests.cram.factories import QUESTIONS, continuing, image, prompt, routed_llava
 
 WINDOW = 16  # far shorter than the prompts
@@ -144,3 +145,33 @@ def test_static_caches_of_every_kind_take_the_routes_of_whole_prompts(text: str)
     expected, gates = model.generate(**batch, **options), cram.state.route.gates
     found = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, expected) and torch.equal(cram.state.route.gates, gates)
+
+
+def two_rows(keys: Tensor) -> Any:
+    """A cache of one layer that holds keys [2, T, D]."""
+    cache = DynamicCache()
+    cache.update(keys[:, None], keys[:, None], 0)
+    return cache
+
+
+def test_one_token_that_is_left_tells_the_rows() -> None:
+    cache = two_rows(torch.randn(2, 40, 8))
+    marks = marks_of(cache, Decoding().cram.state)
+    assert marks is not None
+    cache.crop(-39)
+    assert not marks.have_moved(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert marks.have_moved(cache)
+
+
+@pytest.mark.parametrize("held", [1, 2, 16, 31])
+def test_every_token_of_a_short_cache_is_marked(held: int) -> None:
+    state = Decoding().cram.state
+    for place in range(held):
+        keys = torch.zeros(2, held, 8)
+        keys[1, place] = 1
+        cache = two_rows(keys)
+        marks = marks_of(cache, state)
+        assert marks is not None
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert marks.have_moved(cache)

@@ -12,6 +12,7 @@ import torch
 from cram.attach import attached
 from cram.bundle.bundle import load, save
 from cram.bundle.format import DESCRIPTION, MANIFEST, fingerprint
+from cram.model.frozen.identity import check_base_values
 from tests.cram.factories import clip_encoder, clip_model, llava, routed_llava
 
 
@@ -98,6 +99,14 @@ def test_a_sharded_layer_is_not_made_again_to_read_its_weights() -> None:
         # FSDP gives a layer another class, which makes and initialises the original one.
         layer.__class__ = type("Sharded", (type(layer),), {"__new__": made_anew})
     assert cram.base_values == values
+
+
+def test_the_rounding_that_is_allowed_is_a_share_of_the_bundle_s_value() -> None:
+    share, folder = 2.0**-7, Path("folder")
+    check_base_values({"weight": [1.0]}, {"weight": [1 + share]}, folder)
+    with pytest.raises(ValueError, match="got other weights in weight$"):
+        # This is within the same share of the model's own value.
+        check_base_values({"weight": [1.0]}, {"weight": [1 + 1.005 * share]}, folder)
 
 
 def test_weights_of_other_names_are_not_compared(bundle: Path) -> None:
