@@ -103,6 +103,19 @@ def test_layer_refuses_dtype_and_range(call: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("call", ["layer", "stack"])
+def test_layer_refuses_gates_of_other_experts(call: str, impl: str) -> None:
+    """Also more columns than experts, of which a kernel could read the first ones."""
+    available(layer_api.OP, impl)
+    for columns in (3, 5):
+        for segments in ({}, {"segments": None}):
+            with pytest.raises(
+                ValueError, match=rf"gates must be \[S, 4\] or \[T, 4\], got \[4, {columns}\]"
+            ):
+                CALLS[call](impl, gates=torch.ones(4, columns), **segments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("call", CALLS)
 def test_layer_refuses_an_input_on_a_device_without_autocast(call: str, impl: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match="must be on"):
