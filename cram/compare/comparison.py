@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from cram.atomic import read_json, write_json
@@ -25,11 +26,12 @@ from cram.bundle.runs import newest_bundle
 from cram.compare.base_row import RESULT, measure_base
 from cram.compare.entries import ABLATED, Entry
 from cram.compare.inference_time import measure_inference
+from cram.compare.peak_memory import PeakMemory
 from cram.config import CramConfig
 from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
 from cram.learning.replay import all_kept_samples
-from cram.loading import BUILTIN, BUILTIN_REAL, Sources
+from cram.loading import BUILTIN, BUILTIN_REAL, Sources, default_device
 from cram.methods import METHODS
 from cram.report.examples import BASE
 from cram.report.schema import MethodReport, Report, Stored, validate_report
@@ -196,7 +198,10 @@ class Run:
         """
         comparison = self.comparison
         stream = stream or comparison.load_stream(self.seed)
+        fresh = not self.folder.exists()
+        memory = PeakMemory(torch.device(comparison.device or default_device()))
         learner, changes = self.learn(stream, shown)
+        peak = memory.bytes() if fresh else None
         if self.entry == comparison.entries[0]:
             measure_base(learner, self.folder.parent / BASE, shown)
         if not self.is_done:
@@ -208,6 +213,8 @@ class Run:
                 "note": self.entry.note,
             }
             extra: dict[str, Any] = {"entry": entry, "inference": inference}
+            if peak is not None:
+                extra["peak_memory_bytes"] = peak
             if (kept := learner.method.kept_samples) > 0:
                 extra["kept_samples"] = len(all_kept_samples(stream, kept, self.seed))
             write_json(self.folder / EXTRA, extra)

@@ -76,6 +76,13 @@ COLUMNS = (
         human_count,
     ),
     Column(
+        "Peak memory (MB)",
+        "Peak memory = most memory that the process held while it learnt and tested, base and libraries "
+        "included; on a GPU that of its tensors.",
+        lambda method: method.peak_megabytes,
+        lambda value: f"{value:,.0f}",
+    ),
+    Column(
         "Training (s)",
         "Training = wall-clock seconds of training on all tasks.",
         lambda method: method.train_seconds,
@@ -86,6 +93,12 @@ COLUMNS = (
         "Evaluation = wall-clock seconds of all tests over the stream.",
         lambda method: method.eval_seconds,
         lambda value: f"{value:,.1f}",
+    ),
+    Column(
+        "Prefills",
+        "Prefills = passes of the base over the prompt of an answer.",
+        lambda method: method.prefills,
+        lambda value: f"{value:.0f}",
     ),
     Column(
         "Added inference (%)",

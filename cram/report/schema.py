@@ -65,12 +65,16 @@ class Stored(TypedDict):
 
 
 class Inference(TypedDict):
-    """Mean seconds of `generate` on one batch, adapted and bare, with the batch's samples and tokens."""
+    """Mean seconds of `generate` on one batch, adapted and bare, with the batch's samples and tokens.
+
+    `prefills` counts the adapted base's passes over the prompt.
+    """
 
     adapted: float
     base: float
     samples: int
     tokens: int
+    prefills: NotRequired[float]
 
 
 class Published(TypedDict):
@@ -92,8 +96,9 @@ class MethodReport(TypedDict):
 
     `matrix[t][i]` is the accuracy on task i after task t was learnt, so row t has t + 1 numbers.
     `ranks[task][module]` is the rank of the task's expert in a module, and `groups[task]` its instruction
-    group. Only runs of a comparison have the last four keys; `kept_samples` counts the training samples that
-    a method keeps of older tasks, if it keeps any.
+    group. Only runs of a comparison have the last five keys; `kept_samples` counts the training samples that
+    a method keeps of older tasks, if it keeps any. `peak_memory_bytes` is missing where a run was interrupted
+    or the system does not count it.
     """
 
     tasks: list[str]
@@ -113,6 +118,7 @@ class MethodReport(TypedDict):
     stored: NotRequired[Stored]
     inference: NotRequired[Inference]
     kept_samples: NotRequired[int]
+    peak_memory_bytes: NotRequired[int]
 
 
 class Report(TypedDict):
@@ -236,8 +242,9 @@ def _comparison_parts(method: dict[str, Any], where: str) -> None:
                 _number(number, f"{where}.{key}.{name}")
                 if number <= 0:
                     raise ValueError(f"{where}.{key}.{name} must be positive, got {number!r}")
-    if "kept_samples" in method and (type(kept := method["kept_samples"]) is not int or kept < 1):
-        raise ValueError(f"{where}.kept_samples must be a positive number, got {kept!r}")
+    for key in ("kept_samples", "peak_memory_bytes"):
+        if key in method and (type(count := method[key]) is not int or count < 1):
+            raise ValueError(f"{where}.{key} must be a positive number, got {count!r}")
     if "entry" in method:
         entry = _object(method["entry"], f"{where}.entry", Entry)
         for name, wanted in (("method", str), ("changes", dict), ("told_task", bool), ("note", str)):

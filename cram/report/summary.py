@@ -62,6 +62,8 @@ class MethodSummary:
         note: Description of the method; may be empty.
         stored_values, bundle_megabytes: Size of the bundle after the last task. None if not measured.
         kept_samples: Training samples that are kept of older tasks. None for a method that keeps none.
+        peak_megabytes: Most memory that a run held. None if not measured.
+        prefills: Passes of the base over a prompt. None if not measured.
         added_inference: Percentage by which answers take longer than on the bare base. None if not measured.
     """
 
@@ -85,6 +87,8 @@ class MethodSummary:
     stored_values: Spread | None
     bundle_megabytes: Spread | None
     kept_samples: Spread | None
+    peak_megabytes: Spread | None
+    prefills: Spread | None
     added_inference: Spread | None
 
 
@@ -122,6 +126,10 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
         stored_values=_spread([size["values"] for size in stored], runs),
         bundle_megabytes=_spread([size["bundle_bytes"] / 1e6 for size in stored], runs),
         kept_samples=_spread([run["kept_samples"] for run in runs if "kept_samples" in run], runs),
+        peak_megabytes=_spread(
+            [run["peak_memory_bytes"] / 1e6 for run in runs if "peak_memory_bytes" in run], runs
+        ),
+        prefills=_spread([time["prefills"] for time in times if "prefills" in time], runs),
         added_inference=_spread([100 * (time["adapted"] / time["base"] - 1) for time in times], runs),
     )
 

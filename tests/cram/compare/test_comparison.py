@@ -91,6 +91,7 @@ def test_the_report_holds_every_entry_of_every_seed(finished: Path) -> None:
         for name, method in found.items():
             assert method["entry"]["method"] == name.split(":")[0] and method["entry"]["note"]
             assert method["inference"]["tokens"] == 3 and method["inference"]["samples"] == 4
+            assert method["inference"]["prefills"] == 1 and method["peak_memory_bytes"] > 50e6
     assert report["settings"]["jobs"] == 1 and report["settings"]["model"].endswith("llava")
     assert (finished / "report.html").is_file() and (finished / "table.md").is_file()
 

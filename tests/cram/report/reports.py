@@ -71,4 +71,6 @@ def _compared(name: str, place: int, seed: int) -> dict[str, Any]:
     if name == "alpha":
         method["kept_samples"] = 180
     method["inference"] = {"adapted": 1.1 + 0.2 * seed, "base": 1.0, "samples": 4, "tokens": 3}
+    method["inference"]["prefills"] = 1.0 + place
+    method["peak_memory_bytes"] = 1_250_000_000
     return method

@@ -59,7 +59,8 @@ def test_the_table_says_numbers_spreads_and_definitions(tmp_path: Path) -> None:
     assert rows["isolated"].startswith("| – | isolated | ") and rows["cram: odd"].startswith("| – | ")
     assert rows["alpha"].split(" | ")[7:11] == ["2 K", "3 K", "5.00", "180"]
     assert rows["cram"].split(" | ")[10] == "–"
-    assert rows["alpha"].endswith("| 20 ± 14 |"), "10 % and 30 %"
+    assert rows["alpha"].split(" | ")[11] == "1,250"
+    assert rows["alpha"].endswith("| 2 | 20 ± 14 |"), "prefills, then 10 % and 30 %"
     for column in COLUMNS:
         assert f"- {column.definition}" in text
     assert "# toy: 3 tasks, 2 seeds (mean ± sample standard deviation)" in text

@@ -34,6 +34,11 @@ COMPARED = "seeds.1.alpha"
         (lambda m: m["stored"].update(bytes=3), f"{COMPARED}.stored must have the keys"),
         (lambda m: m["stored"].update(values=0), f"{COMPARED}.stored.values must be positive, got 0"),
         (lambda m: m.update(kept_samples=0), f"{COMPARED}.kept_samples must be a positive number, got 0"),
+        (
+            lambda m: m.update(peak_memory_bytes=1.5),
+            f"{COMPARED}.peak_memory_bytes must be a positive number",
+        ),
+        (lambda m: m["inference"].update(prefills=0), f"{COMPARED}.inference.prefills must be positive"),
         (lambda m: m["inference"].update(base="1"), f"{COMPARED}.inference.base must be a finite number"),
     ],
 )

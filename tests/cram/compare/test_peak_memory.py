@@ -1,0 +1,32 @@
+"""The peak of a piece of work is its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cram.compare import peak_memory
+from cram.compare.peak_memory import PeakMemory
+
+CPU = torch.device("cpu")
+SIZE = 256 << 20
+
+
+def test_the_peak_outlives_the_tensor_but_not_the_next_count() -> None:
+    before = PeakMemory(CPU).bytes()
+    if before is None:
+        pytest.skip("this system does not count a process's peak")
+    counted = PeakMemory(CPU)
+    torch.ones(SIZE, dtype=torch.uint8)
+    found = counted.bytes()
+    after = PeakMemory(CPU).bytes()
+    assert found is not None and after is not None
+    assert found >= before + 0.9 * SIZE
+    assert after <= found - 0.9 * SIZE
+
+
+def test_a_system_that_does_not_count_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak_memory, "_FORGET", Path("/proc/nowhere/clear_refs"))
+    assert PeakMemory(CPU).bytes() is None
