@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -80,6 +81,11 @@ class Op:
     def availability(self) -> dict[str, str | None]:
         """Return implementation name -> None where available, else the reason."""
         return {impl: self.why_missing(impl) for impl in IMPLS}
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast; does nothing where autocast is off already."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cram, m) {
       "orthogonality_penalty(Tensor[] hidden, Tensor[] a, Tensor[] bt, Tensor[] bases, Tensor gamma, Tensor? mask, "
       "float scale, bool want_hidden, bool want_a, bool want_bt, bool want_gamma) "
       "-> (Tensor loss, Tensor dhidden, Tensor da, Tensor dbt, Tensor dgamma)");
+  // Gates [L, S, E] of queries [S, D_q] and centroids [L, E, D_q]; members bool [S, E].
+  m.def("native_centroid_gates(Tensor query, Tensor centroids, float sigma, Tensor? members) -> Tensor");
   // The expert layer with its base linear, gates [S, E] with S dividing T. `forward` drops and also returns Z's columns
   // from `first` on; `backward` returns what is not needed empty, `tail` being the first trained row.
   m.def(

@@ -15,6 +15,9 @@
 
 namespace cram {
 
+// Below this many multiply-adds one thread is faster than waking others.
+constexpr int64_t kSerial = 1 << 16;
+
 inline void pause_thread() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();

@@ -149,6 +149,7 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
         "test_places.py",
     ),
     "cram_kernels/centroid_gates/api.py": ("test_centroid_gates.py", "test_places.py"),
+    "cram_kernels/centroid_gates/native.py": ("test_centroid_gates.py", "test_raw_operations.py"),
     "cram_kernels/centroid_gates/reference.py": ("test_centroid_gates.py",),
     "cram_kernels/orthogonality/api.py": ("test_orthogonality.py", "test_places.py"),
     "cram_kernels/orthogonality/basis.py": ("test_orthogonality_basis.py",),

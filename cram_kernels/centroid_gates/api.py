@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cram_kernels.centroid_gates import reference
-from cram_kernels.dispatch import Op, check_devices, triton_missing
+from cram_kernels.centroid_gates import native, reference
+from cram_kernels.dispatch import Op, check_devices, triton_missing, without_autocast
 
 # (query, centroids, sigma, members) -> gates
 Forward = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
@@ -46,7 +46,8 @@ def centroid_gates(
             without any member is all zeros.
         trained: Only the last so many experts of `centroids` get gradients, those before them zeros; None for
             all. The gradient of `query` takes in all experts either way.
-        impl: "auto" (on a CUDA device "triton", else "reference"), "reference" or "triton".
+        impl: "auto" (on a CUDA device "triton", on a CPU "native" in float32, else "reference"),
+            "reference", "triton" or "native".
 
     Returns:
         Gates [L, S, E] in float32 (float64 if an input is float64), whatever the autocast state.
@@ -62,7 +63,7 @@ def centroid_gates(
     dtype = torch.promote_types(torch.promote_types(query.dtype, centroids.dtype), torch.float32)
     gates_of = OP.select(impl, query.device, dtype)
     rows = centroids.shape[1] if trained is None else trained
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return gates_of(query.to(dtype), centroids.to(dtype), sigma, members, rows)
 
 
@@ -96,7 +97,7 @@ class _CentroidGates(torch.autograd.Function):
                 "query, centroids and gates must not change in place between forward and backward"
             )
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             dquery, dcentroids = ctx.gradients_of(
                 grad, ctx.gates, ctx.query, ctx.centroids, ctx.sigma, ctx.members, ctx.trained, needs
             )
@@ -141,8 +142,9 @@ OP = Op(
     {
         "reference": partial(_differentiable, reference.centroid_gates, reference.centroid_gates_backward),
         "triton": partial(_differentiable, _triton_forward, _triton_backward),
+        "native": partial(_differentiable, native.centroid_gates, reference.centroid_gates_backward),
     },
-    {"triton": triton_missing},
+    {"triton": triton_missing, "native": native.missing},
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -155,11 +154,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast; does nothing where autocast is off already."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check_layer(

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from cram_kernels.centroid_gates.api import centroid_gates, check_router
-from cram_kernels.dispatch import Op, check_devices, triton_missing
+from cram_kernels.dispatch import Op, check_devices, triton_missing, without_autocast
 from cram_kernels.expert_lora import native
 from cram_kernels.expert_lora.api import (
     autocast_dtype,
     check_base,
     check_segments,
     expert_lora,
-    without_autocast,
 )
 from cram_kernels.expert_lora.dropout import seed_tensor
 from cram_kernels.packing import PackedExperts

@@ -8,7 +8,7 @@
 
 #include "../tasks.h"
 #include "base_linear.h"
-#include "layer.h"
+#include "blocks.h"
 
 #include <torch/csrc/stable/library.h>
 

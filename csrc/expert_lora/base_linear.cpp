@@ -3,7 +3,7 @@
 
 #include "base_linear.h"
 
-#include "layer.h"
+#include "operands.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>

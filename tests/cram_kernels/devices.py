@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cram_kernels.dispatch import triton_missing
+from cram_kernels.library import library_missing
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 _NAMES = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
@@ -15,6 +16,9 @@ _NO_CPU = triton_missing(torch.device("cpu"), FP32)
 needs_interpreter = pytest.mark.skipif(_NO_CPU is not None, reason=_NO_CPU or "")
 # numpy, which computes under the interpreter, warns where Inf or NaN meet, in unwritten memory as well.
 quiet_numpy = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+needs_native = pytest.mark.skipif(
+    library_missing("cpu") is not None, reason=f"no native library: {library_missing('cpu')}"
+)
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cram_kernels import centroid_gates, expert_lora
 from cram_kernels.testing import layer_inputs
-from tests.cram_kernels.devices import needs_cuda, needs_interpreter
+from tests.cram_kernels.devices import needs_cuda, needs_interpreter, needs_native
 
 CPU = torch.device("cpu")
 # Implementation, device, and the widest precision that it computes in.
@@ -25,6 +25,7 @@ every_impl = pytest.mark.parametrize(
     ("impl", "device", "dtype"),
     [
         pytest.param("reference", CPU, torch.float64, id="reference"),
+        pytest.param("native", CPU, torch.float32, marks=needs_native, id="native"),
         pytest.param("triton", CPU, torch.float32, marks=needs_interpreter, id="triton-cpu"),
         pytest.param("triton", torch.device("cuda"), torch.float32, marks=needs_cuda, id="triton-cuda"),
     ],
@@ -79,6 +80,54 @@ def test_formula_and_gradients(
     assert not found[1][:, :frozen].any()
     wanted[1][:, :frozen] = 0
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 200)),
+    sigma=st.floats(0.5, 4),
+    masked=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_native_gates_are_the_formula(
+    shape: tuple[int, int, int, int], sigma: float, masked: bool, seed: int
+) -> None:
+    query, centroids = draw(*shape, seed=seed, dtype=torch.float32)
+    members = torch.rand(shape[1], shape[2]) > 0.4 if masked else None
+    gates = centroid_gates(query, centroids, sigma, members, impl="native")
+    expected = formula(query.double(), centroids.double(), sigma, members).float()
+    torch.testing.assert_close(gates, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "impl",
+    [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_interpreter)],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gates_do_not_depend_on_the_other_samples(impl: str, masked: bool) -> None:
+    """In no bit: neither on their number, nor on their queries and members."""
+    query, centroids = draw(2, 5, 7, 70, dtype=torch.float32)
+    members = torch.rand(5, 7) > 0.4 if masked else None
+    together = centroid_gates(query, centroids, 2.0, members, impl=impl)
+    for sample in range(5):
+        own = None if members is None else members[sample : sample + 1]
+        alone = centroid_gates(query[sample : sample + 1], centroids, 2.0, own, impl=impl)
+        assert torch.equal(alone[:, 0], together[:, sample])
+
+
+@needs_native
+def test_native_gates_are_the_same_in_each_number_of_threads() -> None:
+    query, centroids = draw(6, 16, 40, 768, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4, 8):
+            torch.set_num_threads(count)
+            found.append(centroid_gates(query, centroids, 20.0, impl="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gates, found[0]) for gates in found)
 
 
 def test_gradcheck() -> None:

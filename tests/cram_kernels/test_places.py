@@ -160,7 +160,7 @@ def test_rows_of_experts_are_read_after_a_change_alone(monkeypatch: pytest.Monke
             run_layer("cpu", experts=inferred, segments=None)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 @pytest.mark.parametrize("name", ["centroids", "members"])
 def test_gates_refuse_another_device(name: str, impl: str) -> None:
     available(gates_api.OP, impl)

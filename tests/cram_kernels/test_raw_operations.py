@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cram_kernels import native_libraries
+from cram_kernels.centroid_gates import native as routing
 from cram_kernels.expert_lora import native as layers
 from cram_kernels.orthogonality import native as penalty
 from cram_kernels.testing import layer_inputs
@@ -169,3 +170,54 @@ def test_the_raw_penalty_refuses_a_meta_tensor_among_others() -> None:
         torch.ops.cram.orthogonality_penalty(
             [hidden], [a], [bt.to("meta")], [basis], torch.ones(2), None, 1.0, *[True] * 4
         )
+
+
+GATES: list[tuple[dict[str, Any], str]] = [
+    ({"query": lambda q: q.double()}, "query must be float32"),
+    ({"query": lambda q: q[0]}, "query must have 2 dimensions, got 1"),
+    ({"query": lambda q: q[:, 1:]}, r"query \[S, D_q\] and centroids \[L, E, D_q\] must fit, got 7 and 8"),
+    ({"centroids": lambda c: c[0]}, "centroids must have 3 dimensions, got 2"),
+    ({"centroids": lambda c: c.bfloat16()}, "centroids must be float32"),
+    ({"sigma": lambda sigma: 0.0}, "sigma must be positive, got 0"),
+    ({"sigma": lambda sigma: float("nan")}, "sigma must be positive, got nan"),
+    ({"members": lambda m: m.float()}, r"members must be bool \[3, 4\]"),
+    ({"members": lambda m: m[1:]}, r"members must be bool \[3, 4\]"),
+    ({"members": lambda m: m[:, 1:]}, r"members must be bool \[3, 4\]"),
+    ({"members": lambda m: m[0]}, "members must have 2 dimensions, got 1"),
+]
+
+
+def gates_arguments() -> dict[str, Any]:
+    """Arguments of the raw gates."""
+    members = torch.ones(3, 4, dtype=torch.bool)
+    return {"query": torch.ones(3, 8), "centroids": torch.ones(2, 4, 8), "sigma": 1.0, "members": members}
+
+
+@pytest.mark.parametrize(("changes", "message"), GATES)
+def test_the_raw_gates_refuse_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    usual = gates_arguments()
+    torch.testing.assert_close(torch.ops.cram.native_centroid_gates(**usual), torch.full((2, 3, 4), 0.25))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cram.native_centroid_gates(**changed(usual, changes))
+
+
+@pytest.mark.parametrize("name", ["centroids", "members"])
+def test_the_raw_gates_refuse_a_meta_tensor_among_others(name: str) -> None:
+    assert routing.missing(None, None) is None
+    arguments = changed(gates_arguments(), {name: lambda tensor: tensor.to("meta")})
+    with pytest.raises(ValueError, match="all tensors must be on cpu like the first argument, got meta"):
+        torch.ops.cram.native_centroid_gates(**arguments)
+
+
+def test_the_raw_gates_read_strided_tensors() -> None:
+    query, centroids = torch.randn(8, 3).T, torch.randn(2, 8, 4).mT
+    members = (torch.rand(4, 3) < 0.6).T
+    expected = torch.ops.cram.native_centroid_gates(
+        query.contiguous(), centroids.contiguous(), 2.0, members.contiguous()
+    )
+    assert torch.equal(torch.ops.cram.native_centroid_gates(query, centroids, 2.0, members), expected)
+
+
+def test_opcheck_of_the_raw_gates() -> None:
+    assert routing.missing(None, None) is None
+    torch.library.opcheck(torch.ops.cram.native_centroid_gates.default, tuple(gates_arguments().values()))

@@ -154,8 +154,9 @@ def call_penalty(impl: str, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def call_gates(impl: str, arguments: dict[str, Any]) -> list[Tensor]:
-    """Gates and their gradient; one implementation runs on a CPU without an interpreter."""
-    gates = centroid_gates(**arguments, sigma=1.0, impl="reference")
+    """Gates and their gradient; there is no "cpu"."""
+    own = "native" if impl == "native" else "reference"
+    gates = centroid_gates(**arguments, sigma=1.0, impl=own)
     return [gates, *gradients(gates * torch.arange(gates.shape[-1]), [arguments["centroids"]])]
 
 
@@ -258,6 +259,7 @@ def raw(seed: int) -> None:
                 **wanted,
             },
         ),
+        (ops.native_centroid_gates, {**draw_gates(random), "sigma": 2.0}),
     )
     op, arguments = random.choice(calls)
     tensors = [name for name, value in arguments.items() if isinstance(value, (Tensor, list))]
