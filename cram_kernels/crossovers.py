@@ -71,6 +71,16 @@ def set_crossovers(row: Crossovers | None, unit: str = "tiles") -> None:
     call = _library().cram_set_crossovers
     call.restype, call.argtypes = None, [ctypes.c_int64] * 7
     call(*numbers, UNITS.index(unit) if row else -1)
+    rounds_factors.cache_clear()
+
+
+@cache
+def rounds_factors() -> bool:
+    """Return whether products of bfloat16 x round float32 factors to bfloat16 before they multiply.
+
+    Then a copy of the factors in bfloat16 gives the same bits, and is half as much to read.
+    """
+    return bool(_library().cram_rounds_factors())
 
 
 @cache

@@ -88,6 +88,8 @@ class PackedExperts(nn.Module):
         self.trained_a = nn.Parameter(tail_a) if trained else None
         self.trained_b = nn.Parameter(tail_b) if trained else None
         self._checked: tuple[Tensor | None, int] = (None, 0)
+        self._stepped = False  # whether an optimiser may step on the storage
+        self._copied: tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def empty(
@@ -170,9 +172,11 @@ class PackedExperts(nn.Module):
     def freeze(self) -> PackedExperts:
         """Return a pack over the same storage in which no expert gets gradients."""
         columns = None if self.shared_a else self.gate_columns
-        return PackedExperts(
+        frozen = PackedExperts(
             self.a, self.bt, self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
         )
+        frozen._stepped = self.trained > 0 or self._stepped
+        return frozen
 
     def reserve(self, rows: int, experts: int) -> PackedExperts:
         """Return a frozen pack of these experts with room for more, in storage of its own.
@@ -225,6 +229,24 @@ class PackedExperts(nn.Module):
         self.offsets = (*self.offsets, rows.stop)
         return self.num_experts - 1
 
+    def narrowed(self) -> tuple[Tensor, Tensor]:
+        """Return `a` and `bt`, or copies of them in bfloat16, which are kept until a value of theirs changes.
+
+        Packs in training and what `freeze` makes of them have none, because fused optimisers change values
+        without counting; nor have inference tensors, which never count. A change through `.data` is not
+        counted either.
+        """
+        a, bt = self.a, self.bt
+        counted = not (self.trained or self._stepped or a.is_inference() or bt.is_inference())
+        if a.dtype != torch.float32 or not counted:
+            return a, bt
+        kept = self._copied
+        if kept and kept[0] is a and kept[1] is bt and kept[2] == a._version and kept[3] == bt._version:
+            return kept[4]
+        copies = a.to(torch.bfloat16), bt.to(torch.bfloat16)
+        self._copied = (a, bt, a._version, bt._version, copies)
+        return copies
+
     def check_rows(self) -> None:
         """Raise ValueError where `expert_of_row` names a column that gates do not have.
 
@@ -276,6 +298,9 @@ class PackedExperts(nn.Module):
         super()._apply(fn, recurse)
         self._alias()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

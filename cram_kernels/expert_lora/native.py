@@ -10,6 +10,7 @@ where the CPU can. Saved: Z (all columns for gate gradients, else the trained on
 trained suffix needs it. Up to a few dozen tokens the forward computes the base linear too and writes Y once;
 beyond, torch does, and Y is read and written once more. With a shared A [r, D_in] row c of Bt belongs to row
 c mod r of A. Other bytes beyond the base linear: A and Bt once, X once more; 2 T R (D_in + D_out) FLOPs.
+Where bfloat16 products round float32 factors anyway, a frozen pack is read from its copy in bfloat16.
 Kernels: csrc/expert_lora/forward.cpp and backward.cpp.
 """
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cram_kernels.crossovers import rounds_factors
 from cram_kernels.dispatch import check_one_device, constant_when_compiled
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.library import library_missing
@@ -149,6 +151,8 @@ def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor
     a, bt = buffers["a"], buffers["bt"]
     if a.dtype not in DTYPES:
         a, bt = a.to(dtype), bt.to(dtype)
+    elif dtype is torch.bfloat16 and not torch.compiler.is_compiling() and rounds_factors():
+        a, bt = experts.narrowed()
     return a, bt, buffers["expert_of_row"]
 
 

@@ -94,6 +94,9 @@ CRAM_EXPORT const char* cram_crossovers() {
   return text.c_str();
 }
 
+// Whether products of bfloat16 x round float32 factors to bfloat16 before they multiply.
+CRAM_EXPORT int cram_rounds_factors() { return cram::unit_for(true) != cram::Unit::lanes; }
+
 // For the program that measures a row, and for tests: other crossovers in this process, and at most that unit. A
 // negative unit puts back what the table says.
 CRAM_EXPORT void cram_set_crossovers(

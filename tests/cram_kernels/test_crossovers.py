@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cram_kernels import expert_lora, native_libraries
-from cram_kernels.crossovers import UNITS, Crossovers, crossovers, set_crossovers
+from cram_kernels import PackedExperts, expert_lora, native_libraries
+from cram_kernels.crossovers import UNITS, Crossovers, crossovers, rounds_factors, set_crossovers
 from cram_kernels.testing import LayerInputs, assert_within_rounding, layer_inputs, run_layer
 
 _MISSING = native_libraries()["cpu"]
@@ -90,6 +90,29 @@ def test_neighbours_with_other_experts_change_no_bit(
         assert torch.equal(one, whole[rows])
 
 
+@pytest.mark.parametrize("row", [NEVER, ALWAYS], ids=["torch", "own"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_copies_of_a_frozen_pack_change_no_bit(unit: str, row: Crossovers) -> None:
+    """Forward and gradient, against the operations that are given the float32 factors themselves."""
+    set_crossovers(row, unit)
+    for tokens in (1, 8, 33, 300):
+        inputs = wide(tokens)
+        training = layer_inputs((9, 30, 14), tokens, 150, 203).experts()
+        experts = PackedExperts(training.a, training.bt, training.ranks, training.scale)
+        base = (inputs.weight, inputs.bias)
+        own = (experts.a, experts.bt, experts.expert_of_row, inputs.gates, experts.scale)
+        x = inputs.x.detach().requires_grad_()
+        y = expert_lora(x, *base, experts, inputs.gates, impl="native")
+        assert torch.equal(y, torch.ops.cram.packed_expert_lora(inputs.x, *base, *own))
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        no_z = y.new_empty(tokens, 0)
+        wanted = torch.ops.cram.packed_expert_lora_backward(
+            torch.ones_like(y), None, no_z, base[0], *own, experts.total_rank, *[0] * 3, True, *[False] * 3
+        )
+        assert torch.equal(dx, wanted[0])
+        assert (experts._copied is not None) == rounds_factors() == (has_pairs() and unit != "lanes")
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_an_idle_expert_in_a_group_of_rows_may_hold_nan(unit: str) -> None:
     """Its rows share a tile, and a pair, with rows of an expert in use."""
@@ -118,6 +141,12 @@ def test_own_base_gives_any_number_of_threads_the_same_bits(unit: str) -> None:
     # Only tiles have a gradient of the base; torch's depends on its threads.
     names = [name for name in runs[0] if name != "dx" or has_tiles(unit)]
     assert all(torch.equal(runs[0][name], run[name]) for run in runs for name in names)
+
+
+def has_pairs() -> bool:
+    """Whether this processor multiplies bfloat16, in pairs or tiles."""
+    found = crossovers()
+    return found is not None and found[0].unit in ("pairs", "tiles")
 
 
 def has_tiles(unit: str) -> bool:

@@ -230,3 +230,48 @@ def test_room_refusals() -> None:
 def test_a_pack_without_a_width_is_refused(d_in: int, d_out: int) -> None:
     with pytest.raises(ValueError, match=rf"D_in and D_out must be at least 1, got {d_in} and {d_out}"):
         PackedExperts(torch.zeros(2, d_in), torch.zeros(2, d_out), [2], 1.0)
+
+
+CHANGES: dict[str, Callable[[PackedExperts], object]] = {
+    "in-place": lambda pack: pack.bt.mul_(2),
+    "of a view": lambda pack: pack.expert(0)[0].zero_(),
+    "insert": lambda pack: pack.insert(torch.ones(2, D_IN), torch.ones(D_OUT, 2)),
+    "load_state_dict": lambda pack: pack.load_state_dict(
+        {name: tensor + 1 for name, tensor in pack.state_dict().items()}
+    ),
+    "conversion": lambda pack: pack.double().float(),
+    "replaced": lambda pack: setattr(pack, "a", pack.a + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_copies_in_bfloat16_follow_every_change(change: str) -> None:
+    pack = pack_experts(*factors(), 1.0).reserve(24, 6)
+    first = pack.narrowed()
+    assert all(again is copied for again, copied in zip(pack.narrowed(), first, strict=True))
+    CHANGES[change](pack)
+    for copied, own in zip(pack.narrowed(), (pack.a, pack.bt), strict=True):
+        assert torch.equal(copied, own.bfloat16()) and copied.dtype == torch.bfloat16
+
+
+def test_packs_whose_changes_are_not_counted_are_not_copied() -> None:
+    training = pack_experts(*factors(), 1.0, trained=1)
+    with torch.inference_mode():
+        inferred = pack_experts(*factors(), 1.0)
+    halves = pack_experts(*factors(), 1.0).bfloat16()
+    for pack in (training, training.freeze(), copy.deepcopy(training).freeze().freeze(), inferred, halves):
+        assert pack.narrowed()[0] is pack.a and pack.narrowed()[1] is pack.bt
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pack: pickle.loads(pickle.dumps(pack))])
+def test_copies_in_bfloat16_are_not_copied_with_the_pack(
+    again: Callable[[PackedExperts], PackedExperts],
+) -> None:
+    pack = pack_experts(*factors(), 1.0)
+    size = len(pickle.dumps(pack))
+    pack.narrowed()
+    other = again(pack)
+    assert len(pickle.dumps(pack)) == size and other._copied is None
+    other.a.zero_()
+    assert not other.narrowed()[0].any() and pack.narrowed()[0].any()
+    assert set(pack.state_dict()) == {"a", "bt"}
