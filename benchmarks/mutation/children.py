@@ -112,6 +112,32 @@ def module_name(source: str) -> str:
     return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def hand_on(source: str, changed: Path, scratch: Path) -> None:
+    """Let the Python processes that this one starts import a changed source.
+
+    Args:
+        source: Path of the source below the repository.
+        changed: File with its changed text.
+        scratch: An existing folder for what those processes run first.
+    """
+    site = scratch / "site"
+    site.mkdir(exist_ok=True)
+    lines = (
+        "import sys",
+        f"sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})",
+        "from benchmarks.mutation import children",
+        "sys.path.pop(0)",
+        f"children.replace({module_name(source)!r}, {str(ROOT / source)!r}, {str(changed)!r})",
+    )
+    (site / "sitecustomize.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def replace(name: str, source: str, changed: str) -> None:
+    """Import a module from another file than its source, in this process."""
+    sys.meta_path.insert(0, _Finder(name, Path(source), Path(changed)))
+
+
 def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch: Path) -> Verdict:
     """Run tests in a process that imports a changed source.
 
@@ -128,7 +154,8 @@ def judge(source: str, text: str, tests: Sequence[str], limit_s: float, scratch:
     def work() -> int:
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
-        sys.meta_path.insert(0, _Finder(module_name(source), ROOT / source, changed))
+        replace(module_name(source), str(ROOT / source), str(changed))
+        hand_on(source, changed, scratch)
         import pytest
 
         return int(pytest.main([*PYTEST_WORDS, f"--basetemp={scratch / 'tmp'}", *tests]))

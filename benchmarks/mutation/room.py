@@ -137,7 +137,7 @@ class Room:
         rest = [each for each in tests if each not in running]
         seconds = 0.0
         for judges in (running, rest, self._others(mutant)):
-            verdict = self._fork(partial(self._pass_with, places, judges), time_limit(judges))
+            verdict = self._fork(partial(self._pass_with, mutant, text, places, judges), time_limit(judges))
             seconds += verdict.seconds
             if verdict.noticed:
                 break
@@ -177,8 +177,11 @@ class Room:
         keep(folder, file, self.digests, tests)
         return True
 
-    def _pass_with(self, places: patches.Places, tests: Sequence[Test]) -> bool:
-        """Whether tests pass with new code of some functions."""
+    def _pass_with(self, mutant: Mutant, text: str, places: patches.Places, tests: Sequence[Test]) -> bool:
+        """Whether tests pass with new code of some functions, in the processes that they start as well."""
+        changed = self.scratch / Path(mutant.source).name
+        changed.write_text(mutate(text, mutant.index), encoding="utf-8")
+        children.hand_on(mutant.source, changed, self.scratch)
         for function, code in places:
             function.__code__ = code
         items = [self.items[each.name] for each in tests]

@@ -195,7 +195,7 @@ def _describe(
         "num_layers": cram.num_layers,
         "modules": {path: [m.in_features, m.out_features] for path, m in cram.modules.items()},
         "experts": experts,
-        "shared_a": cram.num_experts > 0 and cram.shares_a,
+        "shared_a": cram.shares_a,
         "method": {"tensors": {name: list(each.shape) for name, each in tensors.items()}, "values": values},
     }
 

@@ -15,13 +15,17 @@ PROJECT = {
         "def add(a, b):\n    return a + b\n\n"
         "def double(a):\n    return a * 2\n\n"
         "def unused(a):\n    return a - 1\n\n"
+        "def apart(a):\n    return a + 5\n\n"
         "def loop(a):\n    while a > 0:\n        a -= 1\n    return a\n"
     ),
     "tests/test_sums.py": (
-        "import sys\n\nfrom toy import sums\n\n"
+        "import subprocess\nimport sys\n\nfrom toy import sums\n\n"
         "def test_unwatched():\n    assert sys.gettrace() is None and sums.add(0, 1) == 1\n\n"
         "def test_add():\n    assert sums.add(1, 2) == 3\n\n"
         "def test_double():\n    assert sums.double(2) == 4 + 0 * sums.START\n\n"
+        "def test_apart():\n"
+        "    code = 'from toy import sums; assert sums.apart(1) == 6'\n"
+        "    subprocess.run([sys.executable, '-c', code], check=True)\n\n"
         "def test_loop():\n    assert sums.loop(3) == 0\n"
     ),
 }
@@ -55,7 +59,7 @@ def test_a_room_judges_every_mutant_by_the_tests_that_run_it(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
     lines = [line.removeprefix("verdict: ") for line in done.stdout.splitlines() if "verdict: " in line]
     found = dict(line.rsplit(" = ", 1) for line in lines)
-    assert found.pop("START = 1 -> START = 2") == "afresh 4"
+    assert found.pop("START = 1 -> START = 2") == "afresh 5"
     assert found == {
         "return a + b -> return None": "killed",
         "a + b -> a - b": "killed",
@@ -65,6 +69,9 @@ def test_a_room_judges_every_mutant_by_the_tests_that_run_it(tmp_path: Path) -> 
         "return a - 1 -> return None": "survived",
         "a - 1 -> a + 1": "survived",
         "a - 1 -> a - 2": "survived",
+        "return a + 5 -> return None": "killed",
+        "a + 5 -> a - 5": "killed",
+        "a + 5 -> a + 6": "killed",
         "a > 0 -> a >= 0": "killed",
         "a > 0 -> a > 1": "killed",
         "a -= 1 -> pass": "slow",

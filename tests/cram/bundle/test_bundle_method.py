@@ -92,6 +92,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_json("cram.json", lambda d: d["method"]["tensors"].update({"x" * 501: [1]})),
         "must give names their shapes",
     ),
+    "a name as long as one may be": (
+        edit_json("cram.json", lambda d: d["method"]["tensors"].update({"x" * 500: [1]})),
+        "8 of 9 match",
+    ),
     "NaN": (edit_tensors(STATE, poison(float("nan"))), "must be finite"),
     "half precision": (
         edit_tensors(STATE, lambda t: t.update({k: v.half() for k, v in t.items()})),

@@ -92,6 +92,11 @@ def test_format_4_holds_what_the_method_has_and_nothing_else(bundle: Path, tmp_p
     [
         ("cram.json", lambda d: d.pop("groups"), "must have the keys"),
         ("cram.json", lambda d: d["groups"]["counts"].append(0), "counts must be up to 5"),
+        (
+            "cram.json",
+            lambda d: d["groups"].update(locks={"colour": len(d["groups"]["counts"])}),
+            "locks must name groups below",
+        ),
         ("cram.json", lambda d: d["experts"][0].update(group=-1), r"experts must be \[name, group below"),
         (ROUTER, lambda t: t.pop("centroids"), "missing"),
     ],

@@ -114,6 +114,13 @@ def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda run: (run / name).write_text(content)
 
 
+def test_a_record_of_no_number_is_never_sealed() -> None:
+    """JSON has neither NaN nor infinities."""
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            sealed({"loss": value})
+
+
 FIRST, SECOND = "tasks/01-colour", "tasks/02-letter"
 IDENTITY: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (text("run.json", ""), r"run\.json must be a JSON file"),

@@ -12,7 +12,7 @@ from cram.cli import main
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
 from cram.scoring.scorers import SCORERS
-from cram.streams import load_stream
+from cram.streams import StreamError, load_stream
 from cram.streams.check import check_stream
 from cram.streams.registry import SHIPPED, stream_content, stream_training
 from tests.cram import factories, runs
@@ -126,6 +126,15 @@ def test_suffixes_human_answers_and_boxes_are_read(tmp_path: Path) -> None:
     assert tasks["TextVQA"].test[0].references == ("up",) * 7 + ("down",) * 3
     assert tasks["Grounding"].test[0].answer == ANSWERS["box"]
     assert tasks["OCRVQA"].published == "mcitlib_ocrvqa"
+
+
+def test_a_file_of_human_answers_that_is_no_json_is_named(tmp_path: Path) -> None:
+    root = miniature("coin", tmp_path)
+    _, content = stream_content("coin")
+    (name,) = {entry["human_answers"] for entry in content["tasks"] if "human_answers" in entry}
+    (root / name).write_text("{")
+    with pytest.raises(StreamError, match=rf"{Path(name).name}, field '.file.': must be JSON, got"):
+        load_stream("coin", data_root=root)
 
 
 def test_the_command_prints_a_manifest_and_refuses_leaks(

@@ -13,12 +13,14 @@ import pytest
 import yaml
 
 from cram.streams import StreamError, load_stream
+from cram.streams.yaml_file import load_yaml
 from tests.cram.streams.layouts import conversation, dump, picture
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 STREAMS: dict[str, tuple[str, str]] = {
     "deep list": ("name: " + "[" * 5000, "'.file.': must be YAML"),
     "deep mapping": ("{a: " * 5000, "'.file.': must be YAML"),
+    "one level too many": ("name: x\ntasks: " + "[" * 100 + "]" * 100, "more than 100 levels"),
     "an integer that is none": ("name: !!int ''", "'.file.': must be YAML"),
     "a truth value that is none": ("name: !!bool x", "'.file.': must be YAML"),
     "a time that is none": ("name: !!timestamp x", "'.file.': must be YAML"),
@@ -51,6 +53,12 @@ def test_a_hostile_stream_file_is_refused_in_one_line_at_once(tmp_path: Path, na
         load_stream(file)
     assert time.process_time() - start < 2
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
+def test_as_many_levels_as_a_file_may_have_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "stream.yaml"
+    file.write_text("tasks: " + "[" * 99 + "]" * 99)
+    assert list(load_yaml(file)) == ["tasks"]
 
 
 def toy(folder: Path, **changes: Any) -> dict[str, Any]:

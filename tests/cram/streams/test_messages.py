@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from cram.streams import messages
 from cram.streams.messages import read_messages, samples_of, stream_from_datasets
 from cram.streams.readers import StreamError
 
@@ -83,6 +86,49 @@ def test_a_stream_from_rows_in_memory() -> None:
     assert (stream.name, task.name, task.scorer, task.max_new_tokens) == ("mine", "count", "accuracy", 5)
     opened = [image.convert("RGB").getpixel((0, 0)) for image in task.train[0].images]  # type: ignore[union-attr]
     assert opened == [(255, 0, 0)] * 2 and task.test[0].images == ()
+
+
+def test_a_fault_of_rows_in_memory_names_task_and_split() -> None:
+    good, bad = [{"messages": said(ASK)}], [{"messages": said(ASK, " ")}]
+    for splits, place in (((bad, good), "count/train"), ((good, bad), "count/test")):
+        with pytest.raises(StreamError) as caught:
+            stream_from_datasets("mine", {"count": splits})
+        assert str(caught.value).startswith(f"{place}, row 0, field 'answer'")
+
+
+class Pictures:
+    """What `datasets.Image` is to a column of a data set."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class Columns(list[dict[str, Any]]):
+    """What `datasets.Dataset` is to a reader of rows: rows, features, and columns that can be cast."""
+
+    def __init__(self, rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
+        super().__init__(rows)
+        self.features = features
+
+    def cast_column(self, name: str, feature: Any) -> Columns:
+        return Columns(self, {**self.features, name: feature})
+
+
+class Several:
+    """What `datasets.Sequence` is to a column of lists."""
+
+    def __init__(self, feature: Any) -> None:
+        self.feature = feature
+
+
+def test_pictures_of_a_data_set_are_not_decoded_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("datasets")
+    module.Image = Pictures  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    rows = Columns([], {"image": Pictures(), "images": Several(Pictures()), "text": object()})
+    found: Any = messages._undecoded(rows)
+    assert found.features["image"].decode is False and found.features["images"].feature.decode is False
+    assert found.features["text"] is rows.features["text"]
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
