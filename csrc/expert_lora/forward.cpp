@@ -64,7 +64,7 @@ class Forward {
 
   int64_t threads() const { return threads_; }
   int64_t packs() const {
-    return x_.tiles + down_.tiles + divided(up_.tiles, kPackedTiles) + divided(up_left_.count, kPackedTiles);
+    return x_.tiles + down_.tiles + divided(up_.tiles, kPackedTiles) + divided(up_left_.count, copied_strips());
   }
   int64_t projects() const { return rows_ ? blocks_.count() : 0; }
   int64_t packs_u() const { return u_right_.tiles; }
@@ -76,9 +76,9 @@ class Forward {
     if (index < down_.tiles) return pack_rows(rows_of(to_.down, gate_.down, rows_), layer_.d_in, index, down_);
     index -= down_.tiles;
     const Rows up = rows_of(to_.up, gate_.rows, gate_.live);
-    const Range tiles = block(index, kPackedTiles, tiles_of(layer_.d_out));
-    if (up_.tiles) return pack_columns(up, 0, layer_.d_out, tiles.begin, tiles.end, up_);
-    for (int64_t strip = tiles.begin; strip < tiles.end; ++strip) copy_columns(up, 0, layer_.d_out, strip, up_left_);
+    const Range tiles = block(index, up_.tiles ? kPackedTiles : copied_strips(), tiles_of(layer_.d_out));
+    (up_.tiles ? pack_columns(up, 0, layer_.d_out, tiles.begin, tiles.end, up_)
+               : copy_columns(up, 0, layer_.d_out, tiles.begin, tiles.end, up_left_));
   }
 
   void project_block(int64_t index) {
@@ -113,6 +113,10 @@ class Forward {
   }
 
  private:
+  // Strips of Bt that are copied in one task: runs of up to 1 KB of each row, and something for every thread.
+  int64_t copied_strips() const {
+    return std::clamp<int64_t>(divided(divided(up_left_.count, threads_), 2) * 2, 2, 32);
+  }
   bool own() const { return to_.base.data; }
   bool tiles() const { return unit_ == Unit::tiles; }
   bool pairs() const { return unit_ == Unit::pairs; }

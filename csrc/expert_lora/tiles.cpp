@@ -202,16 +202,20 @@ CRAM_TILES void copy_rows_of(const Rows& x, int64_t depth, int64_t index, char* 
   }
 }
 
+// Rows are read in runs of all the columns, as panels; a prefetcher does not follow 32 bytes of each row.
 template <class Value>
-CRAM_TILES void copy_columns_of(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to) {
-  const int64_t at = index * kTile, left = std::min(kTile, columns - at);
-  for (int64_t step = 0; step < to.steps; ++step) {
-    alignas(64) char tile[kTileBytes];
-    pack_pair<Value>(w, column + at, left, step, false, tile, false);
-    Line line[kTile];
-    for (int64_t r = 0; r < kTile; ++r) line[r] = read_line(tile + 64 * r);
-    transpose(line);
-    for (int64_t r = 0; r < kTile; ++r) write_line(to.at(index) + step * kTileBytes + 64 * r, line[r]);
+CRAM_TILES void copy_columns_of(
+    const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Strips& to) {
+  Panels panels{nullptr, end - begin, to.steps};
+  panels.data = strip_memory(panels.bytes());
+  pack_columns_of<Value>(w, column + begin * kTile, columns - begin * kTile, 0, panels.tiles, panels);
+  for (int64_t strip = begin; strip < end; ++strip) {
+    for (int64_t step = 0; step < to.steps; ++step) {
+      Line line[kTile];
+      for (int64_t r = 0; r < kTile; ++r) line[r] = read_line(panels.tile(strip - begin, step) + 64 * r);
+      transpose(line);
+      for (int64_t r = 0; r < kTile; ++r) write_line(to.at(strip) + step * kTileBytes + 64 * r, line[r]);
+    }
   }
 }
 
@@ -427,8 +431,8 @@ void copy_strip(const Rows& x, int64_t depth, int64_t index, const Strips& to) {
   copy_rows(x, depth, index, to.at(index));
 }
 
-void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to) {
-  (w.half ? copy_columns_of<Half> : copy_columns_of<float>)(w, column, columns, index, to);
+void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Strips& to) {
+  (w.half ? copy_columns_of<Half> : copy_columns_of<float>)(w, column, columns, begin, end, to);
 }
 
 void tile_shrink(
@@ -620,7 +624,7 @@ namespace cram {
 void pack_rows(const Rows&, int64_t, int64_t, const Panels&) {}
 void pack_columns(const Rows&, int64_t, int64_t, int64_t, int64_t, const Panels&) {}
 void copy_strip(const Rows&, int64_t, int64_t, const Strips&) {}
-void copy_columns(const Rows&, int64_t, int64_t, int64_t, const Strips&) {}
+void copy_columns(const Rows&, int64_t, int64_t, int64_t, int64_t, const Strips&) {}
 void tile_shrink(const Strips&, int64_t, int64_t, const Panels&, int64_t, float*, int64_t) {}
 void tile_shrink_few(const Panels&, int64_t, int64_t, const Rows&, int64_t, float*, int64_t) {}
 void tile_layer(const TileLayer&) {}

@@ -62,8 +62,9 @@ char* strip_memory(int64_t bytes);
 // Strip `index` of x.
 void copy_strip(const Rows& x, int64_t depth, int64_t index, const Strips& to);
 
-// Strip `index` of the transpose of w: 16 of its columns from `column` on, in depth its rows.
-void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t index, const Strips& to);
+// Strips [begin, end) of the transpose of w: its columns from `column` on, up to `columns` of them in all; the depth are
+// its rows.
+void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Strips& to);
 
 // z [tokens, count] = x w^T for strips of x from `first` on and packed rows w, of which there are `count`.
 void tile_shrink(const Strips& x, int64_t first, int64_t tokens, const Panels& w, int64_t count, float* z, int64_t z_stride);
