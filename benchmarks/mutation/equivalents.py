@@ -45,6 +45,11 @@ EQUIVALENTS: dict[str, str] = {
     "route is not None or route.groups is not None": (
         "An assertion for the types: where it could fail, the lines below it fail as well."
     ),
+    "cram/model/frozen/forward.py _parts: trained_a is None or trained_b is None -> trained_a is None and "
+    "trained_b is None": "The two parameters are made together, or neither is.",
+    "cram/model/frozen/forward.py is_plain: return False -> return None (2)": (
+        "Its callers ask for truth alone."
+    ),
     "cram_kernels/packing.py PackedExperts._alias: self.trained_a is not None and self.trained_b is not None "
     "-> self.trained_a is not None or self.trained_b is not None": (
         "The two parameters are made together, or neither is."

@@ -153,13 +153,13 @@ class ExpertLinear(nn.Module):
         gating = self._modules.get("gating")
         if acting is not self._modules.get("experts"):
             if torch.compiler.is_compiling():
-                return torch.ones(1, acting.gate_columns, device=x.device)
+                return torch.ones(1, 1, device=x.device)
             one = self._one
             # What inference mode made cannot be saved for a backward.
             usable = one is not None and (torch.is_inference_mode_enabled() or not one.is_inference())
             if one is None or not usable or one.device != x.device:
                 self._one = one = torch.ones(1, 1, device=x.device)
-            return one.expand(1, acting.gate_columns)
+            return one
         if state.gates is None:
             raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
         gates = state.gates[self.layer]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cram_kernels import dropout_mask, expert_lora
-from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
+from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_tensor, seed_words
 from cram_kernels.testing import GATINGS, layer_inputs, layer_oracle, run_layer
 
 
@@ -62,6 +62,11 @@ def test_seeds_give_unrelated_masks() -> None:
         assert abs((first * second).mean()) < 5 * 0.25 / 20000**0.5
 
 
+def test_a_seed_of_more_than_63_bits_wraps_around() -> None:
+    for seed in (1 << 63, (1 << 64) - 1, -(1 << 63) - 1):
+        assert int(seed_tensor(seed)) == (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def test_prefix_property() -> None:
     """An element's fate depends on its own row and column only, so tiles can be drawn apart."""
     assert torch.equal(dropout_mask(5, 40, 30, 0.4)[:7, :11], dropout_mask(5, 7, 11, 0.4))
@@ -73,6 +78,7 @@ def test_a_tensor_is_a_seed(seed: int) -> None:
     given = torch.tensor(seed)
     assert torch.equal(dropout_mask(given, 7, 9, 0.5), dropout_mask(seed, 7, 9, 0.5))
     assert [int(word) for word in seed_words(given)] == list(seed_words(seed))
+    assert all(-(1 << 31) <= word < 1 << 31 for word in seed_words(seed))
     inputs = layer_inputs()
     for impl in ("reference", "cpu"):
         found = [run_layer(inputs, impl, dropout=0.25, seed=value) for value in (seed, given)]

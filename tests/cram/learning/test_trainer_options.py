@@ -145,4 +145,6 @@ def test_a_pushed_checkpoint_is_complete_and_a_key_is_not_pushed(
 def test_gate_entropy_stays_a_tensor() -> None:
     found = gate_entropy(Route(torch.full((3, 2, 2), 0.5)))
     assert isinstance(found, torch.Tensor) and found.item() == pytest.approx(math.log(2))
+    one_hot = gate_entropy(Route(torch.eye(2).expand(3, 2, 2)))
+    assert one_hot is not None and one_hot.item() == 0
     assert gate_entropy(None) is None

@@ -13,6 +13,8 @@ from cram.attach import attach
 from cram.config import CramConfig
 from cram.model import linear
 from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
+from cram.routing.query import Route
 from cram_kernels import expert_lora
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, image, prompt, routed_llava
@@ -234,3 +236,33 @@ def test_adapted_linear_looks_like_its_base() -> None:
         base = module.base
         assert isinstance(base, nn.Linear) and module.weight is base.weight and module.bias is base.bias
         assert (module.in_features, module.out_features) == (base.in_features, base.out_features)
+
+
+@pytest.mark.parametrize(
+    ("training", "overrides", "acts"),
+    [(False, False, True), (True, False, False), (False, True, False), (True, True, False)],
+)
+def test_a_solo_expert_that_has_learnt_acts_outside_of_training_alone(
+    training: bool, overrides: bool, acts: bool
+) -> None:
+    """And where the route does not say which experts act. While it is trained it acts in any case."""
+    _, _, cram = routed_llava()
+    module = next(iter(cram.modules.values())).train(training)
+    module.current.state = ForwardState(Route(torch.ones(2, 1, 3), overrides_gating=overrides))
+    pair = torch.ones(2, module.in_features), torch.ones(module.out_features, 2)
+    module.set_solo(pair, 1.0, trained=False)
+    assert module.acting is (module.solo if acts else module.experts)
+    module.set_solo(pair, 1.0, trained=True)
+    assert module.acting is module.solo
+
+
+def test_experts_of_rank_zero_share_nothing() -> None:
+    """Their factors have no memory, so all have one address."""
+    _, _, cram = routed_llava()
+    module = next(iter(cram.modules.values()))
+    empty = [(torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)) for _ in range(2)]
+    module.set_experts(empty, 1.0, 0)
+    assert module.experts is not None and not module.experts.shared_a and module.experts.ranks == (0, 0)
+    one = torch.ones(2, module.in_features)
+    module.set_experts([(one, torch.ones(module.out_features, 2)) for _ in range(2)], 1.0, 0)
+    assert module.experts.shared_a

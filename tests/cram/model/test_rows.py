@@ -11,6 +11,8 @@ from transformers import DynamicCache, StaticCache
 
 from cram.model.cache import made_cache
 from cram.model.rows import marks_of
+from cram.model.state import ForwardState
+from cram.routing.query import Route
 from tests.cram.factories import QUESTIONS, continuing, image, prompt, routed_llava
 
 WINDOW = 16  # far shorter than the prompts
@@ -175,3 +177,21 @@ def test_every_token_of_a_short_cache_is_marked(held: int) -> None:
         assert marks is not None
         cache.reorder_cache(torch.tensor([1, 0]))
         assert marks.have_moved(cache)
+
+
+@pytest.mark.parametrize(
+    ("samples", "experts", "memory", "differs"),
+    [
+        (1, 3, {}, False),
+        (1, 1, {}, False),
+        (2, 1, {}, True),
+        (2, 3, {}, True),
+        (1, 1, {"made": torch.ones(2)}, True),
+    ],
+)
+def test_rows_differ_where_samples_have_gates_or_memory_of_their_own(
+    samples: int, experts: int, memory: dict[str, Tensor], differs: bool
+) -> None:
+    state = ForwardState(Route(torch.ones(4, samples, experts), memory=memory))
+    assert state.differs_by_row is differs
+    assert ForwardState().differs_by_row is False

@@ -37,6 +37,17 @@ def test_another_tower_is_not_reused() -> None:
     assert not factories.clip_encoder(factories.internvl(), clip).reuses_vision_tower
 
 
+def test_an_encoder_moves_its_own_networks_and_no_reused_tower() -> None:
+    clip = factories.clip_model()
+    model = factories.llava(clip=clip)
+    for encoder, moves in ((factories.clip_encoder(model, clip), False), (factories.clip_encoder(), True)):
+        assert encoder.to("meta") is encoder
+        for network in (encoder._text_model, encoder._projection):
+            assert next(network.parameters()).is_meta
+        assert next(encoder._vision.parameters()).is_meta == moves
+    assert not next(model.model.vision_tower.parameters()).is_meta
+
+
 class Stored(torch.Tensor):
     """A weight that is stored in another form and compares with nothing, as torchao's."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer
 
 from cram import load, save
 from cram.learning.parallel.zero import ZeroStages
@@ -46,6 +47,27 @@ def accelerator(**changes: Any) -> Any:
 def test_another_configuration_is_refused(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"^{name} of the DeepSpeed configuration must be"):
         ZeroStages(accelerator(**changes), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("checkpoint", [None, "checkpoint-3"])
+def test_a_resumed_training_reads_its_part_of_the_optimiser(
+    checkpoint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer reads the schedule alone then; without a checkpoint it does as ever."""
+    calls: list[Any] = []
+    made = trainer(fresh(runs.config()), same_group()[0], tmp_path)
+    monkeypatch.setattr(made, "_zero", object())
+    monkeypatch.setattr(made, "_of", dict)
+    monkeypatch.setattr(
+        Trainer,
+        "_load_optimizer_and_scheduler",
+        lambda self, given: calls.append((given, self.is_deepspeed_enabled)),
+    )
+    monkeypatch.setattr("cram.learning.trainer.read_checkpoint", lambda file, of: (file.parent.name,))
+    monkeypatch.setattr("cram.learning.trainer.import_part", lambda optimizer, part: calls.append(part))
+    made._load_optimizer_and_scheduler(checkpoint)
+    assert calls == ([(None, False)] if checkpoint is None else [checkpoint, (checkpoint, True)])
+    assert not made.is_deepspeed_enabled
 
 
 def test_the_values_of_a_stage_return_to_where_the_model_reads_them() -> None:

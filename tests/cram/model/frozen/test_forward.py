@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrizations
 from cram.attach import attach, detach
 from cram.config import CramConfig
 from cram.model.attached import AttachedModel
-from cram.model.frozen.forward import beside, is_plain
+from cram.model.frozen.forward import beside, device_of, is_plain
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 from tests.cram import factories
 from tests.cram.factories import QUESTIONS, expert_weights, image, prompt, routed_llava
@@ -307,3 +308,14 @@ def test_plain_linears_stay_fused() -> None:
     assert not next(iter(cram.modules.values())).fusible
     handle.remove()
     assert is_plain(next(iter(cram.modules.values())).base)
+
+
+def test_a_linear_computes_where_its_weight_is_or_where_a_hook_brings_it() -> None:
+    linear = nn.Linear(2, 2, device="meta")
+    assert device_of(nn.Linear(2, 2)) == torch.device("cpu") and device_of(linear) == torch.device("meta")
+    linear._hf_hook = SimpleNamespace(execution_device=1)  # type: ignore[assignment]
+    assert device_of(linear) == torch.device("cuda", 1)
+    linear._hf_hook = SimpleNamespace(  # type: ignore[assignment]
+        hooks=(SimpleNamespace(), SimpleNamespace(execution_device="cpu"))
+    )
+    assert device_of(linear) == torch.device("cpu")
