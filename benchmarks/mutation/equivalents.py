@@ -50,6 +50,13 @@ EQUIVALENTS: dict[str, str] = {
     "cram/model/frozen/forward.py is_plain: return False -> return None (2)": (
         "Its callers ask for truth alone."
     ),
+    "cram_kernels/centroid_gates/api.py _versions: return () -> return None": (
+        "Under the compiler it is compared with itself alone."
+    ),
+    "cram_kernels/centroid_gates/reference.py _finite: values.where(values.isfinite(), 0.0) -> "
+    "values.where(values.isfinite(), 1.0)": (
+        "Any number does: it meets gradients of 0 or NaN alone, or shifts query and centroids alike."
+    ),
     "cram_kernels/packing.py PackedExperts._alias: self.trained_a is not None and self.trained_b is not None "
     "-> self.trained_a is not None or self.trained_b is not None": (
         "The two parameters are made together, or neither is."

@@ -30,6 +30,9 @@ TESTS = (
     "test_shared_a.py",
     "test_stacked.py",
     "test_dropout.py",
+    "test_centroid_gates.py",
+    "test_crossovers.py",
+    "test_raw_operations.py",
 )
 CALLS = 3000
 RANDOM_CALLS = """
