@@ -38,6 +38,12 @@ EQUIVALENTS: dict[str, str] = {
     "cram/streams/types.py module: 1 << 20 -> 1 << 21": (
         "What a picture's file may have beside its pixels: any bound far above a real one does."
     ),
+    "cram/streams/types.py module: 1 << 20 -> 2 << 20": (
+        "What a picture's file may have beside its pixels: any bound far above a real one does."
+    ),
+    "cram/streams/readers.py module: 4 << 30 -> 4 << 31": (
+        "What a file of samples may have in bytes: any bound far above a real one does."
+    ),
     "cram/bundle/records.py module: 16 << 20 -> 17 << 20": (
         "What a record may have in bytes: any bound far above a real one does."
     ),

@@ -141,7 +141,11 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
         "test_expert_lora_rules.py",
         "test_shared_a.py",
     ),
-    "cram_kernels/expert_lora/native.py": ("test_expert_lora_native.py", "test_shared_a.py"),
+    "cram_kernels/expert_lora/native.py": (
+        "test_expert_lora_native.py",
+        "test_shared_a.py",
+        "test_stacked.py",
+    ),
     "cram_kernels/expert_lora/outputs.py": (
         "test_outputs.py",
         "test_expert_lora_rules.py",
@@ -215,6 +219,14 @@ def read(log: Path) -> list[dict[str, Any]]:
         return []
     whole = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
     return [json.loads(line) for line in whole]
+
+
+def of_today(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts on changes that the sources of today can still have."""
+    known: dict[str, set[str]] = {}
+    for source in {row["source"] for row in rows if (ROOT / row["source"]).is_file()}:
+        known[source] = {each.name for each in draw(source, 1 << 30, 0)}
+    return [row for row in rows if row["name"] in known.get(row["source"], set())]
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

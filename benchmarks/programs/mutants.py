@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
         _judge_all(arguments)
-    rows = plan.newest(plan.read(arguments.log))
+    rows = plan.of_today(plan.newest(plan.read(arguments.log)))
     print("\n".join(plan.summary([row for row in rows if re.search(arguments.only, row["source"])])))
     return int(bool(plan.unnoticed(rows)))
 

@@ -108,11 +108,15 @@ def test_the_table_counts_by_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_log_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "log"
-    lines = [json.dumps(row("cram/x.py", status, "one")) for status in ("survived", "killed")]
+    log, source = tmp_path / "log", "cram/atomic.py"
+    name = next(each.name for each in plan.draw(source, 8, 0) if not reason(each.name))
+    lines = [json.dumps(row(source, status, name)) for status in ("survived", "killed")]
     log.write_text("\n".join([*lines, '{"source": "cra']))
     assert [each["status"] for each in plan.newest(plan.read(log))] == ["killed"]
     assert mutants.main(["--table", "--log", str(log)]) == 0
     log.write_text(lines[0] + "\n")
     assert mutants.main(["--table", "--log", str(log)]) == 1
-    assert "survived: `cram/x.py:3`" in capsys.readouterr().out
+    assert "survived: `cram/atomic.py:3`" in capsys.readouterr().out
+    gone = [row(source, "survived", f"{name} once"), row("cram/gone.py", "survived", name)]
+    log.write_text("".join(json.dumps(each) + "\n" for each in gone))
+    assert mutants.main(["--table", "--log", str(log)]) == 0, "sources have no such mutants any more"

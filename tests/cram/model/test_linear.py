@@ -266,3 +266,18 @@ def test_experts_of_rank_zero_share_nothing() -> None:
     one = torch.ones(2, module.in_features)
     module.set_experts([(one, torch.ones(module.out_features, 2)) for _ in range(2)], 1.0, 0)
     assert module.experts.shared_a
+
+
+def test_a_gate_that_inference_mode_made_serves_no_training() -> None:
+    """A backward cannot save it."""
+    _, _, cram = routed_llava()
+    module = next(iter(cram.modules.values()))
+    module.set_solo(
+        (torch.ones(2, module.in_features), torch.ones(module.out_features, 2)), 1.0, trained=True
+    )
+    x = torch.ones(1, 3, module.in_features)
+    with torch.inference_mode():
+        expected = module(x).clone()
+    y = module(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad is not None and x.grad.any()

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from cram.model.cache import made_cache
-from cram.model.rows import marks_of
+from cram.model.rows import _exchangeable, marks_of
 from cram.model.state import ForwardState
-from cram.routing.query import Route
+from cram.routing.query import Query, Route
 from tests.cram.factories import QUESTIONS, continuing, image, prompt, routed_llava
 
 WINDOW = 16  # far shorter than the prompts
@@ -195,3 +195,13 @@ def test_rows_differ_where_samples_have_gates_or_memory_of_their_own(
     state = ForwardState(Route(torch.ones(4, samples, experts), memory=memory))
     assert state.differs_by_row is differs
     assert ForwardState().differs_by_row is False
+
+
+def test_rows_of_equal_gates_and_another_query_are_not_exchangeable() -> None:
+    """What is asked behind a cache is routed by the query of its row."""
+    text, image = torch.eye(3, 4), torch.ones(3, 4)
+    text[2] = text[1]
+    query = Query(text, image, torch.ones(3, dtype=torch.bool))
+    for given, expected in ((None, [[True] * 3] * 3), (query, [[True, False, False], [False, True, True]])):
+        state = ForwardState(Route(torch.ones(2, 3, 2) / 2), query=given)
+        assert _exchangeable(state, 3)[: len(expected)].tolist() == expected
