@@ -288,7 +288,7 @@ class ContinualLearner:
                 f"task {trained + 1} is damaged and learnt again ({fault}); its files are now in {aside}"
             )
         finished = min(finished, trained)
-        if trained < len(self.stream.tasks) and (self.folder.task(trained) / RESULT).is_file():
+        if trained < len(self.stream.tasks) and (self.folder.task(trained) / RESULT).exists():
             aside = self.folder.set_aside(self.folder.task(trained))
             self._say(f"task {trained + 1} has a result without its bundle and is learnt again; see {aside}")
         if finished and finished == trained and (fault := self.folder.result_fault(finished - 1)):

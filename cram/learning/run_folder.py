@@ -67,8 +67,8 @@ class RunFolder:
         return (self.bundle(index) / MANIFEST).is_file()
 
     def is_finished(self, index: int) -> bool:
-        """True if a task has been trained and evaluated."""
-        return self.is_trained(index) and (self.task(index) / RESULT).is_file()
+        """True if a task has been trained and evaluated; what stands for the result may be damaged."""
+        return self.is_trained(index) and (self.task(index) / RESULT).exists()
 
     def count(self) -> tuple[int, int]:
         """Return the number of finished tasks and of trained tasks, counted from the first without a gap."""

@@ -267,6 +267,20 @@ def test_the_newest_task_is_tested_or_learnt_again(
     assert timeless(report) == timeless(read_json(finished / "report.json"))
 
 
+def test_a_folder_in_the_place_of_the_newest_result_is_set_aside_before_any_work(
+    run: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run / SECOND / "result.json"
+    result.unlink()
+    (result / "inside").mkdir(parents=True)
+    made = runs.learner(run)
+    made._shown = True
+    report = made.run()
+    assert "task 2 is tested again" in capsys.readouterr().out
+    assert (run / SECOND / "damaged-result.json" / "inside").is_dir() and result.is_file()
+    assert timeless(report) == timeless(read_json(finished / "report.json"))
+
+
 def test_a_result_without_its_bundle_is_learnt_again_and_said(
     run: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
