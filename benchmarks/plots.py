@@ -90,13 +90,13 @@ def _ratios(file: Path, cells: list[dict[str, Any]], results: dict[str, Any]) ->
         for position, name in enumerate(names):
             text = f" {timed[name] - 1:+.0%}"
             axis.text(max(timed[name], 1), position, text, va="center", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=True)
         axis.spines[["top", "right"]].set_visible(False)
-        title = " ".join(part for part in cell["name"].split("/"))
-        axis.set_title(f"{title}  (base {duration(base)})", fontsize=9)
+        title = " ".join(cell["name"].split("/"))
+        axis.set_title(f"{title}\nbase {duration(base)}", fontsize=9, loc="left")
     ratios = [row["median_us"] / c["rows"]["base"]["median_us"] for c in cells for row in timed_rows(c)]
     axes[0, 0].set_xlim(min(0.95, min(ratios) * 0.85), max(2.0, max(ratios) * 1.6))
-    figure.suptitle(f"Time over the frozen base linear's, {results['environment']['machine']}")
+    figure.suptitle(f"Time over the frozen base linear's\n{results['environment']['machine']}")
     return _save(figure, file)
 
 
@@ -143,7 +143,7 @@ def _roofline(file: Path, cells: list[dict[str, Any]], results: dict[str, Any]) 
         entries = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
         axis.legend(entries.values(), entries.keys(), fontsize=8, frameon=False)
     machine = results["environment"]["machine"]
-    figure.suptitle(f"Adapted linear, and the roofline of torch's own copy and product, {machine}")
+    figure.suptitle(f"Adapted linear, and the roofline of torch's own copy and product\n{machine}")
     return _save(figure, file)
 
 
