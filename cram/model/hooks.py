@@ -169,9 +169,9 @@ class ForwardHooks:
             state = made(self._state, *arguments)
         self._current.state = state
         kwargs = {**kwargs, STATE: state}
-        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers)
         differentiable = training and torch.is_grad_enabled() and embeds.is_floating_point()
-        if differentiable and checkpointed and not embeds.requires_grad:
+        lacking = differentiable and not embeds.requires_grad
+        if lacking and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             # Reentrant checkpointing gives a frozen model no gradients at all unless its input requires one.
             kwargs["inputs_embeds"] = embeds.detach().requires_grad_()
         return args, kwargs

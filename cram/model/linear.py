@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cram.model.factors import Factors
-from cram.model.frozen.forward import beside, device_of, in_place, is_plain
+from cram.model.frozen.forward import beside, device_of, in_place, plain_tensors
 from cram.model.gating import LayerGating
-from cram.model.stack import Stack, pays
+from cram.model.stack import Layer, Stack, pays, placed
 from cram.model.state import Current, ForwardState
 from cram.routing.means import moved
 from cram_kernels import PackedExperts, expert_lora, pack_experts
@@ -104,25 +104,30 @@ class ExpertLinear(nn.Module):
         base: Any = self._modules["base"]
         if state.disabled or packed is None:
             return base(x)
-        plain = is_plain(base)
+        plain = plain_tensors(base)
         gates = self._gates(x, packed, state)
         state.keep_visual_mean(self.name, x)
         dropped: dict[str, Any] = {}
         if self.training and self.dropout and packed.trained:
             # From torch's generator: checkpointing restores its state before it runs a layer again.
             dropped = {"dropout": self.dropout, "seed": torch.randint(2**31 - 1, (), device="cpu")}
-        elif plain and self.stack is not None and pays(x):
+        elif plain is not None and self.stack is not None and pays(x):
             found = self.stack.output(self, packed, x, gates)
             if found is not None:
                 return found
-        if not plain:
+        if plain is None:
             return beside(base, x, packed, gates, **dropped)
-        return expert_lora(x, base.weight, base.bias, packed, gates.to(x.device), **dropped)
+        return expert_lora(x, *plain, packed, placed(gates, x), **dropped)
 
-    @property
-    def fusible(self) -> bool:
-        """Whether the base may be computed from its weight, together with the experts."""
-        return is_plain(self.base)
+    def as_layer(self) -> Layer | None:
+        """Weight, bias and experts, if the base is plain and the route's gates are the experts' own."""
+        state = self.current.state
+        packed = self._acting(state)
+        gating = self._modules.get("gating")
+        if packed is not self._modules.get("experts") or not (gating is None or state.overrides_gating):
+            return None
+        plain = plain_tensors(self.base)
+        return None if plain is None or packed is None else (*plain, packed)
 
     @property
     def device(self) -> torch.device:
@@ -133,12 +138,6 @@ class ExpertLinear(nn.Module):
     def acting(self) -> PackedExperts | None:
         """The experts that act beside the base linear in the current forward."""
         return self._acting(self.current.state)
-
-    @property
-    def shares_gates(self) -> bool:
-        """True if this linear uses the route's gates; then q, k and v share them."""
-        state = self.current.state
-        return (self.gating is None or state.overrides_gating) and self._acting(state) is self.experts
 
     def _acting(self, state: ForwardState) -> PackedExperts | None:
         # nn.Module finds a submodule by name after its own attributes, at a microsecond each.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cram_kernels import PackedExperts, stacked_expert_lora
 
@@ -23,28 +23,27 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DEVICES = ("cuda",)
 
 
+# Weight, bias and experts.
+Layer = tuple[Tensor, Tensor | None, PackedExperts]
+
+
 class Stackable(Protocol):
     """An adapted linear as far as its stack must know it."""
 
-    base: nn.Linear
     stack: Stack | None
 
-    @property
-    def acting(self) -> PackedExperts | None:
-        """The experts that act in the current forward."""
-
-    @property
-    def shares_gates(self) -> bool:
-        """Whether the linear uses the route's gates."""
-
-    @property
-    def fusible(self) -> bool:
-        """Whether the base may be computed from its weight."""
+    def as_layer(self) -> Layer | None:
+        """What is computed from the weight, with the route's gates; None for anything else."""
 
 
 def pays(x: Tensor) -> bool:
     """Whether an input's linears are computed together."""
     return not torch.is_grad_enabled() or x.device.type in DEVICES
+
+
+def placed(gates: Tensor, x: Tensor) -> Tensor:
+    """The gates where x is."""
+    return gates if gates.device == x.device else gates.to(x.device)
 
 
 class Waiting(NamedTuple):
@@ -93,18 +92,14 @@ class Stack:
 
     def _computed(self, x: Tensor, gates: Tensor) -> Waiting | None:
         self._waiting = None
-        acting = [member.acting for member in self.members]
-        packs = [packed for packed in acting if packed is not None]
-        if len(packs) < len(self.members) or not all(
-            member.shares_gates and member.fusible for member in self.members
-        ):
-            return None
-        layers: list[tuple[Tensor, Tensor | None, PackedExperts]] = [
-            (member.base.weight, member.base.bias, packed)
-            for member, packed in zip(self.members, packs, strict=True)
-        ]
-        found = stacked_expert_lora(x, layers, gates.to(x.device))
-        results = dict(enumerate(zip(packs, found, strict=True)))
+        layers: list[Layer] = []
+        for member in self.members:
+            layer = member.as_layer()
+            if layer is None:
+                return None
+            layers.append(layer)
+        found = stacked_expert_lora(x, layers, placed(gates, x))
+        results = {index: (layers[index][2], y) for index, y in enumerate(found)}
         self._waiting = Waiting(x, gates, torch.is_grad_enabled(), results)
         return self._waiting
 

@@ -97,17 +97,16 @@ def expert_lora(
 ) -> Tensor:
     """Compute the layer natively; arguments as in `cram_kernels.expert_lora`, already checked."""
     a, bt, owner = _storage(experts, x.dtype)
-    trained_a, trained_b, scale = experts.trained_a, experts.trained_b, experts.scale
+    scale = experts.scale
     words: tuple[int, ...] = (0, 0, 0)
     if seed is not None:
         scale *= keep_scale(dropout)
         words = (dropped_lanes(dropout),)
         if not torch.compiler.is_compiling():
             words, seed = (*words, *seed_words(int(seed))), None
-    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
-        return _ExpertLora.apply(
-            x, gates, trained_a, trained_b, weight, bias, a, bt, owner, segments, scale, words, seed
-        )
+    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or experts.trained):
+        trained = experts.trained_a, experts.trained_b
+        return _ExpertLora.apply(x, gates, *trained, weight, bias, a, bt, owner, segments, scale, words, seed)
     if segments is not None:
         gates = gates.index_select(0, segments)
     if dropout:
@@ -131,7 +130,7 @@ def stacked_expert_lora(
     biases = [bias for _, bias, _ in layers if bias is not None]
     packs = [experts for _, _, experts in layers]
     trains = torch.is_grad_enabled() and (
-        x.requires_grad or gates.requires_grad or any(experts.trained_a is not None for experts in packs)
+        x.requires_grad or gates.requires_grad or any(experts.trained for experts in packs)
     )
     if trains or dropout or len(biases) not in (0, len(layers)):
         return [expert_lora(x, *layer, gates, segments, dropout, seed) for layer in layers]

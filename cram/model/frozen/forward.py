@@ -31,18 +31,26 @@ NODES_OF_A_LINEAR = 32
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear computes exactly `F.linear(x, weight, bias)`, so that its weight may be read instead.
+    """Whether a linear computes exactly `F.linear(x, weight, bias)`: its weight may be read instead."""
+    return plain_tensors(linear) is not None
+
+
+def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain linear, or None of any other.
 
     Hooks and weights may be exchanged at any time, so every call asks; it costs a few dictionary look-ups.
     """
     if type(linear) is not nn.Linear:
-        return False
+        return None
     hooks = linear._forward_hooks or linear._forward_pre_hooks
     if hooks or linear._backward_hooks or linear._backward_pre_hooks or "forward" in linear.__dict__:
-        return False
+        return None
     parameters = linear._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    return type(weight) in _PLAIN_WEIGHTS and (bias is None or type(bias) in _PLAIN_WEIGHTS)
+    weight: Any = parameters.get("weight")
+    bias = parameters.get("bias")
+    if type(weight) not in _PLAIN_WEIGHTS or not (bias is None or type(bias) in _PLAIN_WEIGHTS):
+        return None
+    return weight, bias
 
 
 def device_of(linear: nn.Module) -> torch.device:

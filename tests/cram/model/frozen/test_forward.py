@@ -156,7 +156,7 @@ def test_a_zero_expert_leaves_every_bit(kind: Callable[[nn.Linear], nn.Linear], 
         assert torch.equal(model(**batch).logits, base)
     assert (base - plain).abs().max() > 1e-3
     for module in cram.modules.values():
-        assert not module.fusible
+        assert module.as_layer() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,11 +303,14 @@ def test_offloaded_experts_in_training_are_refused() -> None:
 
 def test_plain_linears_stay_fused() -> None:
     _, _, cram = routed_llava()
-    assert all(module.fusible for module in cram.modules.values())
-    handle = next(iter(cram.modules.values())).base.register_forward_hook(lambda module, args, output: None)
-    assert not next(iter(cram.modules.values())).fusible
+    modules = list(cram.modules.values())
+    for module in modules:
+        layer = module.as_layer()
+        assert layer is not None and layer[0] is module.base.weight and layer[2] is module.experts
+    handle = modules[0].base.register_forward_hook(lambda module, args, output: None)
+    assert modules[0].as_layer() is None and not is_plain(modules[0].base)
     handle.remove()
-    assert is_plain(next(iter(cram.modules.values())).base)
+    assert modules[0].as_layer() is not None and is_plain(modules[0].base)
 
 
 def test_a_linear_computes_where_its_weight_is_or_where_a_hook_brings_it() -> None:
