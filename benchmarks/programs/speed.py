@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals, markdown
+from benchmarks.cases import SUITES
 from benchmarks.machine import ROOT
 
 PAGE = ROOT / "docs/speed.md"
@@ -78,14 +79,19 @@ def _both(results: dict[str, Any], op: str, model: str, tokens: int, dtype: str)
 
 
 def section(results: dict[str, Any]) -> list[str]:
-    """Return the table: time of each way over the time of the frozen base linear alone."""
+    """Return the table: time of each way over the time of the frozen base linear alone.
+
+    The rows are the cases of the quick suite, whichever suite was run.
+    """
+    quick = {case.name for case in SUITES["quick", results["environment"]["device"]]}
     environment = results["environment"]
     cpu = f"{environment['cpu']} with {environment['instructions']}, {environment['threads']} threads"
     where = environment["gpu"]["name"] if "gpu" in environment else cpu
     packages = environment["packages"]
     command = f"python -m benchmarks{' --quick' if results['suite'] == 'quick' else ''}"
     header = ["linear", "tokens", "type", *OTHERS.values(), "CRAM"]
-    cells = [c for c in results["cases"] if c["rows"] and c["case"]["op"] in TITLES]
+    measured = [cell for cell in results["cases"] if cell["rows"] and cell["name"] in quick]
+    cells = [cell for cell in measured if cell["case"]["op"] in TITLES]
     rows = [_row(cell, environment["device"]) for cell in cells]
     return [
         f"`{command}` on {where} (torch {packages['torch']}): ten experts of rank 4 to 10 on one linear,",
