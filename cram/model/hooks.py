@@ -34,6 +34,7 @@ from cram.routing.threads import PerThread
 # Travels with the keyword arguments from the language model to the attention blocks, also where gradient
 # checkpointing runs a layer again.
 STATE = "cram_state"
+LOST_SHOWN = 3
 # Of gates that the same pictures give twice.
 ROUNDING = 1e-3
 
@@ -71,7 +72,9 @@ class ForwardHooks:
         """
         self.on_query: list[Callable[[Query], None]] = []
         self._overrides = Overrides()
+        self._modules = modules
         self._linear = next(iter(modules.values()))
+        self._language = model.get_submodule(family.language_model)
         self._num_layers, self._reader, self._current = num_layers, reader, current
         self._image_token_id = int(model.config.image_token_id)
         self._caches = CacheStates()
@@ -85,7 +88,7 @@ class ForwardHooks:
         return self._overrides.mine
 
     def _register(self, model: Any, family: Family) -> list[Any]:
-        language = model.get_submodule(family.language_model)
+        language = self._language
         attention = [layer.self_attn for layer in language.layers]
         core = model.get_submodule(family.core)
         return [
@@ -213,6 +216,7 @@ class ForwardHooks:
                 if routed
                 else ForwardState(decoding=True)
             )
+        self._check_present()
         query = None
         if self.override is None and routed and self.method.uses_queries:
             self._check_first(call, kwargs)
@@ -329,6 +333,19 @@ class ForwardHooks:
             raise ValueError(
                 "a recorded forward (torch.jit.trace, torch.export) must have a route for all inputs; "
                 f"{EXPLICIT}"
+            )
+
+    def _check_present(self) -> None:
+        """Refuses a prompt or a training step in which experts would be left out, because their linear is."""
+        if self.is_disabled or not (self.num_experts or self.solo_in_training):
+            return
+        present = set(self._language.modules())
+        lost = [path for path, linear in self._modules.items() if linear not in present]
+        if lost:
+            raise ValueError(
+                "adapted linears must stay in the model, got another module in place of "
+                f"{', '.join(lost[:LOST_SHOWN])}{' and others' * (len(lost) > LOST_SHOWN)}; to exchange a "
+                "frozen linear set `base` of the adapted one, or call `cram.detach(model)` first"
             )
 
     def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:

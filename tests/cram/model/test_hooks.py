@@ -3,6 +3,8 @@ no-op."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -372,3 +374,39 @@ def test_released_code_routes_on_the_batch_mean() -> None:
     model(**batch_of(processor, SAMPLES[:2]))
     gates = cram.state.route.gates
     assert torch.equal(gates[:, 0], gates[:, 1])
+
+
+def _replaced_linear(model: Any) -> str:
+    attention = model.model.language_model.layers[1].self_attn
+    attention.v_proj = attention.v_proj.base
+    return "model.language_model.layers.1.self_attn.v_proj"
+
+
+def _replaced_attention(model: Any) -> str:
+    layer = model.model.language_model.layers[0]
+    layer.self_attn = copy.deepcopy(layer.self_attn)
+    return "model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("replace", [_replaced_linear, _replaced_attention])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_replaced_linear_is_not_left_out_silently(replace: Callable[[Any], str], trained: bool) -> None:
+    model, processor, cram = routed_llava(trained=trained)
+    batch = batch_of(processor, SAMPLES)
+    path = replace(model)
+    with pytest.raises(ValueError, match=f"adapted linears must stay in the model, got .* {path}"):
+        model(**batch)
+    with cram.disabled():
+        model(**batch)
+
+
+def test_a_wrapped_layer_and_an_exchanged_base_stay() -> None:
+    model, processor, _ = routed_llava()
+    batch = batch_of(processor, SAMPLES)
+    before = model(**batch).logits
+    attention = model.model.language_model.layers[0].self_attn
+    base = attention.q_proj.base
+    attention.q_proj.base = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+    attention.q_proj.base.weight = base.weight
+    attention.o_proj = torch.nn.Sequential(attention.o_proj)
+    assert torch.equal(model(**batch).logits, before)
