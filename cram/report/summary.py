@@ -51,9 +51,9 @@ class MethodSummary:
     """One method over all seeds.
 
     Attributes:
-        matrices: [seeds, T, T] accuracies, NaN above the diagonal, of the seeds that learn the tasks in the
-            first seed's order.
-        matrix: [T, T] mean accuracies, NaN above the diagonal; `deviation` [T, T] likewise.
+        matrices: [seeds, T, T] accuracies, NaN above the diagonal, each in the order of its own seed.
+        matrix: [T, T] mean accuracies, NaN above the diagonal, of the seeds that learn the tasks in the first
+            seed's order; `deviation` [T, T] likewise.
         metrics: The five continual metrics, each with its spread.
         ranks: Projection -> [tasks, layers] mean ranks (NaN where a layer has no such module).
         groups: Task -> its instruction groups over the seeds, without repeats.
@@ -103,13 +103,14 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
     entry = runs[0].get("entry")
     stored = [run["stored"] for run in runs if "stored" in run]
     times = [run["inference"] for run in runs if "inference" in run]
-    matrices = np.stack([_square(run["matrix"]) for run in runs if run["tasks"] == tasks])
+    matrices = np.stack([_square(run["matrix"]) for run in runs])
+    alike = matrices[[run["tasks"] == tasks for run in runs]]
     return MethodSummary(
         name=name,
         tasks=tasks,
         matrices=matrices,
-        matrix=matrices.mean(axis=0),
-        deviation=matrices.std(axis=0, ddof=1) if len(matrices) > 1 else np.zeros_like(matrices[0]),
+        matrix=alike.mean(axis=0),
+        deviation=alike.std(axis=0, ddof=1) if len(alike) > 1 else np.zeros_like(alike[0]),
         metrics={metric: Spread.of([run[metric] for run in runs]) for metric in METRIC_NAMES},  # type: ignore[literal-required]
         parameters=Spread.of([run["parameters"]["total"] for run in runs]),
         train_seconds=Spread.of([run["seconds"]["train"] for run in runs]),
