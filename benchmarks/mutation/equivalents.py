@@ -53,9 +53,6 @@ EQUIVALENTS: dict[str, str] = {
     ),
     "cram/model/frozen/forward.py _parts: trained_a is None or trained_b is None -> trained_a is None and "
     "trained_b is None": "The two parameters are made together, or neither is.",
-    "cram/model/frozen/forward.py is_plain: return False -> return None (2)": (
-        "Its callers ask for truth alone."
-    ),
     "cram_kernels/centroid_gates/api.py _versions: return () -> return None": (
         "Under the compiler it is compared with itself alone."
     ),
