@@ -37,10 +37,10 @@ def test_one_seed_has_no_differences() -> None:
 
 def test_a_matrix_is_a_mean_over_one_order_and_a_metric_over_all() -> None:
     report = several_seeds()
-    for method in report["seeds"]["1"].values():
+    for method in report["seeds"]["2"].values():
         method["tasks"] = method["tasks"][::-1]
     summary = summarise(validate_report(report))[0]
-    kept = [report["seeds"][seed]["cram"] for seed in ("0", "2")]
+    kept = [report["seeds"][seed]["cram"] for seed in ("0", "1")]
     assert len(summary.matrices) == 3
     assert summary.matrix[0, 0] == pytest.approx(sum(run["matrix"][0][0] for run in kept) / 2)
     lasts = [methods["cram"]["last"] for methods in report["seeds"].values()]
