@@ -34,6 +34,7 @@ from cram.routing.threads import PerThread
 # Travels with the keyword arguments from the language model to the attention blocks, also where gradient
 # checkpointing runs a layer again.
 STATE = "cram_state"
+# Paths that an error names.
 LOST_SHOWN = 3
 # Of gates that the same pictures give twice.
 ROUNDING = 1e-3
@@ -336,16 +337,16 @@ class ForwardHooks:
             )
 
     def _check_present(self) -> None:
-        """Refuses a prompt or a training step in which experts would be left out, because their linear is."""
+        """Refuses a prompt or a step where an adapted linear is lost: its experts would not act."""
         if self.is_disabled or not (self.num_experts or self.solo_in_training):
             return
         present = set(self._language.modules())
         lost = [path for path, linear in self._modules.items() if linear not in present]
         if lost:
+            named = ", ".join(lost[:LOST_SHOWN]) + " and others" * (len(lost) > LOST_SHOWN)
             raise ValueError(
-                "adapted linears must stay in the model, got another module in place of "
-                f"{', '.join(lost[:LOST_SHOWN])}{' and others' * (len(lost) > LOST_SHOWN)}; to exchange a "
-                "frozen linear set `base` of the adapted one, or call `cram.detach(model)` first"
+                f"adapted linears must stay in the model, got another module in place of {named}; put it "
+                "back and set its `base` to exchange the frozen linear, or call `cram.detach(model)` before"
             )
 
     def _check_first(self, call: Call | None, kwargs: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ class ExpertLinear(nn.Module):
             ValueError: If the module has experts and nothing has been routed.
         """
         state = self.current.state
-        packed = self._acting(state)
+        packed = self.acting(state)
         base: Any = self._modules["base"]
         if state.disabled or packed is None:
             return base(x)
@@ -122,7 +122,7 @@ class ExpertLinear(nn.Module):
     def as_layer(self) -> Layer | None:
         """Weight, bias and experts, if the base is plain and the route's gates are the experts' own."""
         state = self.current.state
-        packed = self._acting(state)
+        packed = self.acting(state)
         gating = self._modules.get("gating")
         if packed is not self._modules.get("experts") or not (gating is None or state.overrides_gating):
             return None
@@ -134,12 +134,8 @@ class ExpertLinear(nn.Module):
         """Where the base computes, also while its weight is offloaded."""
         return device_of(self.base)
 
-    @property
-    def acting(self) -> PackedExperts | None:
-        """The experts that act beside the base linear in the current forward."""
-        return self._acting(self.current.state)
-
-    def _acting(self, state: ForwardState) -> PackedExperts | None:
+    def acting(self, state: ForwardState) -> PackedExperts | None:
+        """The experts that act beside the base linear in a forward."""
         # nn.Module finds a submodule by name after its own attributes, at a microsecond each.
         find: Any = self._modules.get
         solo = find("solo")

@@ -23,7 +23,7 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DEVICES = ("cuda",)
 
 
-# Weight, bias and experts.
+# What `cram_kernels.stacked_expert_lora` takes of one layer: weight, bias and experts.
 Layer = tuple[Tensor, Tensor | None, PackedExperts]
 
 

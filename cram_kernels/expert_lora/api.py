@@ -148,7 +148,7 @@ def checked(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that an autocast region asks for, or None outside of one and for float64."""
-    # A device spells its type anew for every question, which a small call on a CPU feels.
+    # `device.type` makes a new string each time, which costs a small call on a CPU a part of its time.
     device = "cpu" if x.is_cpu else x.device.type
     if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
         return None

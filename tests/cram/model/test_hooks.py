@@ -394,8 +394,10 @@ def test_a_replaced_linear_is_not_left_out_silently(replace: Callable[[Any], str
     model, processor, cram = routed_llava(trained=trained)
     batch = batch_of(processor, SAMPLES)
     path = replace(model)
-    with pytest.raises(ValueError, match=f"adapted linears must stay in the model, got .* {path}"):
+    with pytest.raises(ValueError, match=f"adapted linears must stay in the model, got .* {path}") as refused:
         model(**batch)
+    # An attention block holds four of them.
+    assert (" and others;" in str(refused.value)) == (replace is _replaced_attention)
     with cram.disabled():
         model(**batch)
 

@@ -251,9 +251,9 @@ def test_a_solo_expert_that_has_learnt_acts_outside_of_training_alone(
     module.current.state = ForwardState(Route(torch.ones(2, 1, 3), overrides_gating=overrides))
     pair = torch.ones(2, module.in_features), torch.ones(module.out_features, 2)
     module.set_solo(pair, 1.0, trained=False)
-    assert module.acting is (module.solo if acts else module.experts)
+    assert module.acting(module.current.state) is (module.solo if acts else module.experts)
     module.set_solo(pair, 1.0, trained=True)
-    assert module.acting is module.solo
+    assert module.acting(module.current.state) is module.solo
 
 
 def test_experts_of_rank_zero_share_nothing() -> None:
