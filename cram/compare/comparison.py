@@ -27,6 +27,7 @@ from cram.compare.base_row import RESULT, measure_base
 from cram.compare.entries import ABLATED, Entry
 from cram.compare.inference_time import measure_inference
 from cram.compare.peak_memory import PeakMemory
+from cram.compare.seen_pictures import SeenPictures
 from cram.config import CramConfig
 from cram.families import family_of, match_linears
 from cram.learning.learner import ContinualLearner
@@ -123,11 +124,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """One entry with one seed."""
+    """One entry with one seed.
+
+    Attributes:
+        comparison: The settings.
+        entry: The method or ablation.
+        seed: The seed.
+        sized_by: The run of CRAM that decides this run's size, where it is one of another comparison.
+    """
 
     comparison: Comparison
     entry: Entry
     seed: int
+    sized_by: Run | None = None
 
     @property
     def name(self) -> str:
@@ -144,7 +153,7 @@ class Run:
         """The run of CRAM that decides this run's size, or None."""
         if not self.entry.follows_cram or Entry(ABLATED) not in self.comparison.entries:
             return None
-        return replace(self, entry=Entry(ABLATED))
+        return self.sized_by or replace(self, entry=Entry(ABLATED))
 
     @property
     def tasks_done(self) -> int:
@@ -156,8 +165,16 @@ class Run:
         """True if everything has been measured."""
         return (self.folder / EXTRA).is_file()
 
-    def learn(self, stream: Stream, shown: bool = False) -> tuple[ContinualLearner, dict[str, Any]]:
+    def learn(
+        self, stream: Stream, shown: bool = False, seen: SeenPictures | None = None
+    ) -> tuple[ContinualLearner, dict[str, Any]]:
         """Learn and test what is missing.
+
+        Args:
+            stream: The stream of this seed.
+            shown: True if the learner's progress is printed.
+            seen: Pictures of other runs with the same base. None begins without any, so that the seconds of
+                all runs count the same work.
 
         Returns:
             The learner, and the fields in which its configuration differs from the comparison's.
@@ -179,14 +196,16 @@ class Run:
             progress=shown,
             settings={**comparison.settings, "order": self.seed % comparison.orders},
         )
-        learner.run()
+        with (seen or SeenPictures()).shown_to(model):
+            learner.run()
         return learner, changes
 
     def _average_rank(self, model: Any) -> int:
         """The rank that follows CRAM's run, times the share by which this method's own size differs."""
         comparison, cram = self.comparison, self.after
         assert cram is not None
-        own, its = (comparison.config_of(name).rank_max for name in (self.entry.method, ABLATED))
+        own = comparison.config_of(self.entry.method).rank_max
+        its = cram.comparison.config_of(ABLATED).rank_max
         return max(1, round(equal_rank(model, comparison.config, cram.folder) * own / its))
 
     def execute(self, stream: Stream | None = None, shown: bool = False) -> None:

@@ -34,6 +34,7 @@ BLOCKS = (
     (320, 3, 1, 6),
 )  # fmt: skip
 FINE_BLOCK = 10  # the last block at stride 16
+PICTURES_A_PASS = 16
 FINE, COARSE = 4 * BLOCKS[FINE_BLOCK][0], BLOCKS[-1][0]
 
 
@@ -106,6 +107,12 @@ class LiteTower(PreTrainedModel):
         """
         if pixel_values.shape[1:] != (3, SIZE, SIZE):
             raise ValueError(f"pixel_values must be [N, 3, {SIZE}, {SIZE}], got {list(pixel_values.shape)}")
+        # A CPU keeps the values of a few pictures in its cache.
+        a_pass = PICTURES_A_PASS if pixel_values.is_cpu else max(1, len(pixel_values))
+        tokens = torch.cat([self._tokens(some) for some in pixel_values.split(a_pass)])
+        return BaseModelOutputWithPooling(tokens, tokens[..., FINE:].mean(1), (tokens,))
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
         # On a CPU the convolutions of single channels take half as long with the channels last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         x, fine = F.relu6(self.stem(pixel_values), inplace=True), pixel_values
@@ -113,8 +120,7 @@ class LiteTower(PreTrainedModel):
             x = block(x)
             fine = x if index == FINE_BLOCK else fine
         tokens = torch.cat([F.pixel_unshuffle(fine, 2), x], dim=1).flatten(2).transpose(1, 2)
-        tokens = (tokens - self.mean) * self.scale
-        return BaseModelOutputWithPooling(tokens, tokens[..., FINE:].mean(1), (tokens,))
+        return (tokens - self.mean) * self.scale
 
 
 def register_tower() -> None:

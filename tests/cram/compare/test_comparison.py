@@ -52,7 +52,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """The share of a run with two jobs at once is one thread at least; here all have one."""
     threads = torch.get_num_threads()

@@ -40,7 +40,6 @@ def test_what_was_found_is_what_the_runs_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(searching, "RATES", (1.0, 3.0))
-    monkeypatch.setattr(searching, "SIZES", (2.0,))
     factories.save_clip(tmp_path / "clip", clip := factories.clip_model())
     runs.save_checkpoint("llava", tmp_path / "llava")
     factories.llava(clip=clip).save_pretrained(tmp_path / "llava")
@@ -51,17 +50,27 @@ def test_what_was_found_is_what_the_runs_have(
     command += ["--seeds", "2", "--orders", "2", "--search", "--methods", "cram", "sequential"]
     assert main([*command, "--ablations", "no-penalty", "--config", *settings]) == 0
 
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("== trial")] == [
-        "== trial 1 of 4: cram, 1-2",
-        "== trial 2 of 4: sequential, 1-2",
-        "== trial 3 of 4: cram, 3-2",
-        "== trial 4 of 4: sequential, 3-2",
-    ]
     searched = read_json(out / "search.json")
+    rates = {method: best(trials[:2])["learning_rate"] for method, trials in searched["trials"].items()}
+    names = {method: round(rate / runs.SETTINGS["learning_rate"]) for method, rate in rates.items()}
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("== trial")] == [
+        "== trial 1 of 4: cram, 1-1",
+        "== trial 2 of 4: sequential, 1-1",
+        "== trial 3 of 4: cram, 3-1",
+        "== trial 4 of 4: sequential, 3-1",
+        f"== trial 1 of 2: cram, {names['cram']}-2",
+        f"== trial 2 of 2: sequential, {names['sequential']}-2",
+    ]
     assert searched["seed"] == searching.SEED
+    for method, (*same_size, larger) in searched["trials"].items():
+        assert larger["learning_rate"] == rates[method]
+        assert {larger["rank_max"], *(2 * trial["rank_max"] for trial in same_size)} == {larger["rank_max"]}
+    *same_size, larger = searched["trials"]["sequential"]
+    followed = next(trial for trial in same_size if trial["learning_rate"] == larger["learning_rate"])
+    assert larger["parameters"] == 2 * followed["parameters"]
     assert {method: len(trials) for method, trials in searched["trials"].items()} == {
-        "cram": 2,
-        "sequential": 2,
+        "cram": 3,
+        "sequential": 3,
     }
     report = validate_report(read_json(out / "report.json"))
     assert report["settings"]["found"] == searched["found"] and report["settings"]["orders"] == 2
