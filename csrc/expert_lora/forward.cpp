@@ -26,11 +26,13 @@ namespace {
 
 // Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by torch's
 // linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
-constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128, kMostOwnColumns = 512;
+constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128, kMostOwnColumns = 512, kVectors = 32;
 
-// One token reads each row of Bt once, and memory serves long runs of a row faster.
+// Blocks of equal width, so that threads end together. One token reads each row of Bt once, and memory serves long runs of
+// a row faster.
 int64_t own_columns(int64_t tokens, int64_t columns, int64_t threads, Unit unit) {
-  if (tokens > 1 || unit == Unit::tiles) return kOwnColumns;
+  if (unit == Unit::tiles) return kOwnColumns;
+  if (tokens > 1) return divided(divided(columns, divided(columns, kOwnColumns)), kVectors) * kVectors;
   return std::min(kMostOwnColumns, divided(divided(columns, threads), kOwnColumns) * kOwnColumns);
 }
 
