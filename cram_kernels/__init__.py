@@ -9,6 +9,7 @@ from cram_kernels.centroid_gates import centroid_gates
 from cram_kernels.crossovers import crossovers
 from cram_kernels.expert_lora import api as _layer
 from cram_kernels.expert_lora import (
+    bound_expert_lora,
     dropout_mask,
     expert_lora,
     keep_scale,
@@ -25,6 +26,7 @@ from cram_kernels.packing import PackedExperts, pack_experts
 __all__ = [
     "PackedExperts",
     "available_impls",
+    "bound_expert_lora",
     "centroid_gates",
     "crossovers",
     "dropout_mask",

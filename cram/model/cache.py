@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cram.model.rows import Marks, marks_of
 from cram.model.state import ForwardState
-from cram.routing.prompts import Call
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -37,77 +36,73 @@ def cache_argument(model: nn.Module) -> str:
     return next(name for name in CACHE_NAMES if name in taken)
 
 
-class _Filled(NamedTuple):
-    """A cache as a forward of this model has left it.
+_KEPT = "cram_kept"
+
+
+class _Kept:
+    """A cache as a forward of a model has left it; the cache itself holds it.
+
+    Guards of traced graphs hold on an attribute, and an attribute costs a token less than a weak dictionary.
 
     Attributes:
+        owner: The `CacheStates` of the model; None in a copy of the cache, whose state is not known.
+        cache: The cache, because a shallow copy of it has the same attributes.
         state: The state of the forwards that continue the cache.
         version: See `_version`.
         marks: What its rows are known by, or None where they need no check.
     """
 
-    state: ForwardState
-    version: int | None
-    marks: Marks | None = None
-
-
-_KEPT = "cram_kept"
-
-
-class _Kept:
-    """What a traced decode step finds at its cache, because guards on a weak dictionary do not hold.
-
-    Attributes:
-        state: The state of the forwards that continue the cache; None in a copy of the cache.
-    """
-
-    def __init__(self, state: ForwardState | None) -> None:
-        self.state = state
+    def __init__(
+        self,
+        owner: Any = None,
+        cache: Any = None,
+        state: ForwardState | None = None,
+        marks: Marks | None = None,
+    ) -> None:
+        self.owner, self.state, self.marks = owner, state, marks
+        self.cache = None if cache is None else weakref.ref(cache)
+        self.version = None if cache is None else _version(cache.get_seq_length())
 
     def __deepcopy__(self, memo: Any) -> _Kept:
-        return _Kept(None)
+        return _Kept()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Kept, (None,)
+        return _Kept, ()
 
 
 class CacheStates:
-    """Remembers with each KV cache the state of the forward that filled it.
+    """Remembers with each KV cache of a model the state of the forward that filled it."""
 
-    Attributes:
-        prompts: By state what its query was read from, where the query was read automatically.
-    """
-
-    def __init__(self) -> None:
-        """No cache is known yet."""
-        self._filled: weakref.WeakKeyDictionary[Any, _Filled] = weakref.WeakKeyDictionary()
-        self.prompts: weakref.WeakKeyDictionary[ForwardState, Call] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out the states: their gates belong to a live autograd graph or to other caches."""
-        return {}
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def _kept(self, cache: Any) -> _Kept | None:
+        """What is known of a cache, or None of no cache, of another model's, and of a copy."""
+        kept: _Kept | None = getattr(cache, _KEPT, None)
+        if kept is None or kept.owner is not self or kept.cache is None or kept.cache() is not cache:
+            return None
+        return kept
 
     def get(self, cache: Any) -> ForwardState | None:
         """The state under which a cache is continued, or None for no cache or an unknown one."""
         if torch.compiler.is_compiling():
             kept = getattr(cache, _KEPT, None)
-            return None if kept is None else kept.state
-        return self._filled[cache].state if cache is not None and cache in self._filled else None
+            state = None if kept is None else kept.state
+            return None if state is None else state.traced or state
+        kept = self._kept(cache)
+        return None if kept is None else kept.state
+
+    def is_remembered(self, cache: Any, state: ForwardState) -> bool:
+        """Whether a forward under `state` has left nothing new to `keep`, which is dearer."""
+        kept = self._kept(cache)
+        return kept is not None and kept.state is state and kept.marks is None and kept.version is None
 
     def keep(self, cache: Any, state: ForwardState) -> None:
         """Remember the state of the forward that has just filled a cache."""
-        known = self._filled.get(cache)
-        if known is not None and known.state is state:
-            marks = None if known.marks is None else known.marks.after(cache)
+        kept = self._kept(cache)
+        if kept is not None and kept.state is state:
+            kept.version = _version(cache.get_seq_length())
+            kept.marks = None if kept.marks is None else kept.marks.after(cache)
         else:
-            state, made = state.continued(), state
-            marks = marks_of(cache, state)
-            if made in self.prompts:
-                self.prompts[state] = self.prompts[made]
-        self._remember(cache, state, marks)
+            state = state.continued()
+            self.adopt(cache, state, marks_of(cache, state))
 
     def has_moved_rows(self, cache: Any) -> bool:
         """Whether rows of a cache stand at the places of other prompts since its last forward.
@@ -116,23 +111,19 @@ class CacheStates:
         """
         if torch.compiler.is_compiling():
             return False
-        marks = self._filled[cache].marks
-        return marks is not None and marks.have_moved(cache)
+        kept = self._kept(cache)
+        return kept is not None and kept.marks is not None and kept.marks.have_moved(cache)
 
-    def adopt(self, cache: Any, state: ForwardState) -> None:
-        """Let `state` continue a cache that was put together from rows of other caches."""
-        self._remember(cache, state)
-
-    def _remember(self, cache: Any, state: ForwardState, marks: Marks | None = None) -> None:
-        self._filled[cache] = _Filled(state, _version(cache.get_seq_length()), marks)
-        setattr(cache, _KEPT, _Kept(state))
+    def adopt(self, cache: Any, state: ForwardState, marks: Marks | None = None) -> None:
+        """Let `state` continue a cache, such as one that was put together from rows of other caches."""
+        setattr(cache, _KEPT, _Kept(self, cache, state, marks))
 
     def is_cut_short(self, cache: Any, state: ForwardState) -> bool:
         """Whether the end of a cache's prompt was taken out again, so that another one may follow.
 
         A static cache cannot be cut, and a traced step continues none that was.
         """
-        prompt = self.prompts.get(state) if not torch.compiler.is_compiling() else None
+        prompt = state.prompt if not torch.compiler.is_compiling() else None
         if prompt is None or prompt.input_ids is None:
             return False
         length = cache.get_seq_length()
@@ -153,7 +144,7 @@ class CacheStates:
         length = cache.get_seq_length()
         if not isinstance(length, Tensor):
             return bool(length > 0)
-        known, version = self._filled.get(cache), _version(length)
+        known, version = self._kept(cache), _version(length)
         if known is not None and known.version == version and (version is not None or tokens == 1):
             return True
         return bool(length > 0)

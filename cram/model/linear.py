@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from cram.model.factors import Factors
 from cram.model.frozen.forward import beside, device_of, in_place, plain_tensors
 from cram.model.gating import LayerGating
-from cram.model.stack import Layer, Stack, pays, placed
+from cram.model.stack import Layer, Stack, bound, pays, placed
 from cram.model.state import Current, ForwardState
 from cram.routing.means import moved
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 
 # What the names of an adapted linear's tensors begin with; any other name is one of the base.
 PARTS = ("base", "experts", "solo", "gating")
+# In place of a call that was not asked for yet; None stands for one that is made anew each time.
+_UNKNOWN: Any = object()
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -100,6 +102,8 @@ class ExpertLinear(nn.Module):
             ValueError: If the module has experts and nothing has been routed.
         """
         state = self.current.state
+        if state.calls is not None and (found := self._repeated(x, state)) is not None:
+            return found
         packed = self.acting(state)
         base: Any = self._modules["base"]
         if state.disabled or packed is None:
@@ -118,6 +122,17 @@ class ExpertLinear(nn.Module):
         if plain is None:
             return beside(base, x, packed, gates, **dropped)
         return expert_lora(x, *plain, packed, placed(gates, x), **dropped)
+
+    def _repeated(self, x: Tensor, state: ForwardState) -> Tensor | None:
+        """The output for x by the call that an earlier decode step has bound, or None."""
+        calls: Any = state.calls
+        call = calls.get(self, _UNKNOWN)
+        if call is _UNKNOWN:
+            members = (self,) if self.stack is None else self.stack.members
+            gates = None if state.disabled or members[0] is not self else state.gates
+            call = None if gates is None else bound(members, x, gates[self.layer])
+            calls.update(dict.fromkeys(members, call))
+        return None if call is None else call.output(self, x)
 
     def as_layer(self) -> Layer | None:
         """Weight, bias and experts, if the base is plain and the route's gates are the experts' own."""

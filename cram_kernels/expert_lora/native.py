@@ -143,6 +143,58 @@ def stacked_expert_lora(
     return found
 
 
+class BoundLayers:
+    """A call of one layer or of a stack of them, in which x alone is open.
+
+    Args:
+        x: An input.
+        layers: As in `stacked_expert_lora`, with a bias in all of them or in none.
+        gates: As there, without segments.
+    """
+
+    __slots__ = ("_dtype", "_operation", "_packs", "_rest", "_stacked")
+
+    def __init__(
+        self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, PackedExperts]], gates: Tensor
+    ) -> None:
+        weights, biases, packs = zip(*layers, strict=True)
+        storages = [_storage(experts, x.dtype) for experts in packs]
+        self._dtype, self._stacked = x.dtype, len(layers) > 1
+        self._packs = [_looked_at(*each) for each in zip(packs, storages, strict=True)]
+        operations = torch.ops.cram
+        if self._stacked:
+            self._operation = operations.packed_expert_lora_stack.default
+            biases = () if biases[0] is None else biases
+            factors: Any = zip(*storages, strict=True)
+        else:
+            self._operation = operations.packed_expert_lora.default
+            (weights,), (biases,), (factors,) = weights, biases, storages
+        self._rest = (weights, biases, *factors, gates, packs[0].scale)
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor] | None:
+        """One y [..., D_out_p] a layer, or None if the call is another for x than when it was bound.
+
+        Raises:
+            RuntimeError: If the kernel cannot compute x with these layers.
+        """
+        if x.dtype is not self._dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        for own, buffers, a, bt, owner, scale, versions in self._packs:
+            if buffers["a"] is not a or buffers["bt"] is not bt or buffers["expert_of_row"] is not owner:
+                return None
+            if own["scale"] != scale or (versions is not None and versions != (a._version, bt._version)):
+                return None
+        found: Any = self._operation(x, *self._rest)
+        return found if self._stacked else (found,)
+
+
+def _looked_at(experts: PackedExperts, storage: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """What a bound call compares of a pack. Copies of its factors belong to one version of their values."""
+    a, bt = experts.a, experts.bt
+    versions = None if storage[0] is a else (a._version, bt._version)
+    return experts.__dict__, experts._buffers, a, bt, experts.expert_of_row, experts.scale, versions
+
+
 def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return A, Bt and the gate column of each packed row, in types that the kernels read."""
     # nn.Module finds a buffer by name after its own attributes, at a microsecond each.

@@ -70,6 +70,36 @@ def stacked_expert_lora(
     return tuple(checked(op, arguments, seed, partial(_check, *arguments), by_kernel))
 
 
+def bound_expert_lora(x: Tensor, layers: Sequence[Layer], gates: Tensor) -> native.BoundLayers | None:
+    """Check a call of `expert_lora` or `stacked_expert_lora` once for many inputs like x.
+
+    A generated token needs few products, so that checks in Python cost as much as they do. Weights, biases
+    and gates must be the same tensors in every call; their values may change.
+
+    Args:
+        x: Input [..., D_in]. Other inputs may have other numbers of tokens.
+        layers: As in `stacked_expert_lora`; one layer stands for `expert_lora`.
+        gates: As there.
+
+    Returns:
+        A callable x -> one y [..., D_out_p] a layer, with the bits of the functions above, or None once they
+        would do something else. None in place of the callable where each call must be checked: with
+        gradients, under autocast, while the compiler traces, for another implementation than "native", for
+        layers that do not fit together.
+    """
+    if torch.is_grad_enabled() or autocast_dtype(x) is not None:
+        return None
+    if OP.select("auto", x.device, x.dtype) is not native.stacked_expert_lora:
+        return None
+    packs = [experts for _, _, experts in layers]
+    biased = sum(bias is not None for _, bias, _ in layers)
+    if any(experts.a.dtype not in native.DTYPES for experts in packs) or biased not in (0, len(layers)):
+        return None
+    if not 1 <= len(layers) <= MAX_STACK or len({experts.scale for experts in packs}) > 1:
+        return None
+    return native.BoundLayers(x, layers, gates) if sees_faults(layers, gates, None, 0.0) else None
+
+
 def _check(x: Tensor, layers: Sequence[Layer], *rest: Any) -> None:
     for weight, bias, experts in layers:
         check_layer(x, weight, bias, experts, *rest)

@@ -60,7 +60,7 @@ def test_either_name_is_read(name: str) -> None:
 
 def test_a_copy_of_a_cache_has_no_state() -> None:
     """A copy is continued on its own; its state is looked up as that of any cache of its making."""
-    kept = _Kept(ForwardState())
+    kept = _Kept(state=ForwardState())
     for copied in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
         assert type(copied) is _Kept and copied.state is None
     assert kept.state is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cram.attach import detach
 from cram.model.attached import AttachedModel
 from tests.cram.factories import PROJECTION, QUESTIONS, expert_weights, image, prompt, routed_llava
 from tests.cram.model.checkpointing import MODES, enable_checkpointing
@@ -62,6 +64,47 @@ def test_two_forwards_and_then_both_backwards_equal_separate_steps(mode: dict[st
         (loss + penalty).backward()
     for found, first, second in zip(gradients(cram), *separate, strict=True):
         torch.testing.assert_close(found, first + second, atol=1e-6, rtol=1e-6)
+
+
+def hooked(model: Any) -> int:
+    """Attention blocks with a hook."""
+    return sum(len(layer.self_attn._forward_pre_hooks) for layer in model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES], ids=["plain", "non_reentrant", "reentrant"])
+def test_prompts_between_forward_and_backward_change_no_gradient(mode: dict[str, bool] | None) -> None:
+    model, (batch, other), cram = prepared(mode)
+    (model(**batch).loss + cram.method.penalty(cram.state)).backward()
+    expected = gradients(cram)
+    loss, state = model(**batch).loss, cram.state
+    loss = loss + cram.method.penalty(state)
+    del state
+    with torch.no_grad():
+        for _ in range(3):
+            model.eval()(**other)
+    assert hooked(model) == (0 if mode is None else cram.num_layers)
+    model.train()
+    loss.backward()
+    for found, wanted in zip(gradients(cram), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_blocks_have_hooks_only_while_a_forward_may_run_again() -> None:
+    model, (batch, _), cram = prepared(MODES[0])
+    assert hooked(model) == 0
+    model(**batch).loss.backward()
+    assert hooked(model) == cram.num_layers
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.eval()(**batch)
+        model(**batch)
+        assert hooked(model) == 0 and hooked(copied) == cram.num_layers
+        for _ in range(2):
+            copied.eval()(**batch)
+        assert hooked(copied) == 0
+    model.train()(**batch).loss.backward()
+    detach(model)
+    assert hooked(model) == 0
 
 
 def test_the_penalty_of_a_forward_does_not_depend_on_later_ones() -> None:
