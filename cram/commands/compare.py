@@ -19,7 +19,7 @@ from cram.compare.comparison import (
 )
 from cram.compare.entries import ABLATIONS, entries
 from cram.compare.merged import merge_files
-from cram.compare.search import search
+from cram.compare.search import read_found, search
 from cram.loading import Sources
 from cram.methods import METHODS
 from cram.report.examples import Example, gather_examples
@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--orders", default=1, type=int, metavar="N", help=text)
     text = "first find each method's learning rate and ranks on a seed that is in no result"
     parser.add_argument("--search", action="store_true", help=text)
+    text = "settings that a search has found, its search.json, for example on another machine"
+    parser.add_argument("--found", metavar="FILE", help=text)
     jobs = "runs at once, which share the threads"
     parser.add_argument("--jobs", default=1, type=int, metavar="N", help=jobs)
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="of all methods")
@@ -80,6 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
         orders=arguments.orders,
         first_seed=arguments.first_seed,
     )
+    if arguments.found and arguments.search:
+        raise ValueError("found must come from a file or from a search, got --found and --search")
+    if arguments.found:
+        comparison = replace(comparison, found=read_found(Path(arguments.found)))
     if arguments.search:
         comparison = replace(comparison, found=search(comparison, arguments.jobs))
     report = run_comparison(comparison, arguments.jobs)

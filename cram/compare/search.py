@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cram.atomic import read_json, write_json
@@ -21,6 +22,7 @@ from cram.compare.entries import ABLATED, Entry
 from cram.compare.processes import Job, run_side_by_side
 from cram.compare.seen_pictures import SeenPictures
 from cram.config import CramConfig
+from cram.methods import METHODS
 from cram.streams import Stream
 
 SEED = 1000
@@ -94,6 +96,24 @@ def search(comparison: Comparison, jobs: int = 1, shown: bool = True) -> dict[st
     }
     found = {method: best(each) for method, each in outcomes.items()}
     write_json(comparison.out / RESULT, {"seed": SEED, TRIALS: outcomes, FOUND: found})
+    return found
+
+
+def read_found(file: Path) -> dict[str, dict[str, Any]]:
+    """Read what searches have found: method -> fields of the configuration, for `Comparison.found`.
+
+    Raises:
+        ValueError: If the file is not that of a search, or names an unknown method or a wrong field.
+        OSError: If it cannot be read.
+    """
+    record = read_json(file)
+    found = record.get(FOUND) if isinstance(record, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()):
+        raise ValueError(f"{file} must be the {RESULT} of a search, got no settings of methods in it")
+    if unknown := sorted(found.keys() - METHODS.keys()):
+        raise ValueError(f"{file} must name methods among {sorted(METHODS)}, got {unknown}")
+    for fields in found.values():
+        CramConfig.from_dict({**CramConfig().to_dict(), **fields})
     return found
 
 

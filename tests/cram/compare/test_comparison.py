@@ -257,6 +257,8 @@ def test_another_configuration_in_the_same_folder_is_one_line(
         (["--seeds", "0"], ("seeds must be at least 1",)),
         (["--first-seed", "-1"], ("first_seed must be at least 0",)),
         (["--search", "--first-seed", "999"], ("seeds must leave out 1000",)),
+        (["--found", "nowhere.json"], ("nowhere.json",)),
+        (["--found", "nowhere.json", "--search"], ("got --found and --search",)),
         (["--jobs", "0"], ("jobs must be at least 1",)),
         (["--stream", "nowhere.yaml"], ("nowhere.yaml",)),
         (["--stream", "nowhere.yaml", "--jobs", "2"], ("nowhere.yaml",)),

@@ -86,3 +86,26 @@ def test_what_was_found_is_what_the_runs_have(
     table = (out / "table.md").read_text()
     assert "Differences to CRAM" in table and "Settings found" in table
     assert main(["eval", str(out / "seeds/1/cram")]) == 0
+    command[command.index("--out") + 1] = str(elsewhere := tmp_path / "elsewhere")
+    command[command.index("--search")] = f"--found={out / 'search.json'}"
+    assert main([*command, "--config", *settings]) == 0
+    again = validate_report(read_json(elsewhere / "report.json"))
+    assert again["settings"]["found"] == searched["found"] and not (elsewhere / "search").exists()
+    for seed, methods in by_seed(again).items():
+        assert all(seeds[seed][name]["matrix"] == method["matrix"] for name, method in methods.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "must be the search.json of a search"),
+        ('{"found": {"cram": 3}}', "must be the search.json of a search"),
+        ('{"found": {"magic": {}}}', "must name methods among"),
+        ('{"found": {"cram": {"sigma": -1}}}', "sigma must be positive"),
+        ('{"found": {"cram": {"speed": 1}}}', "speed"),
+    ],
+)
+def test_a_file_that_no_search_wrote_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        searching.read_found(tmp_path / "search.json")
