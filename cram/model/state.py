@@ -91,10 +91,14 @@ class ForwardState:
         state = copy.copy(self)
         state.decoding, state.mask, state.visual = True, None, None
         state.hidden, state._pooled = {}, None
-        state.calls, state.traced = None, None
-        state.traced = copy.copy(state)
-        state.calls = {}
-        return state
+        return state.repeated()
+
+    def repeated(self) -> ForwardState:
+        """This state, for decode steps of which each makes the same calls as the one before."""
+        self.calls, self.traced = None, None
+        self.traced = copy.copy(self)
+        self.calls = {}
+        return self
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returned at the prefill of this cache; outside of decoding it is made anew.

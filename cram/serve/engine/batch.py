@@ -135,7 +135,7 @@ def _joined(
     gates: Tensor, features: Tensor | None, memory: dict[str, Tensor], overrides: bool
 ) -> ForwardState:
     route = Route(gates, features=features, overrides_gating=overrides)
-    return ForwardState(route, gates.device, memory=memory, decoding=True)
+    return ForwardState(route, gates.device, memory=memory, decoding=True).repeated()
 
 
 def _gates(state: ForwardState) -> Tensor:

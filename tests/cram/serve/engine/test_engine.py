@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import cram.model.linear
 from cram.attach import attach
 from cram.config import CramConfig
 from cram.serve.engine.engine import Engine
@@ -58,6 +60,30 @@ def test_requests_that_join_and_leave_get_their_offline_answers() -> None:
     groups = [heard.started.decision.group for _, heard in pairs if heard.started]
     assert set(groups) == {0, 1}
     assert engine.load == (0, 0)
+
+
+def test_steps_of_unchanged_rows_repeat_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are bound anew when rows join or leave, and give what calls made anew give."""
+    model, processor, _ = routed_llava()
+    asked, lengths = prompts(processor), [3, 40, 9]
+    with monkeypatch.context() as patch:
+        patch.setattr(cram.model.linear, "bound", lambda *_: None)
+        expected = [offline(model, each, length) for each, length in zip(asked, lengths, strict=False)]
+    binds: list[int] = []
+    bind = cram.model.linear.bound
+
+    def counted(members: Any, x: Tensor, gates: Tensor) -> Any:
+        binds.append(len(x))
+        return bind(members, x, gates)
+
+    monkeypatch.setattr(cram.model.linear, "bound", counted)
+    engine = Engine(model, processor, Limits(rows=4))
+    pairs = [ask(each, max_tokens=length) for each, length in zip(asked, lengths, strict=False)]
+    for request, _ in pairs:
+        engine.submit(request)
+    run(engine, *(heard for _, heard in pairs))
+    assert [heard.choices[0].token_ids for _, heard in pairs] == expected
+    assert set(binds) == {1, 2, 3} and len(binds) < sum(lengths)
 
 
 def test_the_checkpoints_own_generation_settings_decide_nothing() -> None:
