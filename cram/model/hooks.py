@@ -6,7 +6,7 @@ One forward:
     vision tower hook   keeps the pooled output (only where the encoder reuses the tower)
     language pre-hook   makes the forward's state: at prefill query -> method -> route; while decoding the
                         route of the prefill that made the KV cache
-    attention pre-hook  tells the linears of its layer which state is theirs (only where layers may run again)
+    attention pre-hook  tells the linears of its layer which state is theirs
     ExpertLinear        reads the gates of its layer, or makes its own
     language hook       remembers the state with the KV cache that was built under it
 
@@ -26,11 +26,14 @@ from cram.families import Family
 from cram.model.cache import CacheStates, given_cache, made_cache
 from cram.model.linear import ExpertLinear
 from cram.model.override import Override, Overrides
-from cram.model.state import Blocks, Current, ForwardState
+from cram.model.state import Current, ForwardState
 from cram.routing.prompts import EXPLICIT, Call, PromptReader, real_tokens
 from cram.routing.query import Query, Route, Routes
 from cram.routing.threads import PerThread
 
+# Travels with the keyword arguments from the language model to the attention blocks, also where gradient
+# checkpointing runs a layer again.
+STATE = "cram_state"
 # Paths that an error names.
 LOST_SHOWN = 3
 # Of gates that the same pictures give twice.
@@ -78,7 +81,6 @@ class ForwardHooks:
         self._caches = CacheStates()
         # The route of the generation that a thread is in.
         self._generation: PerThread[Route | None] = PerThread(None)
-        self._blocks = Blocks([layer.self_attn for layer in self._language.layers], current)
         self._handles = [*reader.register(model), *self._register(model, family)]
 
     @property
@@ -88,17 +90,18 @@ class ForwardHooks:
 
     def _register(self, model: Any, family: Family) -> list[Any]:
         language = self._language
+        attention = [layer.self_attn for layer in language.layers]
         core = model.get_submodule(family.core)
         return [
             # Before the vision tower, which may be beyond recording.
             core.register_forward_pre_hook(self._check_recorded),
             language.register_forward_pre_hook(self._before_language, with_kwargs=True),
             language.register_forward_hook(self._after_language),
+            *(each.register_forward_pre_hook(self._before_attention, with_kwargs=True) for each in attention),
         ]
 
     def release(self) -> None:
         """Takes the hooks out of the model."""
-        self._blocks.release()
         for handle in self._handles:
             handle.remove()
 
@@ -164,14 +167,12 @@ class ForwardHooks:
         arguments = (call, kwargs, embeds, continued, module.training, training)
         if continued is not None:
             state = self._state(*arguments)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._blocks.follow(state)
         else:
             from cram.model.untraced import made
 
-            state = made(self._prompted, *arguments)
+            state = made(self._state, *arguments)
         self._current.state = state
-        kwargs = {**kwargs, **self._blocks.told(state)}
+        kwargs = {**kwargs, STATE: state}
         differentiable = training and torch.is_grad_enabled() and embeds.is_floating_point()
         lacking = differentiable and not embeds.requires_grad
         if lacking and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
@@ -189,11 +190,14 @@ class ForwardHooks:
 
             done(self._caches.keep, cache, state)
 
-    def _prompted(self, *arguments: Any) -> ForwardState:
-        """The state of a forward that continues no KV cache."""
-        state = self._state(*arguments)
-        self._blocks.follow(state)
-        return state
+    def _before_attention(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tells the linears of a layer their state, also when checkpointing runs the layer again."""
+        if STATE in kwargs:
+            self._current.state = kwargs[STATE]
+            kwargs = {name: value for name, value in kwargs.items() if name != STATE}
+        return args, kwargs
 
     def _state(
         self,

@@ -102,8 +102,11 @@ class ExpertLinear(nn.Module):
             ValueError: If the module has experts and nothing has been routed.
         """
         state = self.current.state
-        if state.calls is not None and (found := self._repeated(x, state)) is not None:
-            return found
+        # A graph would keep the call of one cache.
+        if state.calls is not None and not torch.compiler.is_dynamo_compiling():
+            found = self._repeated(x, state)
+            if found is not None:
+                return found
         packed = self.acting(state)
         base: Any = self._modules["base"]
         if state.disabled or packed is None:

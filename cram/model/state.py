@@ -8,22 +8,16 @@ runs a layer again during the backward with the state of its forward.
 from __future__ import annotations
 
 import copy
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cram.routing.prompts import Call
 from cram.routing.query import Query, Route
 from cram.routing.threads import PerThread
 from cram_kernels import visual_mean
-
-# Travels with the keyword arguments from the language model to the attention blocks, also where gradient
-# checkpointing runs a layer again.
-STATE = "cram_state"
 
 
 class ForwardState:
@@ -136,7 +130,8 @@ class ForwardState:
 class Current:
     """Which state the linears of one model read, in each thread its own.
 
-    The hooks of `cram.model.hooks` set it at the start of a forward, and `Blocks` before an attention block.
+    The hooks of `cram.model.hooks` set it: at the start of a forward, and again before every attention block,
+    because checkpointing runs blocks again in an order of its own.
     """
 
     def __init__(self) -> None:
@@ -152,61 +147,6 @@ class Current:
     def state(self, state: ForwardState) -> None:
         """Sets the state of this thread's linears."""
         self._states.set(state)
-
-
-class Blocks:
-    """Tells the linears of each attention block their state, also when checkpointing runs a block again.
-
-    It does so by hooks, which are there only while a forward with gradients may still be run again: a hook on
-    every block is one percent of a small model's token.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], current: Current) -> None:
-        """Hooks nothing yet."""
-        self._blocks, self._current = blocks, current
-        self._handles: list[Any] = []
-        self._lock = threading.Lock()
-        # Whatever may run a layer again holds the arguments of that layer, and with them the state.
-        self._may_run_again: weakref.WeakSet[ForwardState] = weakref.WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out the states, which belong to live graphs."""
-        return {name: self.__dict__[name] for name in ("_blocks", "_current", "_handles")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_blocks"], state["_current"])  # type: ignore[misc]
-        self._handles = state["_handles"]
-
-    def follow(self, state: ForwardState) -> None:
-        """Hook the blocks for a forward with gradients; unhook them where no such forward is left."""
-        with self._lock:
-            if torch.is_grad_enabled():
-                self._may_run_again.add(state)
-                if not self._handles:
-                    hooked = (
-                        each.register_forward_pre_hook(self._tell, with_kwargs=True) for each in self._blocks
-                    )
-                    self._handles = list(hooked)
-            elif self._handles and not self._may_run_again:
-                self.release()
-
-    def told(self, state: ForwardState) -> dict[str, ForwardState]:
-        """The keyword argument by which the blocks learn their state; none without hooks to take it out."""
-        return {STATE: state} if self._handles else {}
-
-    def release(self) -> None:
-        """Take the hooks out of the blocks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _tell(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if STATE in kwargs:
-            self._current.state = kwargs[STATE]
-            kwargs = {name: value for name, value in kwargs.items() if name != STATE}
-        return args, kwargs
 
 
 _BEFORE_ANY = ForwardState()

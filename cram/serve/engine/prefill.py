@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cram.learning.batches import to_model
 from cram.model.cache import CACHE_NAMES, cache_argument, made_cache
-from cram.model.state import STATE, ForwardState
+from cram.model.hooks import STATE
+from cram.model.state import ForwardState
 from cram.serve.engine.decide import Decider
 from cram.serve.engine.versions import Version
 from cram.serve.request import Request

@@ -399,11 +399,7 @@ def test_a_replaced_linear_is_not_left_out_silently(replace: Callable[[Any], str
     # An attention block holds four of them.
     assert (" and others;" in str(refused.value)) == (replace is _replaced_attention)
     with cram.disabled():
-        if replace is _replaced_linear:
-            model(**batch)
-        else:
-            with pytest.raises(ValueError, match=f"{path} must be routed before it runs"):
-                model(**batch)
+        model(**batch)
 
 
 def test_a_wrapped_layer_and_an_exchanged_base_stay() -> None:
