@@ -84,8 +84,7 @@ class CacheStates:
         """The state under which a cache is continued, or None for no cache or an unknown one."""
         if torch.compiler.is_compiling():
             kept = getattr(cache, _KEPT, None)
-            state = None if kept is None else kept.state
-            return None if state is None else state.traced or state
+            return None if kept is None else kept.state
         kept = self._kept(cache)
         return None if kept is None else kept.state
 

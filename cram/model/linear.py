@@ -103,7 +103,7 @@ class ExpertLinear(nn.Module):
         """
         state = self.current.state
         # A graph would keep the call of one cache.
-        if state.calls is not None and not torch.compiler.is_dynamo_compiling():
+        if not torch.compiler.is_dynamo_compiling() and state.calls is not None:
             found = self._repeated(x, state)
             if found is not None:
                 return found

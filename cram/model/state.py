@@ -37,7 +37,6 @@ class ForwardState:
         decoding: Whether the forward continues a KV cache.
         calls: What the linears of these decode steps have bound, or None where every call is made anew; see
             `cram.model.stack.Bound`.
-        traced: The same state for graphs, which bind nothing, where that is another one.
         prompt: What the query was read from, where that was the forward's own input; grows with its turn.
         turn_is_open: True if more of the question may follow. A single token is then a part of the question,
             and else a generated one.
@@ -68,7 +67,6 @@ class ForwardState:
         self._pooled: tuple[Tensor, Tensor] | None = None
         self.prompt: Call | None = None
         self.calls: dict[Any, Any] | None = None
-        self.traced: ForwardState | None = None
 
     @property
     def overrides_gating(self) -> bool:
@@ -89,8 +87,6 @@ class ForwardState:
 
     def repeated(self) -> ForwardState:
         """This state, for decode steps of which each makes the same calls as the one before."""
-        self.calls, self.traced = None, None
-        self.traced = copy.copy(self)
         self.calls = {}
         return self
 
