@@ -56,7 +56,7 @@ class SeenPictures:
 
         def remembered(*args: Any, **named: Any) -> Any:
             given = [value for value in (*args, *named.values()) if isinstance(value, Tensor)]
-            if len(given) != 1 or given[0].dim() != 4:
+            if len(given) != 1 or given[0].dim() != 4 or not len(given[0]):
                 return forward(*args, **named)
             (pictures,) = given
 

@@ -95,6 +95,19 @@ def test_decode_steps_behind_a_static_cache_read_nothing_on_the_host(mode: Any) 
             assert step(model, cache) == step(model, cache) == 0
 
 
+def test_graphs_and_eager_steps_read_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write to it how far the question has come."""
+    model, processor, cram = routed_llava()
+    with torch.no_grad():
+        cache = static(model)
+        model(**batch_of(processor, 0), **continuing(model, cache), use_cache=True)
+        step(model, cache)
+    eager = cram.hooks._caches.get(cache)
+    assert eager is not None and eager.prompt is not None and eager.calls
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert cram.hooks._caches.get(cache) is eager
+
+
 def test_one_token_in_a_static_cache_that_was_reset_is_a_prompt() -> None:
     model, processor, cram = routed_llava()
     with torch.no_grad():
