@@ -11,6 +11,9 @@
 
 #define CRAM_INLINE inline __attribute__((always_inline))
 
+// Before a loop with a constant bound: sums that are kept across it stay in registers only if it is unrolled.
+#define CRAM_UNROLL _Pragma("GCC unroll 16")
+
 namespace cram {
 
 template <int Lanes>
@@ -41,16 +44,44 @@ CRAM_INLINE void store(float* to, const Vector<Lanes>& value) {
   std::memcpy(to, &value, sizeof(value));
 }
 
+// The lower half of the lanes plus the upper one.
+template <int Lanes>
+CRAM_INLINE Vector<Lanes / 2> folded(const Vector<Lanes>& value) {
+  Vector<Lanes / 2> low, high;
+  std::memcpy(&low, &value, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof(low), sizeof(high));
+  return low + high;
+}
+
 // Halves are added until one lane is left.
 template <int Lanes>
 CRAM_INLINE float sum(const Vector<Lanes>& value) {
   if constexpr (Lanes == 2) {
     return value[0] + value[1];
   } else {
-    Vector<Lanes / 2> low, high;
-    std::memcpy(&low, &value, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof(low), sizeof(high));
-    return sum<Lanes / 2>(low + high);
+    return sum<Lanes / 2>(folded<Lanes>(value));
+  }
+}
+
+// `sum` of each of four vectors at once, in the same order of additions.
+template <int Lanes>
+CRAM_INLINE Vector<4> sums(const Vector<Lanes>& a, const Vector<Lanes>& b, const Vector<Lanes>& c, const Vector<Lanes>& d) {
+  if constexpr (Lanes > 4) {
+    return sums<Lanes / 2>(folded<Lanes>(a), folded<Lanes>(b), folded<Lanes>(c), folded<Lanes>(d));
+  } else {
+    const Vector<4> ab = Vector<4>{a[0], a[1], b[0], b[1]} + Vector<4>{a[2], a[3], b[2], b[3]};
+    const Vector<4> cd = Vector<4>{c[0], c[1], d[0], d[1]} + Vector<4>{c[2], c[3], d[2], d[3]};
+    return Vector<4>{ab[0], ab[2], cd[0], cd[2]} + Vector<4>{ab[1], ab[3], cd[1], cd[3]};
+  }
+}
+
+// Zeros, one vector at a time: clearing all of a short product's sums at once takes as long as the product.
+template <int Lanes, int Rows, int Columns>
+CRAM_INLINE void clear(Vector<Lanes> (&sums)[Rows][Columns]) {
+  CRAM_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    CRAM_UNROLL
+    for (int c = 0; c < Columns; ++c) sums[r][c] = Vector<Lanes>{};
   }
 }
 
@@ -75,7 +106,8 @@ CRAM_INLINE void products(
     for (int64_t i = 0; i < nx; i += kRows) {
       const float* rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = x + (i + r < nx ? i + r : nx - 1) * depth;
-      Vector<Lanes> total[kRows][kColumns]{};
+      Vector<Lanes> total[kRows][kColumns];
+      clear<Lanes>(total);
       for (int64_t d = 0; d < whole; d += Lanes) {
         Vector<Lanes> column[kColumns];
         for (int c = 0; c < kColumns; ++c) column[c] = load<Lanes>(columns[c] + d);
@@ -106,7 +138,8 @@ CRAM_INLINE void combine_tile(
     Weights weights, int64_t i, int64_t nout, const float* y, int64_t nin, int64_t depth, int64_t d, float* out) {
   const float* weight[Rows];
   for (int r = 0; r < Rows; ++r) weight[r] = weights.data + (i + r < nout ? i + r : nout - 1) * weights.row;
-  Vector<Lanes> total[Rows][Columns]{};
+  Vector<Lanes> total[Rows][Columns];
+  clear<Lanes>(total);
   for (int64_t j = 0; j < nin; ++j) {
     Vector<Lanes> column[Columns];
     for (int c = 0; c < Columns; ++c) column[c] = load<Lanes>(y + j * depth + d + c * Lanes);

@@ -131,7 +131,7 @@ class AttachedModel:
     @property
     def state(self) -> ForwardState:
         """The state of this thread's newest forward, a new object for every prefill and training forward."""
-        return self._current.state
+        return self._current.newest
 
     def encode(self, instructions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Query:
         """The query of S samples from their instructions and images, for every family; see

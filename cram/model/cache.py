@@ -22,12 +22,18 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The KV cache among the keyword arguments of a forward, or None."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    for name in CACHE_NAMES:
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
 
 
 def made_cache(output: Any) -> Any:
     """The KV cache that a forward has returned, or None."""
-    return next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+    for name in CACHE_NAMES:
+        if (found := getattr(output, name, None)) is not None:
+            return found
+    return None
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -6,9 +6,9 @@ One forward:
     vision tower hook   keeps the pooled output (only where the encoder reuses the tower)
     language pre-hook   makes the forward's state: at prefill query -> method -> route; while decoding the
                         route of the prefill that made the KV cache
-    attention pre-hook  tells the linears of its layer which state is theirs
+    attention pre-hook  tells the linears of its layer which state is theirs (only once gradients were wanted)
     ExpertLinear        reads the gates of its layer, or makes its own
-    language hook       remembers the state with the KV cache that was built under it
+    language hook       remembers the state with the KV cache that was built under it, and leaves the forward
 
 The gates are fixed at prefill: the keys and values in a cache were made by the experts of that moment.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ from cram.routing.prompts import EXPLICIT, Call, PromptReader, real_tokens
 from cram.routing.query import Query, Route, Routes
 from cram.routing.threads import PerThread
 
-# Travels with the keyword arguments from the language model to the attention blocks, also where gradient
-# checkpointing runs a layer again.
+# Travels with the keyword arguments from the language model to the attention blocks where gradients are
+# wanted: checkpointing runs a layer again, maybe in another thread.
 STATE = "cram_state"
 # Paths that an error names.
 LOST_SHOWN = 3
@@ -79,6 +80,7 @@ class ForwardHooks:
         self._num_layers, self._reader, self._current = num_layers, reader, current
         self._image_token_id = int(model.config.image_token_id)
         self._caches = CacheStates()
+        self._blocks_are_hooked = False
         # The route of the generation that a thread is in.
         self._generation: PerThread[Route | None] = PerThread(None)
         self._handles = [*reader.register(model), *self._register(model, family)]
@@ -89,15 +91,20 @@ class ForwardHooks:
         return self._overrides.mine
 
     def _register(self, model: Any, family: Family) -> list[Any]:
-        language = self._language
-        attention = [layer.self_attn for layer in language.layers]
-        core = model.get_submodule(family.core)
+        core, language = model.get_submodule(family.core), self._language
         return [
             # Before the vision tower, which may be beyond recording.
             core.register_forward_pre_hook(self._check_recorded),
             language.register_forward_pre_hook(self._before_language, with_kwargs=True),
-            language.register_forward_hook(self._after_language),
-            *(each.register_forward_pre_hook(self._before_attention, with_kwargs=True) for each in attention),
+            language.register_forward_hook(self._after_language, always_call=True),
+        ]
+
+    def _register_blocks(self) -> None:
+        """Hooks the attention blocks for good: hooks that come and go would trouble other threads."""
+        self._blocks_are_hooked = True
+        self._handles += [
+            layer.self_attn.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+            for layer in self._language.layers
         ]
 
     def release(self) -> None:
@@ -156,6 +163,7 @@ class ForwardHooks:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Makes the forward's state; may make the embeddings require grad (see below)."""
+        self._current.enter()
         call = self._reader.take()
         embeds = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         if embeds is None:
@@ -165,39 +173,44 @@ class ForwardHooks:
         training = module.training and (self.solo_in_training or self.in_training)
         # Queries and routes are made outside of traced graphs; a traced decode step only looks its state up.
         arguments = (call, kwargs, embeds, continued, module.training, training)
-        if continued is not None:
-            state = self._state(*arguments)
-        else:
-            from cram.model.untraced import made
-
-            state = made(self._state, *arguments)
-        self._current.state = state
-        kwargs = {**kwargs, STATE: state}
+        make: Any = self._state if continued is not None else partial(_untraced, self._state)
+        self._current.state = state = make(*arguments)
+        if torch.is_grad_enabled():
+            if not self._blocks_are_hooked:
+                _untraced(self._register_blocks)
+            kwargs = {**kwargs, STATE: state}
         differentiable = training and torch.is_grad_enabled() and embeds.is_floating_point()
         lacking = differentiable and not embeds.requires_grad
         if lacking and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             # Reentrant checkpointing gives a frozen model no gradients at all unless its input requires one.
-            kwargs["inputs_embeds"] = embeds.detach().requires_grad_()
+            kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
         return args, kwargs
 
     def _after_language(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the language model, also of a forward that raised, which has no output."""
         cache, state = made_cache(output), self._current.state
+        if not self._current.leave() and output is not None:
+            raise RuntimeError(
+                "a forward inside of another one must begin in its hooks, got one that a pre-hook ended "
+                "before; register that hook without `prepend`"
+            )
         # A traced decode step leaves to its cache what is known of it.
         if cache is None or (state.decoding and torch.compiler.is_compiling()):
             return
         if not self._caches.is_remembered(cache, state):
-            from cram.model.untraced import done
-
-            done(self._caches.keep, cache, state)
+            _untraced(self._caches.keep, cache, state)
 
     def _before_attention(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Tells the linears of a layer their state, also when checkpointing runs the layer again."""
-        if STATE in kwargs:
-            self._current.state = kwargs[STATE]
-            kwargs = {name: value for name, value in kwargs.items() if name != STATE}
-        return args, kwargs
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Tells the linears of a layer their state, also when checkpointing runs the layer again.
+
+        A forward of another thread that runs while blocks are hooked may call the hook without `kwargs`.
+        """
+        if kwargs is None or STATE not in kwargs:
+            return None
+        self._current.state = kwargs[STATE]
+        return args, {name: value for name, value in kwargs.items() if name != STATE}
 
     def _state(
         self,
@@ -264,9 +277,7 @@ class ForwardHooks:
         if self.method.uses_queries and (
             tokens > 1 or state.turn_is_open or self._caches.is_cut_short(cache, state)
         ):
-            from cram.model.untraced import done
-
-            done(self._check_more, call, state, cache, training_mode)
+            _untraced(self._check_more, call, state, cache, training_mode)
         return state
 
     def _check_more(self, call: Call, state: ForwardState, cache: Any, training_mode: bool) -> None:
@@ -380,6 +391,15 @@ class ForwardHooks:
         if call is None or call.input_ids is None:
             raise ValueError("the penalty must see input_ids to find the visual tokens, got embeddings")
         return visual_token_mask(call.input_ids, self._image_token_id, call.mask)
+
+
+def _untraced(do: Callable[..., Any], *arguments: Any) -> Any:
+    """What `do` returns; a graph that is being traced leaves it out."""
+    if torch.compiler.is_compiling():
+        from cram.model.untraced import done
+
+        return done(do, *arguments)
+    return do(*arguments)
 
 
 def _check_positions(kwargs: Mapping[str, Any], embeds: Tensor) -> None:

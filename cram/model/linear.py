@@ -174,7 +174,10 @@ class ExpertLinear(nn.Module):
                 self._one = one = torch.ones(1, 1, device=x.device)
             return one
         if state.gates is None:
-            raise ValueError(f"{self.name} must be routed before it runs, got experts without gates")
+            raise ValueError(
+                f"{self.name} must be routed before it runs, got experts without gates, as in a copy of a "
+                "part of a model"
+            )
         gates = state.gates[self.layer]
         if gating is None or state.overrides_gating:
             return gates

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,26 +123,59 @@ class ForwardState:
         self.hidden[name] = self._pooled[1]
 
 
+class Running(NamedTuple):
+    """What one thread runs.
+
+    Attributes:
+        state: What linears read.
+        newest: The state of the forward that ended last.
+        outer: The states to which the forwards that run now return, the outermost first.
+    """
+
+    state: ForwardState
+    newest: ForwardState
+    outer: tuple[ForwardState, ...] = ()
+
+
 class Current:
     """Which state the linears of one model read, in each thread its own.
 
-    The hooks of `cram.model.hooks` set it: at the start of a forward, and again before every attention block,
-    because checkpointing runs blocks again in an order of its own.
+    The hooks of `cram.model.hooks` enter a forward's state and leave it. A forward may run inside another
+    one, in a hook of the user; the outer one then goes on with its own state. With gradients the state is set
+    again before every attention block, because checkpointing runs blocks again in an order of its own.
     """
 
     def __init__(self) -> None:
         """No forward has run yet."""
-        self._states: PerThread[ForwardState] = PerThread(_BEFORE_ANY)
+        before_any = ForwardState()
+        self._running: PerThread[Running] = PerThread(Running(before_any, before_any))
 
     @property
     def state(self) -> ForwardState:
-        """The state of this thread's newest forward; one without a route before the first."""
-        return self._states.get()
+        """What this thread's linears read; a state without a route before the first forward."""
+        return self._running.get()[0]
 
     @state.setter
     def state(self, state: ForwardState) -> None:
         """Sets the state of this thread's linears."""
-        self._states.set(state)
+        _, newest, outer = self._running.get()
+        self._running.set(Running(state, newest, outer))
 
+    @property
+    def newest(self) -> ForwardState:
+        """The state of this thread's newest forward that has ended."""
+        return self._running.get().newest
 
-_BEFORE_ANY = ForwardState()
+    def enter(self) -> None:
+        """A forward of this thread begins; its state is set next."""
+        state, newest, outer = self._running.get()
+        self._running.set(Running(state, newest, (*outer, state)))
+
+    def leave(self) -> bool:
+        """The innermost forward of this thread ends, with an error or without; False if none had begun."""
+        state, _, outer = self._running.get()
+        if not outer:
+            return False
+        # Behind the outermost forward its linears may be called by hand.
+        self._running.set(Running(outer[-1] if len(outer) > 1 else state, state, outer[:-1]))
+        return True

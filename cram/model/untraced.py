@@ -1,6 +1,6 @@
 """Steps of a forward that `torch.compile` leaves out of its graphs: queries, routes, memories of caches.
 
-This module is imported by the first forward, because its decorator loads the compiler and Triton with it.
+This module is imported where a graph is traced, because its decorator loads the compiler and Triton with it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from cram.model.state import ForwardState
-
 WHY = (
     "an attached model reads the route of a forward outside of graphs; torch.export takes strict=False, "
     "inside `with model.cram.fixed(...)`"
@@ -18,13 +16,6 @@ WHY = (
 
 
 @torch.compiler.disable(reason=WHY)  # type: ignore[untyped-decorator]
-def made(make: Any, *arguments: Any) -> ForwardState:
-    """What `make` returns."""
-    state: ForwardState = make(*arguments)
-    return state
-
-
-@torch.compiler.disable(reason=WHY)  # type: ignore[untyped-decorator]
-def done(do: Any, *arguments: Any) -> None:
-    """Call `do`."""
-    do(*arguments)
+def done(do: Any, *arguments: Any) -> Any:
+    """What `do` returns."""
+    return do(*arguments)

@@ -35,7 +35,8 @@ struct Chunk {
 template <int Lanes, typename W, typename Y, int Tokens, int Vectors>
 CRAM_INLINE void expand_tile(const Expand& e, int64_t t, int64_t c, Chunk chunk, const float* packed) {
   const float* u = static_cast<const float*>(e.u) + panel_index(t, 0, e.count, false);
-  Vector<Lanes> total[Tokens][Vectors]{};
+  Vector<Lanes> total[Tokens][Vectors];
+  clear<Lanes>(total);
   for (int i = 0; i < Tokens; ++i) {
     const Y* y = static_cast<const Y*>(e.y) + std::min<int64_t>(t + i, e.tokens - 1) * e.y_stride + c;
     for (int v = 0; v < Vectors; ++v) {

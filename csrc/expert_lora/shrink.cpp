@@ -66,7 +66,8 @@ CRAM_INLINE void shrink_tile(const Shrink& s, int64_t t, int64_t j, const W* con
     x[i] = static_cast<const X*>(s.x) + std::min<int64_t>(t + i, s.tokens - 1) * s.x_stride;
   }
   const int64_t whole = s.depth - s.depth % (2 * Lanes);
-  Vector<Lanes> total[Tokens][Rows]{};
+  Vector<Lanes> total[Tokens][Rows];
+  clear<Lanes>(total);
   for (int64_t d = 0; d < whole; d += 2 * Lanes) {
     for (int r = 0; next && r < Rows; ++r) {
       for (int ahead = 0; ahead < 2 * Lanes; ahead += kLine / sizeof(Next)) __builtin_prefetch(next[r] + d + ahead);
@@ -80,11 +81,24 @@ CRAM_INLINE void shrink_tile(const Shrink& s, int64_t t, int64_t j, const W* con
       }
     }
   }
-  for (int i = 0; i < Tokens && t + i < s.tokens; ++i) {
-    for (int r = 0; r < Rows && j + r < s.count; ++r) {
-      float value = sum<Lanes>(total[i][r]);
-      for (int64_t d = whole; d < s.depth; ++d) value += widen(x[i][d]) * widen(w[r][d]);
-      s.z[(t + i) * s.z_stride + j + r] = value;
+  const int64_t rows = std::min<int64_t>(Rows, s.count - j);
+  CRAM_UNROLL
+  for (int i = 0; i < Tokens; ++i) {
+    if (t + i == s.tokens) break;
+    float* z = s.z + (t + i) * s.z_stride + j;
+    float values[(Rows + 3) / 4 * 4];
+    CRAM_UNROLL
+    for (int r = 0; r < Rows; r += 4) {
+      const Vector<Lanes>(&of)[Rows] = total[i];
+      const int last = Rows - 1;
+      store<4>(values + r, sums<Lanes>(of[r], of[std::min(r + 1, last)], of[std::min(r + 2, last)], of[std::min(r + 3, last)]));
+    }
+    for (int r = 0; r < rows; ++r) z[r] = values[r];
+  }
+  for (int i = 0; whole < s.depth && i < Tokens && t + i < s.tokens; ++i) {
+    for (int r = 0; r < rows; ++r) {
+      float* z = s.z + (t + i) * s.z_stride + j + r;
+      for (int64_t d = whole; d < s.depth; ++d) *z += widen(x[i][d]) * widen(w[r][d]);
     }
   }
 }

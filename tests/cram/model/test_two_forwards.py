@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cram.attach import detach
 from cram.model.attached import AttachedModel
+from cram.routing.query import Route
 from tests.cram.factories import PROJECTION, QUESTIONS, expert_weights, image, prompt, routed_llava
 from tests.cram.model.checkpointing import MODES, enable_checkpointing
 
@@ -81,25 +84,115 @@ def test_prompts_between_forward_and_backward_change_no_gradient(mode: dict[str,
         assert torch.equal(found, wanted)
 
 
-def test_a_forward_within_a_forward_leaves_the_outer_one_its_route() -> None:
-    """A hook on a layer asks the same model another question."""
-    model, processor, cram = routed_llava()
-    batches = [
-        processor(text=[prompt(QUESTIONS[i], 1)], images=[image(i)], return_tensors="pt") for i in range(2)
-    ]
-    with torch.no_grad():
-        expected = model(**batches[0]).logits
-        layer, inside = model.model.language_model.layers[0], []
+class Nested:
+    """A layer's hook asks the same model another question."""
 
-        def ask(*_: Any) -> None:
-            if not inside:
-                inside.append(True)
-                inside.append(model(**batches[1]).logits)
+    def __init__(self) -> None:
+        self.model, self.processor, _ = routed_llava()
+        self.batches = [
+            self.processor(text=[prompt(QUESTIONS[i], 1)], images=[image(i)], return_tensors="pt")
+            for i in range(2)
+        ]
+        self.language = self.model.model.language_model
 
-        handle = layer.register_forward_hook(ask)
-        found = model(**batches[0]).logits
+    def outer(self, ask: Callable[[], Any]) -> Tensor:
+        """The logits of the first question; `ask` is called once behind the first layer."""
+        asked: list[bool] = []
+
+        def hook(*_: Any) -> None:
+            if not asked:
+                asked.append(True)
+                ask()
+
+        handle = self.language.layers[0].register_forward_hook(hook)
+        try:
+            return self.model(**self.batches[0]).logits
+        finally:
+            handle.remove()
+
+    def inner(self) -> Tensor:
+        """The logits of the other question."""
+        return self.model(**self.batches[1]).logits
+
+    def refused(self) -> None:
+        """A forward that its own hooks refuse: it routes another number of samples."""
+        gates = torch.ones(len(self.language.layers), 3, self.model.cram.num_experts)
+        with self.model.cram.fixed(Route(gates)), pytest.raises(ValueError, match="rows of a forward"):
+            self.inner()
+
+    def raised(self) -> None:
+        """A forward that fails behind its first layer."""
+        handle = self.language.layers[1].register_forward_pre_hook(_fail)
+        with pytest.raises(ArithmeticError):
+            self.inner()
         handle.remove()
-    assert torch.equal(found, expected) and not torch.equal(inside[1][0, -1], expected[0, -1])
+
+
+def _fail(*_: Any) -> None:
+    raise ArithmeticError("of a test")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("ask", [Nested.inner, Nested.refused, Nested.raised])
+def test_a_forward_within_a_forward_leaves_the_outer_one_its_route(
+    ask: Callable[[Nested], Any], gradients: bool
+) -> None:
+    nested = Nested()
+    with torch.set_grad_enabled(gradients):
+        expected, other = nested.model(**nested.batches[0]).logits, nested.inner()
+        assert not torch.equal(other[0, -1], expected[0, -1])
+        assert torch.equal(nested.outer(lambda: ask(nested)), expected)
+        assert torch.equal(nested.inner(), other)
+
+
+def test_an_inner_forward_that_never_began_is_not_overlooked() -> None:
+    """A hook in front of all others ends it; its end must not take the outer one's route unseen."""
+    nested = Nested()
+
+    def ask() -> None:
+        handle = nested.language.register_forward_pre_hook(_fail, prepend=True)
+        with pytest.raises(ArithmeticError):
+            nested.inner()
+        handle.remove()
+
+    with torch.no_grad():
+        expected = nested.inner()
+        with pytest.raises(RuntimeError, match="a forward inside of another one must begin in its hooks"):
+            nested.outer(ask)
+        assert torch.equal(nested.inner(), expected)
+
+
+def test_a_forward_that_was_interrupted_leaves_later_ones_their_states() -> None:
+    nested = Nested()
+    handle = nested.language.layers[1].register_forward_pre_hook(_interrupt)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            nested.inner()
+        handle.remove()
+        nested.inner()
+        first = nested.model.cram.state
+        nested.model(**nested.batches[0])
+    assert first.route is not None and nested.model.cram.state is not first
+    assert not torch.equal(first.route.gates, nested.model.cram.state.route.gates)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_blocks_are_hooked_only_once_gradients_are_wanted() -> None:
+    nested = Nested()
+    blocks = [layer.self_attn for layer in nested.language.layers]
+    with torch.no_grad():
+        nested.inner()
+    assert not any(block._forward_pre_hooks for block in blocks)
+    for _ in range(2):
+        nested.inner()
+    assert [len(block._forward_pre_hooks) for block in blocks] == [1] * len(blocks)
+    with torch.no_grad():
+        nested.inner()
+    detach(nested.model)
+    assert not any(block._forward_pre_hooks for block in blocks)
 
 
 def test_the_penalty_of_a_forward_does_not_depend_on_later_ones() -> None:
