@@ -15,8 +15,8 @@
 
 namespace cram {
 
-// Below this many multiply-adds one thread is faster than waking others.
-constexpr int64_t kSerial = 1 << 16;
+// Below this many multiply-adds, about ten microseconds, one thread is faster than waking others.
+constexpr int64_t kSerial = 1 << 18;
 
 inline void pause_thread() {
 #if defined(__x86_64__)

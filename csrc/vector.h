@@ -65,7 +65,8 @@ CRAM_INLINE float sum(const Vector<Lanes>& value) {
 
 // `sum` of each of four vectors at once, in the same order of additions.
 template <int Lanes>
-CRAM_INLINE Vector<4> sums(const Vector<Lanes>& a, const Vector<Lanes>& b, const Vector<Lanes>& c, const Vector<Lanes>& d) {
+CRAM_INLINE Vector<4> sums(
+    const Vector<Lanes>& a, const Vector<Lanes>& b, const Vector<Lanes>& c, const Vector<Lanes>& d) {
   if constexpr (Lanes > 4) {
     return sums<Lanes / 2>(folded<Lanes>(a), folded<Lanes>(b), folded<Lanes>(c), folded<Lanes>(d));
   } else {

@@ -123,8 +123,11 @@ struct Backward {
         shrink(unit == Unit::pairs ? pairs_shrink(up.half) : wide_shrink(dy.half, up.half)),
         expand_x(expand_tile(unit, down, dx.half)), expand_kept(expand_tile(unit, down, false)),
         gram_a(expand_tile(unit, x, da.half)), gram_b(expand_tile(unit, dy, db.half)),
-        step_in(base.data ? kGradientColumns : column_step(tokens, layer.d_in, threads)), step_out(column_step(tokens, layer.d_out, threads)),
-        block_tokens(base.data ? tile_tokens(tokens, layer.d_out) : token_step(tokens, divided(layer.d_in, step_in), threads, unit)) {
+        step_in(base.data ? kGradientColumns : column_step(tokens, layer.d_in, threads)),
+        step_out(column_step(tokens, layer.d_out, threads)),
+        block_tokens(
+            base.data ? tile_tokens(tokens, layer.d_out)
+                      : token_step(tokens, divided(layer.d_in, step_in), threads, unit)) {
     expands = base.data || (need.x && gate.live) ? divided(tokens, block_tokens) * divided(layer.d_in, step_in) : 0;
     grams_a = rows_of_da() ? divided(layer.d_in, step_in) : 0;
     grams_b = need.b && trained.rows ? divided(layer.d_out, step_out) : 0;
@@ -224,7 +227,9 @@ struct Backward {
       return expand(expand_x, expand_kept, dz, down, gate.down.data(), packed_a, ts, cs, dx, keep);
     }
     index -= expands;
-    if (index < grams_a) return gram(gram_a, dz_t, of_a(), rows_of_da(), x, block(index, step_in, layer.d_in), da, keep);
+    if (index < grams_a) {
+      return gram(gram_a, dz_t, of_a(), rows_of_da(), x, block(index, step_in, layer.d_in), da, keep);
+    }
     index -= grams_a;
     const Range cs = block(index, step_out, layer.d_out);
     if (index < grams_b) return gram(gram_b, u_t, trained, trained.rows, dy, cs, db, nullptr);

@@ -79,8 +79,8 @@ inline Strips block_strips(const Matrix& x, int64_t depth, Range tokens, const K
 // Column tiles that are packed in one task.
 constexpr int64_t kPackedTiles = 8;
 
-// Tokens that are multiplied in one task by a weight of that depth: x of them stays in the second-level cache beside a few
-// rows of the weight.
+// Tokens that are multiplied in one task by a weight of that depth: x of them stays in the second-level cache beside
+// a few rows of the weight.
 inline int64_t tile_tokens(int64_t tokens, int64_t depth) {
   constexpr int64_t kBytes = 1 << 20;
   const int64_t most = std::clamp<int64_t>(kBytes / (2 * std::max<int64_t>(depth, 1)) / kDepth, 1, 16) * kDepth;

@@ -80,8 +80,8 @@ Unit unit_for(bool half) { return half ? in_force().unit : Unit::lanes; }
 
 }  // namespace cram
 
-// The row in force in words: vendor, unit, six numbers as in crossovers_table.h, and why there are no tiles, if there are
-// none. Separated by tabs.
+// The row in force in words: vendor, unit, six numbers as in crossovers_table.h, and why there are no tiles, if there
+// are none. Separated by tabs.
 CRAM_EXPORT const char* cram_crossovers() {
   static thread_local std::string text;
   const cram::Row& row = cram::in_force().row;

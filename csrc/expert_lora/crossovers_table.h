@@ -1,6 +1,6 @@
-// A row per processor that was measured: vendor, what multiplies there, and from and up to how many tokens the base product
-// is this library's, and up to how many its gradient; the others are torch's. `python -m benchmarks crossovers` measures a
-// row.
+// A row per processor that was measured: vendor, what multiplies there, and from and up to how many tokens the base
+// product is this library's, and up to how many its gradient; the others are torch's. A row is measured by
+// `python -m benchmarks crossovers`.
 //
 //             vendor,   unit,       float32: from, base, gradient, bfloat16: from, base, gradient
 CRAM_CROSSOVER("Intel",  "tiles",    1, 16, 0,   1, 1024, 1024)

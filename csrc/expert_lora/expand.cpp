@@ -117,8 +117,8 @@ CRAM_INLINE void expand_columns(const Expand& e, int64_t c, Chunk chunk) {
   }
 }
 
-// `Rows` rows from k on, added to the sums of the only token for columns [c, c + width). A row starts where no prefetcher
-// has been.
+// `Rows` rows from k on, added to the sums of the only token for columns [c, c + width). A row starts where no
+// prefetcher has been.
 template <int Lanes, typename W, int Rows>
 CRAM_INLINE void add_rows(const Expand& e, int64_t k, int64_t last, int64_t c, int64_t width, float* sums) {
   const float* u = static_cast<const float*>(e.u);
@@ -193,8 +193,8 @@ CRAM_EXPAND(expand_float_half, float, Half)
 CRAM_EXPAND(expand_half_float, Half, float)
 CRAM_EXPAND(expand_half_half, Half, Half)
 
-// More rows than a chunk are summed in memory of their own where y holds something already, or would round the sums between
-// chunks.
+// More rows than a chunk are summed in memory of their own where y holds something already, or would round the sums
+// between chunks.
 template <typename Y>
 void expand_long(const Expand& e, ExpandTile tile, ExpandTile wide_tile) {
   if (e.count <= kChunk) return tile(e);
@@ -215,7 +215,9 @@ void expand_float(const Expand& e) { expand_long<float>(e, expand_float_float_be
 
 void expand_half(const Expand& e) { expand_long<float>(e, expand_half_float_best(), expand_half_float_best()); }
 
-void expand_float_rounded(const Expand& e) { expand_long<Half>(e, expand_float_half_best(), expand_float_float_best()); }
+void expand_float_rounded(const Expand& e) {
+  expand_long<Half>(e, expand_float_half_best(), expand_float_float_best());
+}
 
 void expand_half_rounded(const Expand& e) { expand_long<Half>(e, expand_half_half_best(), expand_half_float_best()); }
 

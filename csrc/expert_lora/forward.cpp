@@ -24,12 +24,12 @@
 namespace cram {
 namespace {
 
-// Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by torch's
-// linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
+// Up to some tokens (crossovers_table.h) the base linear is computed here too: its weight is read faster than by
+// torch's linear, and y is written once. Beyond, and where x leaves the second-level cache, torch's blocking wins.
 constexpr int64_t kOwnBytes = 1 << 20, kOwnColumns = 128, kMostOwnColumns = 512, kVectors = 32;
 
-// Blocks of equal width, so that threads end together. One token reads each row of Bt once, and memory serves long runs of
-// a row faster.
+// Blocks of equal width, so that threads end together. One token reads each row of Bt once, and memory serves long
+// runs of a row faster.
 int64_t own_columns(int64_t tokens, int64_t columns, int64_t threads, Unit unit) {
   if (unit == Unit::tiles) return kOwnColumns;
   if (tokens > 1) return divided(divided(columns, divided(columns, kOwnColumns)), kVectors) * kVectors;
@@ -47,10 +47,12 @@ class Forward {
   Forward(
       const Layer& layer, const Operands& to, int64_t tokens, int64_t first, const Keep* keep, Unit unit, Arena& arena)
       : layer_(layer), to_(to), tokens_(tokens), first_(first), keep_(keep), unit_(unit),
-        gate_(gating(layer, tokens, first, true, true, summed_rows(unit))), rows_(static_cast<int64_t>(gate_.rows.size())),
+        gate_(gating(layer, tokens, first, true, true, summed_rows(unit))),
+        rows_(static_cast<int64_t>(gate_.rows.size())),
         threads_(threads_for(layer, tokens, own() ? layer.d_out : rows_)),
         blocks_(shrink_blocks(tokens, rows_, keep || (tiles() && !own()), unit)), u_(arena, tokens, gate_.live, unit),
-        step_(own() ? own_columns(tokens, layer.d_out, threads_, unit) : column_step(tokens, layer.d_out, threads_)), across_(divided(layer.d_out, step_)),
+        step_(own() ? own_columns(tokens, layer.d_out, threads_, unit) : column_step(tokens, layer.d_out, threads_)),
+        across_(divided(layer.d_out, step_)),
         block_tokens_(
             !own() ? token_step(tokens, across_, threads_, unit)
                    : tiles() ? tile_tokens(tokens, layer.d_in) : tokens) {
@@ -213,7 +215,8 @@ bool is_own(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   const bool half = type == ScalarType::BFloat16;
   const bool blocked = unit_for(half) == Unit::tiles;
   const bool fits = blocked || x.numel() * static_cast<int64_t>(x.element_size()) <= kOwnBytes;
-  return tokens_of(x) && crossover(half).has_base(tokens_of(x)) && fits && weight.is_contiguous() && weight.scalar_type() == type && (!bias || bias->is_contiguous());
+  return tokens_of(x) && crossover(half).has_base(tokens_of(x)) && fits && weight.is_contiguous() &&
+         weight.scalar_type() == type && (!bias || bias->is_contiguous());
 }
 
 struct Base {

@@ -23,7 +23,8 @@ struct Layer {
 
   Layer(const Tensor& a_in, const Tensor& bt_in, const Tensor& owner, const Tensor& gates_in, double scale)
       : a(dense(checked(a_in, 2, "a"))), bt(dense(checked(bt_in, 2, "bt"))),
-        gates(dense(checked(gates_in, 2, "gates"))), owner(owner), d_in(a.size(1)), d_out(bt.size(1)), rows(bt.size(0)), a_rows(a.size(0)), scale(scale) {
+        gates(dense(checked(gates_in, 2, "gates"))), owner(owner), d_in(a.size(1)), d_out(bt.size(1)),
+        rows(bt.size(0)), a_rows(a.size(0)), scale(scale) {
     STD_TORCH_CHECK(
         owner.scalar_type() == ScalarType::Long && owner.is_contiguous() && owner.numel() == rows &&
             (a_rows == rows || (a_rows && rows == a_rows * gates.size(1))),
@@ -71,12 +72,12 @@ struct Gating {
   const float* of(int64_t token) const { return factors.data() + token / tokens * static_cast<int64_t>(rows.size()); }
 };
 
-// Rows that an EXPAND sums at once. A group of the packed rows is left out whole or not at all; so rows keep their places in
-// it, and a token's sums do not depend on which experts other tokens use.
+// Rows that an EXPAND sums at once. A group of the packed rows is left out whole or not at all; so rows keep their
+// places in it, and a token's sums do not depend on which experts other tokens use.
 inline int64_t summed_rows(Unit unit) { return unit == Unit::tiles ? kDepth : unit == Unit::pairs ? 2 : 1; }
 
-// Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`. In a live group
-// of so many rows a live one with factor 0 stands for each dead one, which may hold NaN.
+// Rows before `first` take part only if they are live and `before`; rows from `first` on always where `dead`. In a
+// live group of so many rows a live one with factor 0 stands for each dead one, which may hold NaN.
 inline Gating gating(const Layer& layer, int64_t tokens, int64_t first, bool before, bool dead, int64_t group) {
   layer.check_gates(tokens);
   const Tensor &gates = layer.gates, &owner = layer.owner;

@@ -4,8 +4,8 @@
 //     EXPAND    y[t, c] (+)= sum over k of u[t, k] w[rows[k], c]
 //
 // Everything else of the expert layer is one of them with other operands. Sums run in float32, in an order that does
-// not depend on the number of tokens. shrink.cpp and expand.cpp compute in float32 lanes on any machine. Where a machine
-// has AVX-512 BF16, bf16_pairs.cpp multiplies pairs of bfloat16, and u is bfloat16 then.
+// not depend on the number of tokens. shrink.cpp and expand.cpp compute in float32 lanes on any machine. Where a
+// machine has AVX-512 BF16, bf16_pairs.cpp multiplies pairs of bfloat16, and u is bfloat16 then.
 
 #pragma once
 

@@ -90,8 +90,8 @@ CRAM_INLINE void shrink_tile(const Shrink& s, int64_t t, int64_t j, const W* con
     CRAM_UNROLL
     for (int r = 0; r < Rows; r += 4) {
       const Vector<Lanes>(&of)[Rows] = total[i];
-      const int last = Rows - 1;
-      store<4>(values + r, sums<Lanes>(of[r], of[std::min(r + 1, last)], of[std::min(r + 2, last)], of[std::min(r + 3, last)]));
+      const int b = std::min(r + 1, Rows - 1), c = std::min(r + 2, Rows - 1), d = std::min(r + 3, Rows - 1);
+      store<4>(values + r, sums<Lanes>(of[r], of[b], of[c], of[d]));
     }
     for (int r = 0; r < rows; ++r) z[r] = values[r];
   }

@@ -3,8 +3,9 @@
 // A register holds 16 x 16 float32 sums, 16 x 32 bfloat16 values of a left operand, or 32 x 16 bfloat16 values of a
 // right operand, of which two neighbours in depth stand together. `multiply` adds left times right to the sums.
 //
-// With CRAM_TILE_MODEL the registers are arrays and the instruction is a loop, so that tests run what surrounds it on any
-// machine. The model adds products in the order of the depth, which the manual allows; its bits are not the unit's.
+// With CRAM_TILE_MODEL the registers are arrays and the instruction is a loop, so that tests run what surrounds it on
+// any machine. The model adds products in the order of the depth, which the manual allows; its bits are not the
+// unit's.
 
 #pragma once
 

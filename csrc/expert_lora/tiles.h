@@ -1,8 +1,8 @@
 // SHRINK and EXPAND on bfloat16 by the tile unit.
 //
 // The unit multiplies a left operand, rows in memory as they are, by a right operand whose neighbours in depth stand
-// together. Panels hold the right operand. SHRINK packs what is smaller: x of a few tokens, the rows of w otherwise. The
-// bits of a sum do not depend on which side is left, because products commute and the depth is walked in order.
+// together. Panels hold the right operand. SHRINK packs what is smaller: x of a few tokens, the rows of w otherwise.
+// The bits of a sum do not depend on which side is left, because products commute and the depth is walked in order.
 
 #pragma once
 
@@ -46,8 +46,8 @@ void pack_rows(const Rows& w, int64_t depth, int64_t index, const Panels& to);
 // its rows.
 void pack_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Panels& to);
 
-// A left operand copied: strips of 16 rows, `steps` tiles one after the other. In the matrix itself rows often lie a power
-// of two apart, where they compete for the same lines of the first-level cache.
+// A left operand copied: strips of 16 rows, `steps` tiles one after the other. In the matrix itself rows often lie a
+// power of two apart, where they compete for the same lines of the first-level cache.
 struct Strips {
   char* data;
   int64_t count, steps;
@@ -62,12 +62,13 @@ char* strip_memory(int64_t bytes);
 // Strip `index` of x.
 void copy_strip(const Rows& x, int64_t depth, int64_t index, const Strips& to);
 
-// Strips [begin, end) of the transpose of w: its columns from `column` on, up to `columns` of them in all; the depth are
-// its rows.
+// Strips [begin, end) of the transpose of w: its columns from `column` on, up to `columns` of them in all; the depth
+// are its rows.
 void copy_columns(const Rows& w, int64_t column, int64_t columns, int64_t begin, int64_t end, const Strips& to);
 
 // z [tokens, count] = x w^T for strips of x from `first` on and packed rows w, of which there are `count`.
-void tile_shrink(const Strips& x, int64_t first, int64_t tokens, const Panels& w, int64_t count, float* z, int64_t z_stride);
+void tile_shrink(
+    const Strips& x, int64_t first, int64_t tokens, const Panels& w, int64_t count, float* z, int64_t z_stride);
 
 // z [tokens, w.count] = x w^T for packed tokens x from pair `first` on.
 void tile_shrink_few(
@@ -89,9 +90,9 @@ struct TileLayer {
 };
 void tile_layer(const TileLayer& e);
 
-// y [tokens, columns] = x base + u down for strips of x and u from `first` on and packed columns `down` from `column` on,
-// a multiple of 32. base [D, columns] is read where it lies, or is `packed` like `down`. y is bfloat16 or float32; u may be
-// nothing.
+// y [tokens, columns] = x base + u down for strips of x and u from `first` on and packed columns `down` from `column`
+// on, a multiple of 32. base [D, columns] is read where it lies, or is `packed` like `down`. y is bfloat16 or
+// float32; u may be nothing.
 struct TileGradient {
   Strips x;
   int64_t first, tokens;
@@ -106,8 +107,8 @@ struct TileGradient {
 };
 void tile_gradient(const TileGradient& e);
 
-// y [tokens, columns] (+)= u w for strips of u from `first` on and packed columns w from `column` on, a multiple of 32. y is
-// bfloat16 or float32.
+// y [tokens, columns] (+)= u w for strips of u from `first` on and packed columns w from `column` on, a multiple of
+// 32. y is bfloat16 or float32.
 struct TileExpand {
   Strips u;
   int64_t first, tokens;
