@@ -25,6 +25,8 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,17 +104,21 @@ def wanted(torch: Path) -> set[str]:
 
 
 def compile_cpu(torch: Path, target: Path) -> None:
-    """Compile the CPU library.
+    """Compile the CPU library, as many files at a time as there are processors.
 
     Raises:
         Unavailable: There is no C++ compiler, or it fails.
     """
-    compiler = find_compiler()
-    files = [str(path) for path in sources(".cpp")]
+    files = sources(".cpp")
     if not files:
         raise Unavailable(f"no C++ source is in the folder of {Path(__file__).name}")
-    link = (f"-L{torch / 'lib'}", "-ltorch_cpu")
-    call([compiler, *CXX_FLAGS, *DEFINES, f"-isystem{torch / 'include'}", "-shared", *files, *link], target)
+    compiler = find_compiler()
+    command = [compiler, *CXX_FLAGS, *DEFINES, f"-isystem{torch / 'include'}", "-c"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(folder) / f"{index}.o" for index in range(len(files))]
+        list(pool.map(lambda file, made: call([*command, str(file)], made), files, objects))
+        link = (f"-L{torch / 'lib'}", "-ltorch_cpu")
+        call([compiler, "-shared", *[str(path) for path in objects], *link], target)
 
 
 def compile_cuda(torch: Path, target: Path) -> None:
