@@ -42,6 +42,7 @@ def run_comparison(comparison: Comparison, jobs: int = 1, shown: bool = True) ->
         waiting = [
             Job(run.name, run.execute, (), run.after.name if run.after else None) for run in board.runs
         ]
+        board.announce_all()
         run_side_by_side(waiting, jobs, board.update)
     assert board.report is not None
     return board.report
@@ -71,6 +72,12 @@ class Board:
         left = f"; all: {self._bar.line('tasks')}" if self._bar.done else ""
         if self._shown:
             print(f"== run {len(self._done) + 1} of {len(self.runs)}: {run.name}{left}", flush=True)
+
+    def announce_all(self) -> None:
+        """Print what runs side by side."""
+        if self._shown:
+            names = "; ".join(run.name for run in self.runs)
+            print(f"== {len(self.runs)} runs, {self._jobs} at a time: {names}", flush=True)
 
     def update(self, done: Set[str]) -> None:
         """Count the finished tasks. Write the report if `done` (names of runs) has grown."""

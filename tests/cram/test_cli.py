@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cram
 from cram import loading
@@ -99,7 +100,7 @@ def test_demo_compares_the_methods_and_goes_on_where_it_was(
     quick = demo.DemoSettings({**demo.QUICK.config, "max_steps": 2}, limit=2)
     monkeypatch.setattr(demo, "QUICK", quick)
     out = tmp_path / "demo"
-    assert main(["demo", "--quick", "--out", str(out), "--methods", "cram", "sequential"]) == 0
+    assert main(["demo", "--quick", "--jobs", "1", "--out", str(out), "--methods", "cram", "sequential"]) == 0
     said = capsys.readouterr().out
     assert "parameters" in said and "sequential" in said
     report = validate_report(read_json(out / "report.json"))
@@ -108,7 +109,7 @@ def test_demo_compares_the_methods_and_goes_on_where_it_was(
     each = [method["parameters"]["per_task"] for method in report["methods"].values()]
     assert each[1]["sketches"] == pytest.approx(sum(each[0].values()) / 6, rel=0.15)
     before = files(out / "seeds")
-    assert main(["demo", "--quick", "--out", str(out), "--methods", "sequential", "cram"]) == 0
+    assert main(["demo", "--quick", "--jobs", "1", "--out", str(out), "--methods", "sequential", "cram"]) == 0
     assert files(out / "seeds") == before
     assert timeless(read_json(out / "report.json")) == timeless(report)
 
@@ -116,9 +117,23 @@ def test_demo_compares_the_methods_and_goes_on_where_it_was(
 @pytest.mark.usefixtures("tiny_base")
 def test_demo_over_seeds_keeps_one_object_a_seed(tmp_path: Path) -> None:
     settings = demo.DemoSettings({**demo.QUICK.config, "max_steps": 2}, limit=1)
-    report = demo.run_demo(tmp_path, seeds=2, methods=["isolated"], settings=settings, progress=False)
+    report = demo.run_demo(tmp_path, seeds=2, methods=["isolated"], settings=settings, jobs=1, progress=False)
     assert list(report["seeds"]) == ["0", "1"]
     assert sorted(path.name for path in (tmp_path / "seeds").iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "seeds", "jobs"),
+    [(1, "cpu", 1, 1), (2, "cpu", 1, 3), (8, "cpu", 1, 3), (8, "cpu", 3, 9), (8, "cuda", 3, 1)],
+)
+def test_demo_keeps_the_processor_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, device: str, seeds: int, jobs: int
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(demo, "run_comparison", lambda comparison, jobs, shown: taken.append(jobs))
+    demo.run_demo(tmp_path, seeds=seeds, device=device)
+    assert taken == [jobs]
 
 
 def missing_image(data: Path) -> None:

@@ -169,8 +169,9 @@ def test_jobs_side_by_side_give_the_same(
     # Here as there a run has one thread, so nothing differs at all.
     wanted, parts = results(finished), ("0/base/", "0/cram/", "0/isolated/")
     assert results(out) == {k: v for k, v in wanted.items() if k.startswith(parts)}
-    said = capsys.readouterr().err
-    assert "compare [########################] 4/4" in said
+    said = capsys.readouterr()
+    assert "== 2 runs, 2 at a time: cram, seed 0; isolated, seed 0\n" in said.out
+    assert "compare [########################] 4/4" in said.err
 
 
 def test_time_left_is_shown_before_a_run(
