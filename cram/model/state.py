@@ -128,7 +128,7 @@ class Running(NamedTuple):
 
     Attributes:
         state: What linears read.
-        newest: The state of the forward that ended last.
+        newest: The state of the forward that began or ended last.
         outer: The states to which the forwards that run now return, the outermost first.
     """
 
@@ -158,12 +158,11 @@ class Current:
     @state.setter
     def state(self, state: ForwardState) -> None:
         """Sets the state of this thread's linears."""
-        _, newest, outer = self._running.get()
-        self._running.set(Running(state, newest, outer))
+        self._running.set(Running(state, state, self._running.get().outer))
 
     @property
     def newest(self) -> ForwardState:
-        """The state of this thread's newest forward that has ended."""
+        """The state of this thread's newest forward, or what was set last."""
         return self._running.get().newest
 
     def enter(self) -> None:

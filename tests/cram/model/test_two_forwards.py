@@ -145,6 +145,15 @@ def test_a_forward_within_a_forward_leaves_the_outer_one_its_route(
         assert torch.equal(nested.inner(), other)
 
 
+def test_the_state_is_that_of_the_running_forward() -> None:
+    nested, seen = Nested(), []
+    with torch.no_grad():
+        nested.inner()
+        before = nested.model.cram.state
+        nested.outer(lambda: seen.append(nested.model.cram.state))
+    assert seen == [nested.model.cram.state] and seen[0] is not before
+
+
 def test_an_inner_forward_that_never_began_is_not_overlooked() -> None:
     """A hook in front of all others ends it; its end must not take the outer one's route unseen."""
     nested = Nested()
