@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default=1, type=int, metavar="N", help="number of seeds (default: 1)")
     parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS_SHOWN)}")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few samples")
-    jobs = "runs at once, which share the threads (default: on a CPU up to three for two threads)"
+    jobs = "runs at once, which share the threads (default: on a CPU three for two threads, else one)"
     parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
     add_dtype(parser)
     add_device(parser)
@@ -90,8 +90,8 @@ def run_demo(
         settings: Configuration and size.
         dtype: Of the base.
         device: See `load_model`.
-        jobs: Runs at a time. None takes as many as keep a CPU busy: a run of this small base gains a third
-            from a second thread. On another device it takes one.
+        jobs: Runs at a time. None takes three for every two threads of a CPU, because a second thread makes a
+            run of this small base only a third faster. On another device it takes one.
         progress: Whether progress is printed.
 
     Raises:

@@ -101,11 +101,11 @@ class ForwardHooks:
 
     def _register_blocks(self) -> None:
         """Hooks the attention blocks for good: hooks that come and go would trouble other threads."""
-        self._blocks_are_hooked = True
         self._handles += [
             layer.self_attn.register_forward_pre_hook(self._before_attention, with_kwargs=True)
             for layer in self._language.layers
         ]
+        self._blocks_are_hooked = True
 
     def release(self) -> None:
         """Takes the hooks out of the model."""

@@ -153,7 +153,7 @@ class Current:
     @property
     def state(self) -> ForwardState:
         """What this thread's linears read; a state without a route before the first forward."""
-        return self._running.get()[0]
+        return self._running.get().state
 
     @state.setter
     def state(self, state: ForwardState) -> None:
