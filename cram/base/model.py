@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,6 +19,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -42,6 +45,25 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+class ImageLayout(NamedTuple):
+    """How a picture becomes tokens of the language model.
+
+    Attributes:
+        patch: Pixels of a patch's edge.
+        tokens: Tokens of a picture.
+        strategy: LLaVA's `vision_feature_select_strategy`.
+        more_tokens: Outputs of the tower that the strategy leaves out.
+    """
+
+    patch: int
+    tokens: int
+    strategy: str
+    more_tokens: int
+
+
+LAYOUT = ImageLayout(PATCH, IMAGE_TOKENS, "default", 1)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
@@ -98,38 +120,25 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def llava_config(tokens: dict[str, int], vocabulary: int) -> LlavaConfig:
-    """The multimodal model: 6 Llama layers of width 192 over all patch features of the tower."""
-    text = LlamaConfig(
+def llama_config(tokens: dict[str, int], vocabulary: int, **sizes: int) -> LlamaConfig:
+    """A language model of the given sizes whose embeddings are its output layer too."""
+    return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=192,
-        intermediate_size=352,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokens[BOS],
         eos_token_id=tokens[EOS],
         pad_token_id=tokens[PAD],
-    )
-    return LlavaConfig(
-        text_config=text,
-        vision_config=vision_config(),
-        image_token_index=tokens[IMAGE],
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
+        **sizes,
     )
 
 
-def clip_config(tokens: dict[str, int], vocabulary: int) -> CLIPConfig:
-    """The CLIP: the same vision tower and 2 text layers of width 128."""
-    text = CLIPTextConfig(
+def text_config(tokens: dict[str, int], vocabulary: int, width: int) -> CLIPTextConfig:
+    """CLIP's text tower: 2 layers of a width."""
+    return CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
@@ -138,24 +147,49 @@ def clip_config(tokens: dict[str, int], vocabulary: int) -> CLIPConfig:
         eos_token_id=tokens[EOS],
         pad_token_id=tokens[PAD],
     )
-    return CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision_config().to_dict(), projection_dim=FEATURE_WIDTH
+
+
+def llava_config(text: LlamaConfig, vision: PretrainedConfig, image: int, layout: ImageLayout) -> LlavaConfig:
+    """A language model that sees the last features of a vision tower at the places of the token `image`."""
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image,
+        image_seq_length=layout.tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=layout.strategy,
+        tie_word_embeddings=True,
     )
+
+
+def start_wide(llava: LlavaForConditionalGeneration, weights: float, embeddings: float) -> None:
+    """Draw the language model with standard deviations above transformers' 0.02, which suits widths of
+    thousands."""
+    for parameter in llava.model.language_model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=weights)
+    nn.init.normal_(llava.get_input_embeddings().weight, std=embeddings)
 
 
 def build_models(tokenizer: Tokenizer) -> tuple[LlavaForConditionalGeneration, CLIPModel]:
     """Return freshly initialised models that share one vision tower.
 
-    The language model starts wider than transformers' 0.02, which suits widths of thousands.
+    The multimodal model has 6 Llama layers of width 192, the CLIP a text tower of width 128.
     """
     tokens = {token: token_id(tokenizer, token) for token in SPECIAL}
-    llava = LlavaForConditionalGeneration(llava_config(tokens, tokenizer.get_vocab_size()))
-    clip = CLIPModel(clip_config(tokens, tokenizer.get_vocab_size()))
+    size = tokenizer.get_vocab_size()
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
+    text = llama_config(tokens, size, hidden_size=192, intermediate_size=352, num_hidden_layers=6, **heads)
+    llava = LlavaForConditionalGeneration(llava_config(text, vision_config(), tokens[IMAGE], LAYOUT))
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text_config(tokens, size, 128).to_dict(),
+            vision_config=vision_config().to_dict(),
+            projection_dim=FEATURE_WIDTH,
+        )
+    )
     clip.vision_model = llava.model.vision_tower
-    for parameter in llava.model.language_model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.04)
-    nn.init.normal_(llava.get_input_embeddings().weight, std=0.2)
+    start_wide(llava, 0.04, 0.2)
     return llava, clip
 
 
@@ -166,19 +200,23 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def save_base(
-    folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel, tokenizer: Tokenizer
+    folder: Path,
+    llava: LlavaForConditionalGeneration,
+    clip: PreTrainedModel,
+    tokenizer: Tokenizer,
+    images: CLIPImageProcessorPil,
+    layout: ImageLayout,
 ) -> None:
-    """Write `folder/llava` and `folder/clip` as fp16 checkpoints that the usual Auto classes load."""
-    processor = LlavaProcessor(
-        image_processor(),
-        wrap_tokenizer(tokenizer, end=False),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """Write `folder/llava` and `folder/clip` as fp16 checkpoints with what prepares their inputs."""
     for model, name in ((llava, "llava"), (clip, "clip")):
         model.to(torch.float16).save_pretrained(folder / name)
-    processor.save_pretrained(folder / "llava")
+    LlavaProcessor(
+        images,
+        wrap_tokenizer(tokenizer, end=False),
+        patch_size=layout.patch,
+        vision_feature_select_strategy=layout.strategy,
+        num_additional_image_tokens=layout.more_tokens,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder / "llava")
     wrap_tokenizer(tokenizer, end=True).save_pretrained(folder / "clip")
-    image_processor().save_pretrained(folder / "clip")
+    images.save_pretrained(folder / "clip")

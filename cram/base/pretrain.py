@@ -28,7 +28,18 @@ from torch import Tensor, nn
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedModel
 
 from cram.base.mixture import FORMATS, LEVELS, MARKS, MIXTURE, WORDS
-from cram.base.model import EOS, IMAGE, PAD, TEXT_LENGTH, build_models, save_base, token_id, train_tokenizer
+from cram.base.model import (
+    EOS,
+    IMAGE,
+    LAYOUT,
+    PAD,
+    TEXT_LENGTH,
+    build_models,
+    image_processor,
+    save_base,
+    token_id,
+    train_tokenizer,
+)
 from cram.base.pool import IGNORED, Pool, batches, draw_rows, pad, pixels, tokenize
 from cram.streams.builtin.draw import COLORS
 
@@ -284,7 +295,7 @@ def write(out: Path, losses: Losses, held: Pool, tokenizer: Tokenizer, facts: di
     llava.load_state_dict(losses.llava.state_dict())
     clip.load_state_dict(losses.clip.state_dict())
     scale_image_features(Losses(llava, clip, tokenizer), held)
-    save_base(out, llava, clip, tokenizer)
+    save_base(out, llava, clip, tokenizer, image_processor(), LAYOUT)
     mean = round(float(np.mean(list(accuracy.values()))), 1)
     facts = {**facts, "held_out_accuracy": accuracy, "held_out_mean": mean}
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

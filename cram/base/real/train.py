@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cram.base.model import EOS, IMAGE, PAD, token_id, train_tokenizer
+from cram.base.model import EOS, IMAGE, PAD, save_base, token_id, train_tokenizer
 from cram.base.pool import IGNORED, pad
 from cram.base.pretrain import MasterWeights, to_bfloat16, unique_parameters
 from cram.base.real.formats import fit_projection, train_text_tower
-from cram.base.real.model import VOCABULARY, build_models, save_base
+from cram.base.real.model import LAYOUT, VOCABULARY, build_models, image_processor
 from cram.base.real.pictures import PATTERNS, REGIONS, drawings
 from cram.base.real.pool import NO_PICTURE, Pool, Row, batches, draw_lookups, draw_pictures, tokenize
 from cram.base.real.released import open_tower
@@ -173,7 +173,8 @@ class Run:
             "seconds": round(time.time() - self.started),
         }
         self.log(f"held out {self.facts['held_out_mean']} {accuracy}")
-        save_base(self.out, copy.deepcopy(self.llava), copy.deepcopy(self.routing), self.tokenizer)
+        models = copy.deepcopy(self.llava), copy.deepcopy(self.routing)
+        save_base(self.out, *models, self.tokenizer, image_processor(), LAYOUT)
         (self.out / "training.json").write_text(json.dumps(self.facts, indent=1) + "\n")
 
 
