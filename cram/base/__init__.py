@@ -13,10 +13,19 @@ def base_folder() -> Path:
     Raises:
         FileNotFoundError: If the package was installed without its data.
     """
+    return checked(_ASSETS, "the built-in base", "cram.base.pretrain")
+
+
+def checked(assets: Path, base: str, program: str) -> Path:
+    """Return the folder of a base, which the module `program` trains.
+
+    Raises:
+        FileNotFoundError: If it lacks a checkpoint.
+    """
     for part in ("llava", "clip"):
-        if not (_ASSETS / part / "model.safetensors").is_file():
+        if not (assets / part / "model.safetensors").is_file():
             raise FileNotFoundError(
-                f"the built-in base must lie in {_ASSETS / part}, got no model.safetensors there; "
-                "reinstall the package or train it with `python -m cram.base.pretrain`"
+                f"{base} must lie in {assets / part}, got no model.safetensors there; reinstall the package "
+                f"or train it with `python -m {program}`"
             )
-    return _ASSETS
+    return assets

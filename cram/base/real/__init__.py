@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cram.base import checked
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -13,10 +15,4 @@ def real_base_folder() -> Path:
     Raises:
         FileNotFoundError: If the package was installed without its data.
     """
-    for part in ("llava", "clip"):
-        if not (ASSETS / part / "model.safetensors").is_file():
-            raise FileNotFoundError(
-                f"the base builtin-real must lie in {ASSETS / part}, got no model.safetensors there; "
-                "reinstall the package or train it with `python -m cram.base.real.train`"
-            )
-    return ASSETS
+    return checked(ASSETS, "the base builtin-real", "cram.base.real.train")
