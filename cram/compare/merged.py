@@ -42,8 +42,8 @@ def merge(reports: Sequence[Report]) -> Report:
         A report with `seeds`. Its settings are the first report's.
 
     Raises:
-        ValueError: If the reports differ in stream or settings, two of them have one run with different
-            accuracies, or a method lacks a seed that another has.
+        ValueError: If the reports differ in stream or settings, also in those of a method that several of them
+            ran, two of them have one run with different accuracies, or a method lacks a seed that another has.
     """
     if not reports:
         raise ValueError("there must be at least one report, got none")
@@ -63,7 +63,7 @@ def merge(reports: Sequence[Report]) -> Report:
         raise ValueError(f"every method must have every seed, got none of {'; '.join(lacking)}")
     ordered = {seed: {name: seeds[seed][name] for name in names} for seed in sorted(seeds, key=int)}
     base = _base(reports)
-    found = {name: value for each in reports for name, value in _of_methods(each).items()}
+    found = _found(reports)
     settings = {**first.get("settings", {}), **({OF_METHODS: found} if found else {})}
     return validate_report(
         {
@@ -80,8 +80,20 @@ def _settings(report: Report) -> dict[str, Any]:
     return {name: value for name, value in report.get("settings", {}).items() if name not in left_out}
 
 
-def _of_methods(report: Report) -> dict[str, Any]:
-    found: dict[str, Any] = report.get("settings", {}).get(OF_METHODS, {})
+def _found(reports: Sequence[Report]) -> dict[str, Any]:
+    """Method -> its own settings; refuses reports whose runs of a method have different ones."""
+    found: dict[str, Any] = {}
+    known: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        settings = report.get("settings", {})
+        own, common = settings.get(OF_METHODS, {}), settings.get("config", {})
+        found |= own
+        for run in {name for methods in by_seed(report).values() for name in methods}:
+            # An ablation is named after its method.
+            fields = {**common, **own.get(run.split(":")[0], {})}
+            one = known.setdefault(run, fields)
+            for name in sorted(one.keys() | fields.keys()):
+                _same(f"settings.{OF_METHODS} of {run}, {name}", one.get(name), fields.get(name))
     return found
 
 

@@ -95,6 +95,22 @@ def test_settings_that_were_searched_stay_with_their_methods() -> None:
     assert merge(parts)["settings"]["found"] == {n: {"rank_max": r} for r, n in enumerate(NAMES, 1)}
 
 
+def test_runs_with_other_settings_of_their_method_are_refused() -> None:
+    common, names = {**part(["0"])["settings"], "config": {"rank_max": 9}}, ["cram", "cram: no penalty"]
+    parts = [
+        part([seed], names, settings={**common, **found})
+        for seed, found in (("0", {}), ("1", {"found": {"cram": {"rank_max": 9}}}))
+    ]
+    assert set(merge(parts)["seeds"]) == {"0", "1"}
+    other = part(["2"], names, settings={**common, "found": {"cram": {"rank_max": 18}}})
+    for pair in ([parts[0], other], [other, parts[1]]):
+        with pytest.raises(ValueError, match=r"the same settings.found of cram.*, rank_max, got (9|18) and "):
+            merge(pair)
+    unused = part(["2"], ["isolated"], settings={**common, "found": {"cram": {"rank_max": 18}}})
+    with pytest.raises(ValueError, match="every method must have every seed"):
+        merge([parts[0], unused])
+
+
 def test_the_command_joins_files_and_touches_no_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
