@@ -42,8 +42,9 @@ def merge(reports: Sequence[Report]) -> Report:
         A report with `seeds`. Its settings are the first report's.
 
     Raises:
-        ValueError: If the reports differ in stream or settings, also in those of a method that several of them
-            ran, two of them have one run with different accuracies, or a method lacks a seed that another has.
+        ValueError: If the reports differ in stream or settings, also in those of a method that several of
+            them ran, two of them have one run with different accuracies, or a method lacks a seed that
+            another has.
     """
     if not reports:
         raise ValueError("there must be at least one report, got none")

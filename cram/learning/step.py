@@ -68,16 +68,18 @@ class TaskSteps:
         Args:
             counted: False if the samples stand in for a process's empty share and must not be observed.
         """
-        listeners, method = self.method.cram.hooks.on_query, self.method
+        hooks, method = self.method.cram.hooks, self.method
         seen = self._seen if counted else []
+        hooks.counted = counted
         if method.uses_queries:
-            listeners.append(seen.append)
+            hooks.on_query.append(seen.append)
         try:
             with batch_route(method, self.task):
                 yield
         finally:
+            hooks.counted = True
             if method.uses_queries:
-                listeners.pop()
+                hooks.on_query.pop()
 
     def added(self, share: float) -> Tensor | None:
         """Return the method's loss of the newest forward times the forward's share of the step, or None.

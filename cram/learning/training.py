@@ -266,9 +266,10 @@ def random_state() -> dict[str, Tensor]:
 
 def set_random_state(tensors: Mapping[str, Tensor]) -> None:
     """Put the generators into a state of `random_state`."""
-    torch.set_rng_state(tensors["random.cpu"])
+    # torch reads a state from the start of its storage, also where it is a row of a larger tensor.
+    torch.set_rng_state(tensors["random.cpu"].clone())
     if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+        torch.cuda.set_rng_state(tensors["random.cuda"].clone())
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class KeepLoraMethod(Method):
         """Return B, A and the gradients that are being summed."""
         tensors, values = super().export_training()
         tensors |= {A + path: a.detach().cpu().clone() for path, a in self._trained_a().items()}
-        tensors |= {GRADIENT + path: sums.clone() for path, sums in self._gradients.sums.items()}
+        tensors |= {GRADIENT + path: sums.clone() for path, sums in self._gradients.totals().items()}
         return MethodState(tensors, values)
 
     def import_training(

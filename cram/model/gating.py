@@ -17,7 +17,12 @@ class LayerGating(Float32Module):
 
     Parameters are float32, also on a model in half precision; those with `requires_grad` are trained.
     Products with x belong in the dtype of x, the softmax over experts in float32.
+
+    Attributes:
+        gathered: Names of the buffers that sum over the samples of this process alone.
     """
+
+    gathered: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """The gates of one call of the module.

@@ -48,6 +48,7 @@ class ForwardHooks:
         method: Who is asked for a route; set once the model has its experts' modules.
         on_query: Called with every automatic query, before routing. With a listener, queries are read also
             for methods that do not use them.
+        counted: False while the samples of a training forward stand in for a process's empty share.
         override: Used in this thread in place of the automatic route, if there is one.
     """
 
@@ -73,6 +74,7 @@ class ForwardHooks:
             current: Where the linears find the state of their forward.
         """
         self.on_query: list[Callable[[Query], None]] = []
+        self.counted = True
         self._overrides = Overrides()
         self._modules = modules
         self._linear = next(iter(modules.values()))
@@ -255,6 +257,7 @@ class ForwardHooks:
             mask=None if continued is not None else self._real_tokens(call, kwargs, embeds),
             decoding=continued is not None,
         )
+        made.counted = self.counted
         if query is not None and call is not None and self.method.uses_queries:
             made.prompt = Call(call.input_ids, call.mask)
             made.turn_is_open = not training_mode and self._is_part(call, call, embeds.shape[1])

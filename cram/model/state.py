@@ -35,6 +35,7 @@ class ForwardState:
         mask: Real tokens [B, T] (bool) of a prefill or training forward; None for all.
         memory: What `once` holds; it lives with the KV cache that is made under it.
         decoding: Whether the forward continues a KV cache.
+        counted: Whether its samples count in what methods gather over a task; see `ForwardHooks.counted`.
         calls: What the linears of these decode steps have bound, or None where every call is made anew; see
             `cram.model.stack.Bound`.
         prompt: What the query was read from, where that was the forward's own input; grows with its turn.
@@ -43,6 +44,7 @@ class ForwardState:
     """
 
     turn_is_open = False
+    counted = True
 
     def __init__(
         self,

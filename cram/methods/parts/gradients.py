@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from cram.methods.parts.task.sums import over_processes, own_part
 from cram.model.linear import ExpertLinear
 
 
@@ -36,22 +36,24 @@ class WeightGradients:
         return bool(self._handles)
 
     def start(self, sums: Mapping[str, Tensor] | None = None) -> None:
-        """Begin with zeros, or go on with earlier sums."""
+        """Begin with zeros, or go on with the sums of a checkpoint."""
         self.stop()
         for path, module in self._modules.items():
             zeros = torch.zeros(module.out_features, module.in_features)
-            self.sums[path] = zeros if sums is None else sums[path].clone()
+            self.sums[path] = zeros if sums is None else own_part(sums[path])
             self._handles.append(module.register_forward_hook(self._hook(path)))
 
     def stop(self) -> dict[str, Tensor]:
         """End; returns the sums over all processes."""
         for handle in self._handles:
             handle.remove()
-        found, self._handles, self.sums = self.sums, [], {}
-        if found and dist.is_available() and dist.is_initialized():
-            device = next(iter(self._modules.values())).device
-            found = {path: _summed(sums.to(device)).cpu() for path, sums in found.items()}
+        found = self.totals()
+        self._handles, self.sums = [], {}
         return found
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the sums over all processes."""
+        return over_processes(self.sums, next(iter(self._modules.values())).device)
 
     def _hook(self, path: str) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -64,8 +66,3 @@ class WeightGradients:
     def _add(self, path: str, gradient: Tensor, x: Tensor) -> None:
         if path in self.sums:
             self.sums[path] += (gradient.float().mT @ x.float()).cpu()
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    dist.all_reduce(tensor)
-    return tensor

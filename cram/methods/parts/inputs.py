@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from cram.methods.parts.task.sums import over_processes, own_part
 from cram.model.factors import Factors
 from cram.model.linear import ExpertLinear
 from cram.model.stack import SHARED_INPUT
@@ -67,13 +67,12 @@ class InputRegression:
         Raises:
             ValueError: If no training forward was seen.
         """
-        tokens, sums = self.tokens, self.sums
+        gathered = self._gathered()
+        tokens, paths = int(gathered[COUNT]), list(self.sums)
         self.release()
-        if dist.is_available() and dist.is_initialized():
-            tokens, sums = _over_processes(tokens, sums, next(iter(self._modules.values())).device)
         if not tokens:
             raise ValueError("a merge by inputs must follow at least one training forward, got none")
-        moments = {path: (total / tokens).float() for path, total in sums.items()}
+        moments = {path: (gathered[SUM + path] / tokens).float() for path in paths}
         for path, (a, _) in newest.items():
             read = (a.double().cpu() @ moments[self.sources[path]].double()).float()
             self.rows[path] = torch.cat([self.rows[path], read]) if path in self.rows else read
@@ -121,21 +120,28 @@ class InputRegression:
         self.rows = {n.removeprefix(READ): t.clone() for n, t in named if n.startswith(READ)}
 
     def training_state(self) -> dict[str, Tensor]:
-        """Return what the task in training has gathered, as "moments.<source>" and "tokens"."""
-        found = {SUM + path: total.clone() for path, total in self.sums.items()}
-        return {**found, COUNT: torch.tensor([self.tokens])}
+        """Return what the task has gathered in all processes so far, as "moments.<source>" and "tokens"."""
+        return {name: total.clone() for name, total in self._gathered().items()}
 
     def load_training(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up a training state after `begin_task`."""
-        self.tokens = int(tensors[COUNT])
+        self.tokens = int(own_part(tensors[COUNT]))
         for path, total in self.sums.items():
-            total.copy_(tensors[SUM + path])
+            total.copy_(own_part(tensors[SUM + path]))
+
+    def _gathered(self) -> dict[str, Tensor]:
+        own = {COUNT: torch.tensor([self.tokens])}
+        own |= {SUM + path: total for path, total in self.sums.items()}
+        return over_processes(own, next(iter(self._modules.values())).device)
 
     def _hook(self, path: str, counts: bool) -> Any:
         def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if not (module.training and torch.is_grad_enabled()):
                 return
-            mask = self._modules[path].current.state.mask
+            state = self._modules[path].current.state
+            if not state.counted:
+                return
+            mask = state.mask
             x = inputs[0].detach().float()
             x = x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
             self.sums[path] += (x.mT @ x).to("cpu", torch.float64)
@@ -150,17 +156,3 @@ def source_of(path: str, modules: Mapping[str, Any]) -> str:
     shared = next((names for names in SHARED_INPUT if name in names), (name,))
     paths = [f"{parent}.{other}" if parent else other for other in shared]
     return next((other for other in paths if other in modules), path)
-
-
-def _over_processes(
-    tokens: int, sums: Mapping[str, Tensor], device: torch.device
-) -> tuple[int, dict[str, Tensor]]:
-    """Tokens and sums of all processes together."""
-    count = torch.tensor([tokens], device=device)
-    dist.all_reduce(count)
-    found = {}
-    for path, total in sums.items():
-        moved = total.to(device)
-        dist.all_reduce(moved)
-        found[path] = moved.cpu()
-    return int(count), found

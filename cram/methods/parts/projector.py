@@ -130,7 +130,8 @@ class MixedProjector:
         features = x.detach().float().mean(1) if seen is None else seen
         training = module.training and self._cram.in_training
         if training:
-            self.mean.update(features)
+            counted = torch.full((len(features),), self._cram.hooks.counted, device=features.device)
+            self.mean.update(features, counted)
             self.prototypes[-1] = self.mean.mean()
         else:
             self._weights = mixing_weights(features, self.prototypes, self._temperature)

@@ -22,7 +22,7 @@ from cram.learning.checkpoint import (
     write_checkpoint,
 )
 from cram.learning.learner import ContinualLearner, Work
-from cram.learning.training import TaskLoop
+from cram.learning.training import TaskLoop, random_state, set_random_state
 from cram.methods import METHODS
 from tests.cram import runs
 from tests.cram.kills import writes
@@ -77,6 +77,15 @@ def test_a_task_goes_on_within_itself(
     assert timeless(again) == timeless(whole)
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
     assert not list((tmp_path / "parts").rglob("checkpoints"))
+
+
+def test_a_process_takes_its_own_row_of_random_states() -> None:
+    torch.manual_seed(1)
+    other = random_state()["random.cpu"]
+    torch.manual_seed(2)
+    own, wanted = random_state()["random.cpu"], torch.rand(3)
+    set_random_state({"random.cpu": torch.stack([other, own])[1]})
+    assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ import torch.multiprocessing as mp
 
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.learner import ContinualLearner, Work
+from cram.learning.training import TaskLoop
 from tests.cram import factories, runs
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, seeded, trainer
 
@@ -39,10 +42,29 @@ def learn(rank: int, folder: Path, method: str, options: dict[str, Any]) -> None
     runs.learner(folder / "run", method, **options).run()
 
 
-def learn_each(rank: int, folder: Path, methods: tuple[str, ...], options: dict[str, Any]) -> None:
-    """A run of two tasks with each method."""
-    for method in methods:
-        learn(rank, folder / method, method, options)
+class Cut(BaseException):
+    """Stands for a process that dies behind a step."""
+
+
+def dying_step(loop: TaskLoop, *arguments: Any) -> float:
+    """A step that dies behind the second one of the second task."""
+    if loop.steps.task == "letter" and loop.done == 2:
+        raise Cut
+    return step(loop, *arguments)
+
+
+step = TaskLoop.step
+
+
+def learn_each(rank: int, folder: Path, kinds: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """A run of two tasks of each kind, of a method with options; then one that dies in a task and goes on."""
+    for name, (method, options) in kinds.items():
+        learn(rank, folder / name, method, options)
+        for act in (dying_step, step):
+            made = runs.learner(folder / f"{name}-cut/run", method, **options)
+            made._work = Work(checkpoint_every=1)
+            with patch.object(TaskLoop, "step", act), suppress(Cut):
+                made.run()
 
 
 def learn_and_test(rank: int, folder: Path, options: dict[str, Any]) -> None:

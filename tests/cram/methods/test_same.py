@@ -104,6 +104,27 @@ def test_two_steps_find_the_directions_of_the_inputs(forwards: int, monkeypatch:
     assert torch.equal(made.basis, made.new_basis) and made.scales.any()
 
 
+def test_directions_wait_for_their_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose last step finds new directions keeps the older ones, whose deviations are known."""
+    monkeypatch.setattr(mixing, "EVERY", 3)
+    made = router(1)
+    for step in range(4):
+        x = torch.randn(20, WIDTH) * torch.linspace(1, 1 + step, WIDTH)
+        made(x[None], torch.ones(1, 1), ForwardState())
+        made.end_step()
+        if step == 1:
+            known = made.new_basis.clone(), made.new_scales.clone()
+    assert not torch.equal(made.found_basis, known[0])
+    assert torch.equal(made.new_basis, known[0]) and torch.equal(made.new_scales, known[1])
+
+
+def test_samples_that_stand_in_are_not_gathered() -> None:
+    made, state = router(1), ForwardState()
+    state.counted = False
+    made(torch.randn(2, 4, WIDTH), torch.ones(2, 1), state)
+    assert not made.sums.any()
+
+
 def test_an_older_expert_with_much_energy_and_little_use_rests() -> None:
     made = router(3)
     made.use, made.importance = torch.tensor([0.2, 0.6, 0.2]), torch.tensor([3.0, 1.0, 9.0])

@@ -29,11 +29,13 @@ class MixingRouter(LayerGating):
         basis, scales: U [D_in, K] and S [K] of the last task's inputs.
         use: [E], mean gates of the task in training.
         active: [E], 0 for an expert that this task no longer trains.
-        new_basis, new_scales: U and S of the task in training.
+        new_basis, new_scales: U and S of the task in training, which belong together.
+        found_basis: A newer U, whose S the next step finds.
         sums: Over the tokens of a step: probabilities [E], probabilities times |x|^2 [E], and the count.
         inputs, products: Over the same tokens: x [D_in]; x (x . Q) [D_in, K] or (u . x)^2 [1, K].
     """
 
+    gathered = ("sums", "inputs", "products")
     basis: Tensor
     scales: Tensor
     importance: Tensor
@@ -41,6 +43,7 @@ class MixingRouter(LayerGating):
     active: Tensor
     new_basis: Tensor
     new_scales: Tensor
+    found_basis: Tensor
     sums: Tensor
     inputs: Tensor
     products: Tensor
@@ -51,7 +54,7 @@ class MixingRouter(LayerGating):
         count = min(COMPONENTS, in_features)
         self.weight = nn.Parameter(torch.zeros(0, in_features), requires_grad=False)
         self.register_buffer("importance", torch.zeros(0))
-        for name in ("basis", "new_basis"):
+        for name in ("basis", "new_basis", "found_basis"):
             self.register_buffer(name, torch.zeros(in_features, count), persistent=name == "basis")
         for name in ("scales", "new_scales"):
             self.register_buffer(name, torch.zeros(count), persistent=name == "scales")
@@ -80,9 +83,10 @@ class MixingRouter(LayerGating):
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """Return gates [B, E] for x [B, T, D_in]; a decode step has those of its prefill."""
-        return state.once(self.path, lambda: self._gates(x, state.mask))
+        return state.once(self.path, lambda: self._gates(x, state))
 
-    def _gates(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _gates(self, x: Tensor, state: ForwardState) -> Tensor:
+        mask = state.mask
         logits = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         if not (self.training and self.weight.requires_grad):
             means = token_means((logits / len(self.weight)).softmax(-1), mask)
@@ -90,7 +94,7 @@ class MixingRouter(LayerGating):
             kept = torch.zeros_like(means).scatter(-1, index, values)
             return kept / kept.sum(-1, keepdim=True)
         shares = logits.softmax(-1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and state.counted:
             self._gather(x.detach(), shares.detach(), mask)
         means = token_means(shares, mask) * self.active
         return means / means.sum(-1, keepdim=True)
@@ -108,7 +112,7 @@ class MixingRouter(LayerGating):
         if self.step % EVERY == 0:
             self.products += x.mT @ (x @ self._directions())
         else:
-            self.products[0] += (x @ self.new_basis).square().sum(0)
+            self.products[0] += (x @ self.found_basis).square().sum(0)
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -129,8 +133,9 @@ class MixingRouter(LayerGating):
     def _look(self, tokens: Tensor) -> None:
         if self.step % EVERY == 0:
             # Copied: a checkpoint gives back the values and not how they lie in memory, which sums depend on.
-            self.new_basis.copy_(range_basis(self.products, self.inputs, tokens, self._directions()))
+            self.found_basis.copy_(range_basis(self.products, self.inputs, tokens, self._directions()))
         elif self.step % EVERY == 1:
+            self.new_basis.copy_(self.found_basis)
             self.new_scales.copy_(deviations(self.products[0], self.inputs @ self.new_basis, tokens))
 
     def _freeze(self) -> None:

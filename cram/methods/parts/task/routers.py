@@ -19,9 +19,10 @@ class TaskRouters(LayerGating):
     Attributes:
         finished: Routers [T, E, D_in] of the finished tasks.
         router: The router [1, E, D_in] of the task in training, or None.
-        used: Summed gates [E] of the task's training forwards.
+        used: Summed gates [E] of the task's training forwards in this process.
     """
 
+    gathered = ("used",)
     finished: Tensor
     used: Tensor
     router: nn.Parameter | None
@@ -61,11 +62,11 @@ class TaskRouters(LayerGating):
         tasks = state.features[:, 0].long()
         if len(x) != len(tasks):
             tasks = tasks.repeat_interleave(len(x) // len(tasks), 0)
-        return state.once(self.path, lambda: self._gates(first_tokens(x, state.mask), tasks))
+        return state.once(self.path, lambda: self._gates(first_tokens(x, state.mask), tasks, state.counted))
 
-    def _gates(self, first: Tensor, tasks: Tensor) -> Tensor:
+    def _gates(self, first: Tensor, tasks: Tensor, counted: bool) -> Tensor:
         gates = top_gates((self._own(tasks) @ first[:, :, None])[:, :, 0], self.k)
-        if self.training:
+        if self.training and counted:
             self.used += gates.detach().sum(0)
         return gates
 

@@ -1,7 +1,7 @@
 """The tensors of a task in training, for a checkpoint within the task.
 
 trained.<i>               the parameters in training, in the optimiser's order
-gating.<module>.<name>    the buffers of the modules' gatings
+gating.<module>.<name>    the buffers of the modules' gatings; sums are those over all processes
 mean.<name>               a running mean: its sum and, last, its count; float64
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cram.methods.parts.task.sums import over_processes, own_part
 from cram.model.attached import AttachedModel
 from cram.routing.means import CentroidMean
 
@@ -25,6 +26,7 @@ def task_tensors(cram: AttachedModel, means: Mapping[str, CentroidMean]) -> dict
     }
     found |= {f"mean.{name}": mean.export() for name, mean in means.items() if mean.count}
     found |= _gating_buffers(cram)
+    found |= over_processes(_gathered(cram), cram.device)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
 
 
@@ -38,8 +40,10 @@ def load_task_tensors(
         ValueError: If a tensor is missing or has another shape.
     """
     own = {f"{TRAINED}{index}": p.detach() for index, p in enumerate(cram.trainable_parameters())}
+    gathered = _gathered(cram)
     for name, tensor in {**own, **_gating_buffers(cram)}.items():
-        tensor.copy_(stored(tensors, name, tuple(tensor.shape)))
+        value = stored(tensors, name, tuple(tensor.shape))
+        tensor.copy_(own_part(value) if name in gathered else value)
     for name, mean in means.items():
         if f"mean.{name}" in tensors:
             mean.restore(tensors[f"mean.{name}"])
@@ -64,4 +68,14 @@ def _gating_buffers(cram: AttachedModel) -> dict[str, Tensor]:
         for path, module in cram.modules.items()
         if module.gating is not None
         for name, buffer in module.gating.named_buffers()
+    }
+
+
+def _gathered(cram: AttachedModel) -> dict[str, Tensor]:
+    """The buffers that sum over each process's own samples."""
+    return {
+        f"gating.{path}.{name}": getattr(module.gating, name)
+        for path, module in cram.modules.items()
+        if module.gating is not None
+        for name in module.gating.gathered
     }

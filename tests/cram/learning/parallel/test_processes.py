@@ -24,6 +24,7 @@ from cram.learning.parallel.processes import (
     world,
 )
 from cram.methods import METHODS
+from cram.methods.parts.task.sums import over_processes, own_part
 from tests.cram import runs
 from tests.cram.learning import workers
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, seeded, trainer
@@ -47,6 +48,11 @@ def primitives(number: int, folder: Path) -> None:
     sum_gradients([a, b, c], 0.5)
     assert a.grad.tolist() == [1.5, 1.5] and b.grad is not None and b.grad.tolist() == [0.5, 0.5]
     assert c.grad is None
+    sums = {"sum": torch.full((2,), number + 1.0)}
+    whole = over_processes(sums, torch.device("cpu"))
+    assert whole["sum"].tolist() == [3.0, 3.0] and sums["sum"].tolist() == [number + 1.0] * 2
+    again = over_processes({"sum": own_part(whole["sum"])}, torch.device("cpu"))
+    assert torch.equal(again["sum"], whole["sum"])
     assert by_first(lambda: number + 7) == 7
 
     def refuse() -> None:
@@ -115,26 +121,57 @@ def test_two_processes_learn_and_test_as_one(tmp_path: Path) -> None:
     assert not list((tmp_path / "two").rglob(".*part*"))
 
 
+KINDS = {name: (name, IDLE) for name in METHODS} | {
+    "many-inputs": ("many", {**IDLE, "merge_by_inputs": True})
+}
+
+
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of all methods in three processes, in folders of their names."""
+    """Runs of all kinds in three processes, in folders of their names."""
     folder = tmp_path_factory.mktemp("three")
-    workers.together(workers.learn_each, folder, tuple(METHODS), IDLE, processes=3)
+    workers.together(workers.learn_each, folder, KINDS, processes=3)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_in_three_processes_with_idle_ones(method: str, idle: Path, tmp_path: Path) -> None:
-    one = runs.learner(tmp_path, method, **IDLE).run()
-    three = read_json(idle / method / "run/report.json")
-    assert three["methods"][method]["parameters"] == one["methods"][method]["parameters"]
-    for task in ("01-colour", "02-letter"):
-        records = (
-            read_json(run / f"tasks/{task}/training.json") for run in (tmp_path, idle / method / "run")
-        )
-        losses = [record["loss"] for record in records]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_in_three_processes_with_idle_ones(kind: str, idle: Path, tmp_path: Path) -> None:
+    """Also where they all die within a task and go on from its checkpoint."""
+    method, options = KINDS[kind]
+    one = runs.learner(tmp_path, method, **options).run()
+    for run in (idle / kind / "run", idle / f"{kind}-cut/run"):
+        three = read_json(run / "report.json")
+        assert three["methods"][method]["parameters"] == one["methods"][method]["parameters"]
+        for task in ("01-colour", "02-letter"):
+            records = (read_json(each / f"tasks/{task}/training.json") for each in (tmp_path, run))
+            losses = [record["loss"] for record in records]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+        same_bundle(tmp_path, run)
+
+
+def same_bundle(left: Path, right: Path) -> None:
+    """Compares all tensors of the bundles after the last task, up to the rounding of sums."""
+    bundles = [run / "tasks/02-letter/bundle" for run in (left, right)]
+    files = [sorted(file.relative_to(bundle) for file in bundle.rglob("*.safetensors")) for bundle in bundles]
+    assert files[0] == files[1] and files[0]
+    for file in files[0]:
+        one, other = (without_signs(load_file(bundle / file)) for bundle in bundles)
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def without_signs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Multiplies what a singular value decomposition leaves open the sign of."""
+    made = {}
+    for name, tensor in tensors.items():
+        a = tensors.get(name.replace(".lora_B.", ".lora_A."))
+        if name.endswith(".lora_B.weight") and a is not None:
+            made[name] = tensor @ a
+        elif name.endswith(".basis"):
+            made[name] = tensor @ tensors[name.replace(".basis", ".scales")].diag() @ tensor.mT
+        elif not name.endswith(".lora_A.weight"):
+            made[name] = tensor
+    return made
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
