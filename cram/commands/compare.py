@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.found and arguments.search:
         raise ValueError("found must come from a file or from a search, got --found and --search")
     if arguments.found:
-        comparison = replace(comparison, found=read_found(Path(arguments.found)))
+        found = read_found(Path(arguments.found), comparison.all_seeds)
+        comparison = replace(comparison, found=found)
     if arguments.search:
         comparison = replace(comparison, found=search(comparison, arguments.jobs))
     report = run_comparison(comparison, arguments.jobs)

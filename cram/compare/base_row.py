@@ -11,6 +11,7 @@ from cram.learning.answers.journal import write_predictions
 from cram.learning.answers.predict import evaluation
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit, pad_id
 from cram.learning.learner import ContinualLearner
+from cram.learning.run_folder import digest_of
 from cram.scoring.scorers import score
 
 RESULT = "result.json"
@@ -26,10 +27,20 @@ def measure_base(learner: ContinualLearner, folder: Path, shown: bool = False) -
 
     Returns:
         Task -> accuracy.
+
+    Raises:
+        ValueError: If the folder has the answers of another model or to other samples.
     """
+    of = digest_of({name: learner.identity[name] for name in ("stream", "model")})
     if (folder / RESULT).is_file():
-        known: dict[str, float] = read_json(folder / RESULT)
-        return known
+        known = read_json(folder / RESULT)
+        if known.get("of") != of:
+            raise ValueError(
+                f"{folder} must have the base's answers to this stream, got those of another base or stream; "
+                "remove the folder, or name another one with --out"
+            )
+        found: dict[str, float] = known["accuracies"]
+        return found
     tasks, predictions = learner.stream.tasks, folder / "predictions"
     accuracies: dict[str, float] = {}
     with (
@@ -52,5 +63,5 @@ def measure_base(learner: ContinualLearner, folder: Path, shown: bool = False) -
             write_predictions(predictions / f"{index + 1:02d}-{task.name}.jsonl", task.test, answers)
             by_id = {sample.id: answer for sample, answer in zip(task.test, answers, strict=True)}
             accuracies[task.name] = float(score(task.scorer, by_id, task.test))
-    write_json(folder / RESULT, accuracies)
+    write_json(folder / RESULT, {"of": of, "accuracies": accuracies})
     return accuracies

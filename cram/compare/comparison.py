@@ -109,7 +109,7 @@ class Comparison:
         files = [self.out / "seeds" / seed / BASE / RESULT for seed in seeds]
         if not all(file.is_file() for file in files):
             return None
-        found: list[dict[str, float]] = [read_json(file) for file in files]
+        found: list[dict[str, float]] = [read_json(file)["accuracies"] for file in files]
         return {task: sum(each[task] for each in found) / len(found) for task in found[0]}
 
     def load_stream(self, seed: int) -> Stream:
@@ -225,16 +225,18 @@ class Run:
             measure_base(learner, self.folder.parent / BASE, shown)
         if not self.is_done:
             inference = measure_inference(learner)
-            entry = {
+            entry: dict[str, Any] = {
                 "method": self.entry.method,
                 "changes": changes,
                 "told_task": METHODS[self.entry.method].told_task,
-                "note": self.entry.note,
+                "note": self.entry.note_of(comparison.config_of(self.entry.method), self.after is not None),
             }
+            if self.entry.follows_cram:
+                entry["sized_by_cram"] = self.after is not None
             extra: dict[str, Any] = {"entry": entry, "inference": inference}
             if peak is not None:
                 extra["peak_memory_bytes"] = peak
-            if (kept := learner.method.kept_samples) > 0:
+            if (kept := learner.method.kept_samples) and len(stream.tasks) > 1:
                 extra["kept_samples"] = len(all_kept_samples(stream, kept, self.seed))
             write_json(self.folder / EXTRA, extra)
 

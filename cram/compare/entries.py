@@ -50,8 +50,11 @@ BUDGETS: dict[str, Budget] = {
         "one LoRA for all tasks with as many trained values as the average expert of CRAM in the same seed",
     ),
 }
-# The kind whose size depends on the run of CRAM with the same seed.
+# The kind whose size depends on the run of CRAM with the same seed, and its size without such a run.
 SIZED_BY_CRAM = "one"
+ALONE = (
+    "one LoRA for all tasks with rank_max rows, for CRAM, which would decide its size, did not run beside it"
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,21 @@ class Entry:
 
     @property
     def note(self) -> str:
-        """One or two sentences: what the entry is, and how its size was chosen."""
+        """The note of the entry with the default configuration, beside CRAM."""
+        return self.note_of(CramConfig())
+
+    def note_of(self, config: CramConfig, sized_by_cram: bool = True) -> str:
+        """Return one or two sentences: what the entry is, and how its size was chosen.
+
+        Args:
+            config: The comparison's configuration.
+            sized_by_cram: False if no run of CRAM decides the size of an entry that follows CRAM.
+        """
         if self.ablation is not None:
-            return f"CRAM with {self._changed(CramConfig())}: {ABLATIONS[self.ablation].note}."
+            return f"CRAM with {self._changed(config)}: {ABLATIONS[self.ablation].note}."
         kind = METHODS[self.method]
-        return f"{kind.about()} Size: {BUDGETS[kind.budget].reason}."
+        reason = BUDGETS[kind.budget].reason if sized_by_cram or not self.follows_cram else ALONE
+        return f"{kind.about()} Size: {reason}."
 
     def _changed(self, config: CramConfig) -> str:
         assert self.ablation is not None

@@ -42,9 +42,9 @@ def merge(reports: Sequence[Report]) -> Report:
         A report with `seeds`. Its settings are the first report's.
 
     Raises:
-        ValueError: If the reports differ in stream or settings, also in those of a method that several of
-            them ran, two of them have one run with different accuracies, or a method lacks a seed that
-            another has.
+        ValueError: If the reports differ in stream or settings, also in settings or size rule of a method
+            that several of them ran, two of them have one run with different accuracies, or a method lacks a
+            seed that another has.
     """
     if not reports:
         raise ValueError("there must be at least one report, got none")
@@ -55,9 +55,14 @@ def merge(reports: Sequence[Report]) -> Report:
         for name in sorted(one.keys() | other.keys()):
             _same(f"settings.{name}", one.get(name), other.get(name))
     seeds: dict[str, dict[str, MethodReport]] = {}
+    sized: dict[str, object] = {}
     for report in reports:
         for seed, methods in by_seed(report).items():
             for name, method in methods.items():
+                size = method.get("entry", {}).get("sized_by_cram")
+                _same(
+                    f"answer to whether CRAM decides the size of {name}", sized.setdefault(name, size), size
+                )
                 _add(seeds.setdefault(seed, {}), name, method, seed)
     names = list(dict.fromkeys(name for methods in seeds.values() for name in methods))
     if lacking := [f"{n}, seed {s}" for s, methods in seeds.items() for n in names if n not in methods]:

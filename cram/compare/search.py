@@ -11,7 +11,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,17 +99,26 @@ def search(comparison: Comparison, jobs: int = 1, shown: bool = True) -> dict[st
     return found
 
 
-def read_found(file: Path) -> dict[str, dict[str, Any]]:
+def read_found(file: Path, seeds: Container[int] = ()) -> dict[str, dict[str, Any]]:
     """Read what searches have found: method -> fields of the configuration, for `Comparison.found`.
 
+    Args:
+        file: The `search.json` of a search.
+        seeds: The seeds of the comparison.
+
     Raises:
-        ValueError: If the file is not that of a search, or names an unknown method or a wrong field.
+        ValueError: If the file is not that of a search, names an unknown method or a wrong field, or if its
+            seed is one of the comparison.
         OSError: If it cannot be read.
     """
     record = read_json(file)
     found = record.get(FOUND) if isinstance(record, dict) else None
     if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()):
         raise ValueError(f"{file} must be the {RESULT} of a search, got no settings of methods in it")
+    if record.get("seed") in seeds:
+        raise ValueError(
+            f"seeds must leave out {record['seed']}, on which {file} was found, got it in the results"
+        )
     if unknown := sorted(found.keys() - METHODS.keys()):
         raise ValueError(f"{file} must name methods among {sorted(METHODS)}, got {unknown}")
     for fields in found.values():

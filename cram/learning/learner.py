@@ -148,6 +148,11 @@ class ContinualLearner:
         self._budget = Budget(CACHE_BYTES)
         self._tests = {task.name: EncodedSplit(processor, task.test, self._budget) for task in stream.tasks}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with its folder: method, configuration, stream and model."""
+        return self._identity
+
     def _own_identity(self) -> dict[str, Any]:
         values = self.config.to_dict()
         return {
@@ -184,6 +189,8 @@ class ContinualLearner:
         return report
 
     def _check_samples(self) -> None:
+        for task in self.stream.tasks:
+            self.method.check_steps(task.name, total_steps(len(task.train), self.config))
         check_samples(self.stream, self.processor, self.model, self._shown)
         for line in (*check_pictureless(self.stream, self.method), *few_steps(self.stream, self.config)):
             if self._shown:

@@ -254,8 +254,9 @@ def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
     """
     cram = method.cram
     packs = [module.experts for module in cram.modules.values() if module.experts is not None]
-    total = sum(pack.a.numel() + pack.bt.numel() for pack in packs) + method.trained_values()
-    sizes = {name: module.in_features + module.out_features for name, module in cram.modules.items()}
+    a = int(method.trains_a)
+    total = sum(a * pack.a.numel() + pack.bt.numel() for pack in packs) + method.trained_values()
+    sizes = {name: a * module.in_features + module.out_features for name, module in cram.modules.items()}
     counts = dict.fromkeys(tasks, 0)
     for index, name in enumerate(cram.expert_names):
         if name in counts:

@@ -53,6 +53,7 @@ class Method:
         uses_queries: True if `route` or `observe` needs the features of the samples.
         pool: Names of the experts where all tasks train one pool; None where every task adds an expert.
         kept_samples: How many training samples of older tasks later tasks see again; 0 for none.
+        trains_a: False if a task chooses its A and trains B alone.
         budget: How a comparison chooses the method's rank: a kind in `cram.compare.entries.BUDGETS`.
     """
 
@@ -62,6 +63,7 @@ class Method:
     pool: ClassVar[tuple[str, ...] | None] = None
     kept_samples: ClassVar[int] = 0
     budget: ClassVar[str] = "task"
+    trains_a: ClassVar[bool] = True
 
     def __init__(self, cram: AttachedModel) -> None:
         """Bind the method to an attached model without experts. A subclass may install gatings here."""
@@ -72,6 +74,13 @@ class Method:
     def wants_visual_means(self) -> bool:
         """True if the loss needs `ForwardState.hidden`: each linear's mean input over the image tokens."""
         return False
+
+    def check_steps(self, task: str, total_steps: int) -> None:
+        """Refuse a task that is too short for the method.
+
+        Raises:
+            ValueError: If it is.
+        """
 
     def begin_task(self, task: str, total_steps: int) -> None:
         """Prepare the experts for a new task."""

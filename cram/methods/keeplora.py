@@ -36,10 +36,16 @@ GATHERED = 0.2  # of a task's steps
 A, GRADIENT = "a.", "gradient."
 
 
+def gathered_steps(total_steps: int) -> int:
+    """Return the steps at each end of a task that gather gradients."""
+    return max(1, round(GATHERED * total_steps))
+
+
 class KeepLoraMethod(Method):
     """Each task trains the B of a LoRA whose A keeps out of the directions in use."""
 
     name = "keeplora"
+    trains_a = False
 
     def __init__(self, cram: AttachedModel) -> None:
         super().__init__(cram)
@@ -48,16 +54,17 @@ class KeepLoraMethod(Method):
         self._kept = {path: torch.zeros(0, m.in_features) for path, m in cram.modules.items()}
         self._gather = self._again = 0
 
-    def begin_task(self, task: str, total_steps: int) -> None:
-        """Add an expert that is zero until its A is chosen.
+    def check_steps(self, task: str, total_steps: int) -> None:
+        """Refuse a task that has no step left for the training of B."""
+        gather = gathered_steps(total_steps)
+        if gather >= total_steps:
+            raise ValueError(f"task {task!r} must have at least {gather + 1} steps, got {total_steps}")
 
-        Raises:
-            ValueError: If the task has no step left for the training of B.
-        """
-        self._gather = max(1, round(GATHERED * total_steps))
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Add an expert that is zero until its A is chosen."""
+        self.check_steps(task, total_steps)
+        self._gather = gathered_steps(total_steps)
         self._again = max(self._gather, total_steps - self._gather)
-        if self._gather >= total_steps:
-            raise ValueError(f"task {task!r} must have at least {self._gather + 1} steps, got {total_steps}")
         rank = self.config.rank
         modules = self.cram.modules.items()
         zero = {

@@ -120,6 +120,7 @@ def _render(
         examples=by_task(examples),
         tasks=tasks,
         seeds=list(by_seed(report)),
+        orders=len({tuple(run["tasks"]) for runs in by_seed(report).values() for run in runs.values()}),
         tables=[
             _table("Results", ordered, [column for column in columns if column.better]),
             _table("Cost", ordered, [column for column in columns if not column.better]),
@@ -128,7 +129,7 @@ def _render(
         told=[method.name for method in ordered if method.told_task],
         ablated=any(method.ablation for method in methods),
         notes=[{"name": method.name, "text": method.note} for method in ordered if method.note],
-        finals=_final_rows(ordered) + _base_rows(report.get("base")),
+        finals=_final_rows(ordered) + _base_rows(tasks, report.get("base")),
         figures=[_figure(name, svg, methods) for name, svg in svgs.items()],
         expert_rows=[_expert_row(m, task) for m in methods if m.ranks and not m.ablation for task in tasks],
         settings=json.dumps(report["settings"], indent=2) if "settings" in report else "",
@@ -160,16 +161,18 @@ def _final_rows(methods: Sequence[MethodSummary]) -> list[dict[str, Any]]:
     ]
 
 
-def _base_rows(base: Mapping[str, float] | None) -> list[dict[str, Any]]:
+def _base_rows(tasks: Sequence[str], base: Mapping[str, float] | None) -> list[dict[str, Any]]:
     """The row of the untrained base, if its accuracies are known."""
     if base is None:
         return []
-    cells = [{"text": decimals(value), "spread": "", "best": False} for value in base.values()]
+    cells = [
+        {"text": decimals(value), "spread": "", "best": False} for value in (base[task] for task in tasks)
+    ]
     return [{"name": "base, untrained", "cells": cells}]
 
 
 def _final(index: int, method: MethodSummary) -> Spread:
-    return Spread(float(method.matrix[-1, index]), float(method.deviation[-1, index]))
+    return method.finals[index]
 
 
 def _cell(column: Column, method: MethodSummary, best: float | None) -> dict[str, Any]:

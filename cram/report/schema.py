@@ -48,13 +48,15 @@ class Entry(TypedDict):
 
     `method` is a name in the registry. An entry with another name than its method is an ablation. `changes`
     holds the fields in which the entry's configuration differs from `settings.config`. `told_task` is true if
-    the method is told the task at test time. Such an entry is shown but not ranked.
+    the method is told the task at test time. Such an entry is shown but not ranked. `sized_by_cram` is there
+    for a method whose size is CRAM's average expert, and false where CRAM did not run beside it.
     """
 
     method: str
     changes: dict[str, Any]
     told_task: bool
     note: str
+    sized_by_cram: NotRequired[bool]
 
 
 class Stored(TypedDict):
@@ -152,6 +154,8 @@ def validate_report(data: object) -> Report:
         _base(top, _methods(top["methods"], "methods")[1])
         return cast(Report, top)
     seeds = _mapping(top["seeds"], "seeds")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"seeds must be named by their numbers, got {sorted(seeds)}")
     contents = {seed: _methods(methods, f"seeds.{seed}") for seed, methods in seeds.items()}
     first, *others = contents.values()
     if any((other[0], sorted(other[1])) != (first[0], sorted(first[1])) for other in others):
@@ -247,8 +251,9 @@ def _comparison_parts(method: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}.{key} must be a positive number, got {count!r}")
     if "entry" in method:
         entry = _object(method["entry"], f"{where}.entry", Entry)
-        for name, wanted in (("method", str), ("changes", dict), ("told_task", bool), ("note", str)):
-            if not isinstance(entry[name], wanted):
+        kinds = {"method": str, "changes": dict, "told_task": bool, "note": str, "sized_by_cram": bool}
+        for name, wanted in kinds.items():
+            if name in entry and not isinstance(entry[name], wanted):
                 raise ValueError(f"{where}.entry.{name} must be a {wanted.__name__}, got {entry[name]!r}")
 
 

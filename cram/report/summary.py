@@ -54,6 +54,7 @@ class MethodSummary:
         matrices: [seeds, T, T] accuracies, NaN above the diagonal, each in the order of its own seed.
         matrix: [T, T] mean accuracies, NaN above the diagonal, of the seeds that learn the tasks in the first
             seed's order; `deviation` [T, T] likewise.
+        finals: By task the accuracy after the last task, over all seeds.
         metrics: The five continual metrics, each with its spread.
         ranks: Projection -> [tasks, layers] mean ranks (NaN where a layer has no such module).
         groups: Task -> its instruction groups over the seeds, without repeats.
@@ -72,6 +73,7 @@ class MethodSummary:
     matrices: NDArray[np.float64]
     matrix: NDArray[np.float64]
     deviation: NDArray[np.float64]
+    finals: list[Spread]
     metrics: dict[str, Spread]
     parameters: Spread
     train_seconds: Spread
@@ -111,6 +113,7 @@ def _summarise_method(name: str, runs: list[MethodReport]) -> MethodSummary:
         matrices=matrices,
         matrix=alike.mean(axis=0),
         deviation=alike.std(axis=0, ddof=1) if len(alike) > 1 else np.zeros_like(alike[0]),
+        finals=[Spread.of([run["matrix"][-1][run["tasks"].index(task)] for run in runs]) for task in tasks],
         metrics={metric: Spread.of([run[metric] for run in runs]) for metric in METRIC_NAMES},  # type: ignore[literal-required]
         parameters=Spread.of([run["parameters"]["total"] for run in runs]),
         train_seconds=Spread.of([run["seconds"]["train"] for run in runs]),

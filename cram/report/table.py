@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cram.config import CramConfig
 from cram.report.columns import Column, decimals, in_order, ranks, shown_columns, spread_text
 from cram.report.paired import differences
 from cram.report.schema import METRIC_NAMES, Report, by_seed
@@ -50,7 +51,7 @@ def lines(report: Report) -> list[str]:
         "",
         *[f"- **{method.name}**: {method.note}" for method in methods if method.note],
         *_paired(report),
-        *_found(report.get("settings", {}).get("found", {})),
+        *_found(report.get("settings", {})),
     ]
 
 
@@ -65,12 +66,12 @@ def _paired(report: Report) -> list[str]:
     return [*heading, *columns, *rows] if rows else []
 
 
-def _found(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the search chose for each method."""
-    rows = [
-        f"| {method} | {fields['learning_rate']:.2g} | {fields['rank_max']} |"
-        for method, fields in found.items()
-    ]
+def _found(settings: Mapping[str, Any]) -> list[str]:
+    """What the search chose for each method; it may have left a field as it is for all."""
+    rows = []
+    for method, own in settings.get("found", {}).items():
+        fields = {**CramConfig().to_dict(), **settings.get("config", {}), **own}
+        rows.append(f"| {method} | {fields['learning_rate']:.2g} | {fields['rank_max']} |")
     heading = ["", "## Settings found on a seed that is in no result", ""]
     columns = ["| method | learning rate | largest rank |", "|---|---:|---:|"]
     return [*heading, *columns, *rows] if rows else []

@@ -35,15 +35,16 @@ class StagedMethod(GroupedMethod):
         self._switch = 0
         self._novelty = 1.0
 
-    def begin_task(self, task: str, total_steps: int) -> None:
-        """Start the buffer's warm-up.
+    def check_steps(self, task: str, total_steps: int) -> None:
+        """Refuse a task that has no step left for the expert after the warm-up."""
+        warmed = warmup_steps(total_steps, self.config.warmup_fraction)
+        if warmed >= total_steps:
+            raise ValueError(f"task {task!r} must have at least {warmed + 1} steps, got {total_steps}")
 
-        Raises:
-            ValueError: If the task has no step left for the expert after the warm-up.
-        """
+    def begin_task(self, task: str, total_steps: int) -> None:
+        """Start the buffer's warm-up."""
+        self.check_steps(task, total_steps)
         self._switch = warmup_steps(total_steps, self.config.warmup_fraction)
-        if self._switch >= total_steps:
-            raise ValueError(f"task {task!r} must have at least {self._switch + 1} steps, got {total_steps}")
         self.warm_up.begin(task)
 
     def before_step(self, step: int) -> list[nn.Parameter] | None:

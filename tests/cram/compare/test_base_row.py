@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cram.compare import base_row
 from cram.compare.base_row import measure_base
 from cram.learning.answers.predict import Turn, answer_all
+from cram.streams import Stream
 from tests.cram import factories, runs
 
 
@@ -32,3 +34,11 @@ def test_the_base_answers_without_experts_and_is_measured_once(
         turns = [[Turn.of(sample.instruction, list(sample.images))] for sample in task.test]
         expected = [str(each) for each in answer_all(bare.model, turns, max_new_tokens=task.max_new_tokens)]
         assert written[task.name] == expected
+
+
+def test_answers_to_other_samples_are_refused(tmp_path: Path) -> None:
+    measure_base(runs.learner(tmp_path / "run"), tmp_path / "base")
+    tasks = runs.two_tasks().tasks
+    fewer = Stream("toy", (replace(tasks[0], test=tasks[0].test[:1]), *tasks[1:]))
+    with pytest.raises(ValueError, match="answers to this stream, got those of another base or stream"):
+        measure_base(runs.learner(tmp_path / "other", tasks=fewer), tmp_path / "base")

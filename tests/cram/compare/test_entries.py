@@ -94,3 +94,12 @@ def test_entries_follow_the_registry_with_cram_first_and_ablations_last() -> Non
 def test_wrong_names_are_refused(methods: list[str], ablations: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         entries(methods, ablations)
+
+
+def test_notes_name_the_sizes_that_are_in_force() -> None:
+    fixed = Entry("cram", "fixed-rank")
+    assert "rank_min = 9" in fixed.note and "rank_min = 18" in fixed.note_of(CramConfig(rank_max=18))
+    for name in METHODS:
+        entry = Entry(name)
+        assert (entry.note_of(CONFIG, False) == entry.note) is not entry.follows_cram
+    assert "CRAM, which would decide its size, did not run" in Entry("replay").note_of(CONFIG, False)

@@ -111,6 +111,21 @@ def test_runs_with_other_settings_of_their_method_are_refused() -> None:
         merge([parts[0], unused])
 
 
+def test_a_size_that_cram_decides_in_one_report_alone_is_refused() -> None:
+    parts = [part(["0"], ["sequential"]), part(["1"], ["sequential"])]
+    for each, sized in zip(parts, (True, False), strict=True):
+        for methods in each["seeds"].values():
+            methods["sequential"]["entry"]["sized_by_cram"] = sized
+    with pytest.raises(ValueError, match="whether CRAM decides the size of sequential, got True and False"):
+        merge(parts)
+
+
+def test_a_seed_must_be_a_number() -> None:
+    whole = comparison(1)
+    with pytest.raises(ValueError, match=r"seeds must be named by their numbers, got \['one'\]"):
+        validate_report({**whole, "seeds": {"one": whole["seeds"]["0"]}})
+
+
 def test_the_command_joins_files_and_touches_no_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,3 +109,11 @@ def test_a_file_that_no_search_wrote_is_refused(text: str, words: str, tmp_path:
     (tmp_path / "search.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         searching.read_found(tmp_path / "search.json")
+
+
+def test_the_seed_of_a_search_is_in_no_result(tmp_path: Path) -> None:
+    file = tmp_path / "search.json"
+    file.write_text('{"seed": 1000, "found": {"sequential": {"rank_max": 4}}}')
+    assert searching.read_found(file, range(3)) == {"sequential": {"rank_max": 4}}
+    with pytest.raises(ValueError, match="seeds must leave out 1000, on which .*search.json was found"):
+        searching.read_found(file, range(999, 1001))

@@ -120,3 +120,12 @@ def test_tasks_with_too_few_steps_are_named() -> None:
     )
     assert two.startswith("task 'two'")
     assert not few_steps(stream(), runs.config(max_steps=25, learning_rate=2e-4))
+
+
+@pytest.mark.parametrize("method", ["cram", "keeplora"])
+def test_a_later_task_that_is_too_short_is_named_before_the_first_one(method: str, tmp_path: Path) -> None:
+    one, two = runs.two_tasks().tasks
+    short = Stream("toy", (one, Task("letter", two.train[:3], two.test, "accuracy", 3)))
+    with pytest.raises(ValueError, match="task 'letter' must have at least 2 steps, got 1"):
+        runs.learner(tmp_path / "run", method, tasks=short, max_steps=None).run()
+    assert not list(tmp_path.rglob("bundle"))

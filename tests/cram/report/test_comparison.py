@@ -123,3 +123,12 @@ def test_backticks_in_a_note_become_code_and_markup_stays_text(tmp_path: Path) -
     assert "one LoRA of rank rows, <b>bold</b>" in page.text
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<code>rank</code> rows, &lt;b&gt;bold" in html
+
+
+def test_a_search_may_leave_a_field_as_it_is_for_all(tmp_path: Path) -> None:
+    report = comparison(1)
+    report["settings"] |= {
+        "config": {**report["settings"]["config"], "learning_rate": 3e-3, "rank_max": 9},
+        "found": {"alpha": {"rank_max": 18}},
+    }
+    assert "| alpha | 0.003 | 18 |" in write_table(tmp_path, validate_report(report)).read_text()

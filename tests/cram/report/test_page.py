@@ -14,6 +14,7 @@ from cram.report import plots, style
 from cram.report.page import write_page
 from cram.report.schema import validate_report
 from cram.report.summary import Spread, summarise
+from cram.scoring.continual import continual_metrics
 from tests.cram.report.pages import Page, write
 from tests.cram.report.reports import TASKS, several_seeds, single_seed
 
@@ -185,3 +186,21 @@ def test_heat_maps_start_at_the_top_and_curves_follow_one_task() -> None:
     curve = figures["curves"].axes[1].get_lines()[1]
     assert curve.get_label() == "sequential"
     assert curve.get_ydata()[1:].tolist() == [92.0, 30.0]
+
+
+def test_accuracies_by_task_are_those_of_all_seeds_and_orders(tmp_path: Path) -> None:
+    """Each seed learns the tasks in an order of its own; the base's row follows the names as well."""
+    rows = {0: [[50.0], [40.0, 60.0], [30.0, 50.0, 70.0]], 1: [[90.0], [80.0, 20.0], [0.0, 10.0, 20.0]]}
+    seeds = {}
+    for seed, matrix in rows.items():
+        method = json.loads(json.dumps(single_seed()["methods"]["sequential"]))
+        method.update(matrix=matrix, **continual_metrics(matrix).to_dict())
+        method["tasks"] = TASKS[seed:] + TASKS[:seed]
+        seeds[str(seed)] = {"sequential": method}
+    base = dict(zip(TASKS[::-1], (3.0, 2.0, 1.0), strict=True))
+    report = {"stream": "toy", "seeds": seeds, "base": base}
+    (summary,) = summarise(validate_report(report))
+    assert [final.mean for final in summary.finals] == [25.0, 25.0, 40.0]
+    words = " ".join(write(tmp_path, report).text.split())
+    assert "base, untrained1.002.003.00" in words
+    assert f"Task order of the first seed, one of 2: {' → '.join(TASKS)}." in words
