@@ -67,6 +67,7 @@ class ForwardState:
         self.disabled, self.visual, self.mask, self.decoding = disabled, visual, mask, decoding
         self.hidden: dict[str, Tensor] = {}
         self._pooled: tuple[Tensor, Tensor] | None = None
+        self._gathered: set[str] = set()
         self.prompt: Call | None = None
         self.calls: dict[Any, Any] | None = None
 
@@ -112,6 +113,16 @@ class ForwardState:
         made = make()
         self.memory[name] = made.detach()
         return made
+
+    def counts(self, name: str) -> bool:
+        """Whether the module `name` gathers from this forward: once, for checkpointing runs a layer again.
+
+        Never where the samples do not count; see `counted`.
+        """
+        if not self.counted or name in self._gathered:
+            return False
+        self._gathered.add(name)
+        return True
 
     def keep_visual_mean(self, name: str, x: Tensor) -> None:
         """Keep the mean of x [B, T, D_in] over its visual tokens as `hidden[name]`, where it is wanted.

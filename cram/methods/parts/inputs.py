@@ -139,7 +139,7 @@ class InputRegression:
             if not (module.training and torch.is_grad_enabled()):
                 return
             state = self._modules[path].current.state
-            if not state.counted:
+            if not state.counts(path):
                 return
             mask = state.mask
             x = inputs[0].detach().float()

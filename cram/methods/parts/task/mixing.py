@@ -94,7 +94,7 @@ class MixingRouter(LayerGating):
             kept = torch.zeros_like(means).scatter(-1, index, values)
             return kept / kept.sum(-1, keepdim=True)
         shares = logits.softmax(-1)
-        if torch.is_grad_enabled() and state.counted:
+        if torch.is_grad_enabled() and state.counts(self.path):
             self._gather(x.detach(), shares.detach(), mask)
         means = token_means(shares, mask) * self.active
         return means / means.sum(-1, keepdim=True)

@@ -62,11 +62,11 @@ class TaskRouters(LayerGating):
         tasks = state.features[:, 0].long()
         if len(x) != len(tasks):
             tasks = tasks.repeat_interleave(len(x) // len(tasks), 0)
-        return state.once(self.path, lambda: self._gates(first_tokens(x, state.mask), tasks, state.counted))
+        return state.once(self.path, lambda: self._gates(first_tokens(x, state.mask), tasks, state))
 
-    def _gates(self, first: Tensor, tasks: Tensor, counted: bool) -> Tensor:
+    def _gates(self, first: Tensor, tasks: Tensor, state: ForwardState) -> Tensor:
         gates = top_gates((self._own(tasks) @ first[:, :, None])[:, :, 0], self.k)
-        if self.training and counted:
+        if self.training and state.counts(self.path):
             self.used += gates.detach().sum(0)
         return gates
 

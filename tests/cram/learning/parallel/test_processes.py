@@ -147,31 +147,7 @@ def test_every_method_in_three_processes_with_idle_ones(kind: str, idle: Path, t
             records = (read_json(each / f"tasks/{task}/training.json") for each in (tmp_path, run))
             losses = [record["loss"] for record in records]
             assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-        same_bundle(tmp_path, run)
-
-
-def same_bundle(left: Path, right: Path) -> None:
-    """Compares all tensors of the bundles after the last task, up to the rounding of sums."""
-    bundles = [run / "tasks/02-letter/bundle" for run in (left, right)]
-    files = [sorted(file.relative_to(bundle) for file in bundle.rglob("*.safetensors")) for bundle in bundles]
-    assert files[0] == files[1] and files[0]
-    for file in files[0]:
-        one, other = (without_signs(load_file(bundle / file)) for bundle in bundles)
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
-
-
-def without_signs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Multiplies what a singular value decomposition leaves open the sign of."""
-    made = {}
-    for name, tensor in tensors.items():
-        a = tensors.get(name.replace(".lora_B.", ".lora_A."))
-        if name.endswith(".lora_B.weight") and a is not None:
-            made[name] = tensor @ a
-        elif name.endswith(".basis"):
-            made[name] = tensor @ tensors[name.replace(".basis", ".scales")].diag() @ tensor.mT
-        elif not name.endswith(".lora_A.weight"):
-            made[name] = tensor
-    return made
+        runs.same_bundle(tmp_path, run)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
