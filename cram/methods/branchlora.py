@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from cram.methods.base import Method, MethodState, check_state
 from cram.methods.parts.task.keys import TaskKeys
 from cram.methods.parts.task.routers import TaskRouters
-from cram.methods.parts.task.sums import over_processes
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors, new_lora
 from cram.model.state import ForwardState
@@ -94,10 +93,10 @@ class BranchLoraMethod(Method):
     def end_task(self) -> None:
         """Freeze the most used branches of every module and move them behind the frozen ones."""
         pool, tasks = self._pool(), len(self._keys)
-        frozen, used = frozen_after(tasks), self._used()
+        frozen = frozen_after(tasks)
         moved: list[dict[str, Factors]] = [{} for _ in BRANCHES]
         for path, gating in self._gatings.items():
-            order = pool_order(used[path], frozen, frozen_after(tasks + 1) - frozen)
+            order = pool_order(gating.use(), frozen, frozen_after(tasks + 1) - frozen)
             gating.finish(order)
             for index, source in enumerate(order):
                 moved[index][path] = pool[source][path]
@@ -145,11 +144,6 @@ class BranchLoraMethod(Method):
     def trained_values(self) -> int:
         """Return the number of values of routers and keys."""
         return sum(tensor.numel() for tensor in self.export_state().tensors.values())
-
-    def _used(self) -> dict[str, Tensor]:
-        """Module -> summed gates [E] of the task so far, over all processes."""
-        own = {path: gating.used for path, gating in self._gatings.items()}
-        return {path: used.cpu() for path, used in over_processes(own, self.cram.device).items()}
 
     def _pool(self) -> list[dict[str, Factors]]:
         return [self.cram.expert_weights(index) for index in range(self.cram.num_experts)]

@@ -56,8 +56,7 @@ class KeepLoraMethod(Method):
 
     def check_steps(self, task: str, total_steps: int) -> None:
         """Refuse a task that has no step left for the training of B."""
-        gather = gathered_steps(total_steps)
-        if gather >= total_steps:
+        if (gather := gathered_steps(total_steps)) >= total_steps:
             raise ValueError(f"task {task!r} must have at least {gather + 1} steps, got {total_steps}")
 
     def begin_task(self, task: str, total_steps: int) -> None:
@@ -66,9 +65,9 @@ class KeepLoraMethod(Method):
         self._gather = gathered_steps(total_steps)
         self._again = max(self._gather, total_steps - self._gather)
         rank = self.config.rank
-        modules = self.cram.modules.items()
         zero = {
-            path: (torch.zeros(rank, m.in_features), torch.zeros(m.out_features, rank)) for path, m in modules
+            path: (torch.zeros(rank, m.in_features), torch.zeros(m.out_features, rank))
+            for path, m in self.cram.modules.items()
         }
         self.cram.add_expert(task, zero)
         for a in self._trained_a().values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cram.methods.parts.task.sums import over_processes
 from cram.model.factors import initial_rows
 from cram.model.gating import LayerGating, first_tokens, top_gates
 from cram.model.state import ForwardState
@@ -51,6 +52,10 @@ class TaskRouters(LayerGating):
         router = initial_rows(*self.finished.shape[1:])
         self.router = nn.Parameter(router[None].to(self.finished.device))
         self.used.zero_()
+
+    def use(self) -> Tensor:
+        """Return the summed gates [E] of the task's training forwards in all processes."""
+        return over_processes({"used": self.used}, self.used.device)["used"]
 
     def finish(self, order: list[int]) -> None:
         """End the task. Expert `order[i]` becomes expert i in all routers."""
