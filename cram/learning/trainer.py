@@ -44,6 +44,7 @@ from cram.learning.checkpoint import (
 from cram.learning.parallel.processes import by_first, rank, sum_gradients, totals, world
 from cram.learning.parallel.zero import ZeroStages, export_part, import_part
 from cram.learning.step import TaskSteps, batch_route, gate_entropy
+from cram.methods.base import MethodState
 from cram.model.attached import AttachedModel
 
 TASK, PART = "task", "optimizer-{:05d}"
@@ -103,6 +104,7 @@ class OneTask:
             )
         self.task = task
         self._steps: TaskSteps | None = None
+        self._exported: MethodState | None = None
         self._meter = _Meter()
         self._checkpoint: Path | None = None
         self._began, self._rows = -1, 0.0
@@ -279,6 +281,14 @@ class OneTask:
             "config": self.cram.config.to_dict(),
         }
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer. Every process must call it: within a task they add up what each has gathered."""
+        self._exported = None if self._steps is None else self.cram.method.export_training()
+        try:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        finally:
+            self._exported = None
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the task in training, or else the bundle of all experts, in place of the base model.
 
@@ -290,7 +300,7 @@ class OneTask:
         if self._steps is None:
             save(self.model, folder / "bundle" if folder == Path(self.args.output_dir) else folder)
         else:
-            tensors, values = self.cram.method.export_training()
+            tensors, values = self._exported or self.cram.method.export_training()
             write_checkpoint(folder / TASK, tensors, values, self._of())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

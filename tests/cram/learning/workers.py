@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +31,8 @@ def _join(rank: int, processes: int, folder: str, worker: Any, arguments: tuple[
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in place.items()})
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    patience = timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes, timeout=patience)
     try:
         worker(rank, Path(folder), *arguments)
     finally:
@@ -86,6 +88,28 @@ def train_with_trainer(rank: int, folder: Path, options: dict[str, Any]) -> None
             found.setdefault(name, []).extend(logged(made, name))
     if rank == 0:
         torch.save({**found, "experts": experts(model)}, folder / "found")
+
+
+def resume_with_trainer(
+    rank: int, folder: Path, kinds: dict[str, dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """A task by CramTrainer with each method, and again from the checkpoint of its first step."""
+    found = {}
+    for method, changes in kinds.items():
+        for start in (None, str(folder / method / "checkpoint-1")):
+            model = fresh(runs.config(method=method, dropout=0.0, **changes))
+            seeded(model)
+            made = trainer(
+                model, same_group()[0], folder / method, save_strategy="steps", save_steps=1, **options
+            )
+            made.train(resume_from_checkpoint=start)
+            name = method if start is None else f"{method}, resumed"
+            found[name] = [
+                module.solo_factors() if module.solo is not None else module.factors([0])[0]
+                for module in model.cram.modules.values()
+            ]
+    if rank == 0:
+        torch.save(found, folder / "found")
 
 
 def learn_sharded(rank: int, folder: Path, options: dict[str, Any]) -> None:

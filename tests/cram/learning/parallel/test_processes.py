@@ -172,6 +172,19 @@ def test_the_trainer_in_two_processes_as_in_one(tmp_path: Path, accumulation: in
     torch.testing.assert_close(found["experts"], experts(model), rtol=1e-3, atol=1e-4)
 
 
+def test_the_trainer_stores_what_all_processes_have_gathered(tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {"same": {}, "keeplora": {}, "many": {"merge_by_inputs": True}}
+    options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    workers.together(workers.resume_with_trainer, tmp_path / "two", kinds, options)
+    (tmp_path / "one").mkdir()
+    workers.resume_with_trainer(0, tmp_path / "one", kinds, {})
+    one, two = (torch.load(tmp_path / name / "found", weights_only=True) for name in ("one", "two"))
+    assert set(one) == {name for kind in kinds for name in (kind, f"{kind}, resumed")}
+    for name, pairs in one.items():
+        for (a, b), (other_a, other_b) in zip(pairs, two[name], strict=True):
+            torch.testing.assert_close(other_b @ other_a, b @ a, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_sharded_base_gives_the_same_bundle(tmp_path: Path) -> None:
     """FSDP2: starts, steps, saves, and goes on from the bundle."""
     workers.together(workers.learn, tmp_path / "plain", "cram", PLAIN)
