@@ -148,7 +148,7 @@ class Method:
         return {}
 
     def export_training(self) -> MethodState:
-        """Return what the task in training holds, for a checkpoint within the task. All processes must call it."""
+        """Return what the task in training holds, for a checkpoint within it. All processes must call it."""
         return MethodState(task_tensors(self.cram, self.training_means()), {})
 
     def import_training(
