@@ -163,8 +163,13 @@ def llava_config(text: LlamaConfig, vision: PretrainedConfig, image: int, layout
 
 
 def start_wide(llava: LlavaForConditionalGeneration, weights: float, embeddings: float) -> None:
-    """Draw the language model with standard deviations above transformers' 0.02, which suits widths of
-    thousands."""
+    """Draw the language model's values anew, wider than transformers' 0.02, which suits widths of thousands.
+
+    Args:
+        llava: The model.
+        weights: Standard deviation of the weights.
+        embeddings: That of the embeddings.
+    """
     for parameter in llava.model.language_model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=weights)

@@ -52,9 +52,7 @@ BUDGETS: dict[str, Budget] = {
 }
 # The kind whose size depends on the run of CRAM with the same seed, and its size without such a run.
 SIZED_BY_CRAM = "one"
-ALONE = (
-    "one LoRA for all tasks with rank_max rows, for CRAM, which would decide its size, did not run beside it"
-)
+ALONE = "one LoRA for all tasks with rank_max rows; its size follows CRAM only where CRAM is compared too"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from cram.report.schema import MethodReport, Report, by_seed, validate_report
 OF_A_PLACE = frozenset({"jobs", "threads"})
 OF_METHODS = "found"
 FILE = "report.json"
+# What decides the size of a run, by `entry.sized_by_cram`.
+SIZES = {True: "CRAM's average expert", False: "rank_max", None: "that of its kind"}
 
 
 def merge_files(files: Sequence[str | Path], out: Path) -> Report:
@@ -59,10 +61,8 @@ def merge(reports: Sequence[Report]) -> Report:
     for report in reports:
         for seed, methods in by_seed(report).items():
             for name, method in methods.items():
-                size = method.get("entry", {}).get("sized_by_cram")
-                _same(
-                    f"answer to whether CRAM decides the size of {name}", sized.setdefault(name, size), size
-                )
+                size = SIZES[method.get("entry", {}).get("sized_by_cram")]
+                _same(f"size of {name}", sized.setdefault(name, size), size)
                 _add(seeds.setdefault(seed, {}), name, method, seed)
     names = list(dict.fromkeys(name for methods in seeds.values() for name in methods))
     if lacking := [f"{n}, seed {s}" for s, methods in seeds.items() for n in names if n not in methods]:

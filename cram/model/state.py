@@ -115,9 +115,10 @@ class ForwardState:
         return made
 
     def counts(self, name: str) -> bool:
-        """Whether the module `name` gathers from this forward: once, for checkpointing runs a layer again.
+        """Whether the module `name` may gather from this forward.
 
-        Never where the samples do not count; see `counted`.
+        It may once, because checkpointing runs a layer twice. It may not if the samples do not count; see
+        `counted`.
         """
         if not self.counted or name in self._gathered:
             return False

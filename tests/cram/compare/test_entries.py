@@ -102,4 +102,4 @@ def test_notes_name_the_sizes_that_are_in_force() -> None:
     for name in METHODS:
         entry = Entry(name)
         assert (entry.note_of(CONFIG, False) == entry.note) is not entry.follows_cram
-    assert "CRAM, which would decide its size, did not run" in Entry("replay").note_of(CONFIG, False)
+    assert "its size follows CRAM only where CRAM is compared too" in Entry("replay").note_of(CONFIG, False)

@@ -30,6 +30,6 @@ def over_processes(sums: Mapping[str, Tensor], device: torch.device) -> dict[str
 
 
 def own_part(total: Tensor) -> Tensor:
-    """Return what a process goes on with, so that the sum over all processes is `total`."""
+    """Return this process's share of a stored sum: all of it in the first process, zeros in the others."""
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     return total.clone() if first else torch.zeros_like(total)
