@@ -14,6 +14,7 @@ refused. A load that is refused leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,10 @@ def _take_up(
             detach(attached_for_it)
         elif not taken:
             cram.set_packs([], {})
-            cram.method.import_state(*before)
             cram.pool = pool
+            # Whoever has taken older experts out of the model puts back what the method knows of them.
+            with suppress(ValueError):
+                cram.method.import_state(*before)
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:

@@ -42,7 +42,7 @@ def export_lora(
 
     Raises:
         ValueError: If the folder has files, an expert is unknown, no gate differs from 0, a gate is not
-            finite, or `scale` is not positive.
+            finite, `scale` is not positive, or the method acts elsewhere in the model, too.
     """
     cram = attached(model)
     weights = combined(cram, gates)
@@ -119,6 +119,11 @@ def combined(cram: AttachedModel, gates: Mapping[str, float] | Tensor) -> dict[s
     Raises:
         ValueError: As `export_lora`.
     """
+    if cram.method.acts_elsewhere:
+        raise ValueError(
+            f"experts must hold all that their method does, got {cram.method.name!r}, which has LoRAs in the "
+            "projector, too; the result would answer otherwise about pictures"
+        )
     table = gate_table(cram, gates)
     experts = [cram.expert_weights(index) for index in range(cram.num_experts)]
     found = {}

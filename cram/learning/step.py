@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from cram.learning.parallel.processes import copy_from_first, gathered_rows
 from cram.methods import Method
+from cram.routing.means import without_autocast
 from cram.routing.query import Query, Route
 
 
@@ -87,7 +88,8 @@ class TaskSteps:
         Args:
             share: Samples of the forward / samples of the step in all processes.
         """
-        extra = self.method.extra_loss(self.method.cram.state)
+        with without_autocast(self.method.cram.device):
+            extra = self.method.extra_loss(self.method.cram.state)
         return None if extra is None else extra if share == 1 else extra * share
 
     def finish(self) -> None:

@@ -81,7 +81,7 @@ class OneTask:
 
         Raises:
             ValueError: If the model is not attached, an optimiser is given, a process has several GPUs, or an
-                argument asks for what a task in stages cannot do.
+                argument asks for what a task in stages cannot do, or the method replays kept samples.
         """
         super().__init__(*arguments, **options)
         attached(self.model)
@@ -96,6 +96,12 @@ class OneTask:
             raise ValueError(
                 "hub_token must be None, because the Trainer uploads its arguments as they are: set HF_TOKEN "
                 "instead, got one"
+            )
+        if kept := self.cram.method.kept_samples:
+            raise ValueError(
+                f"method must keep no samples, because the Trainer's data is the caller's, got "
+                f"{self.cram.method.name!r}, which mixes {kept} older ones in: use cram.ContinualLearner, or "
+                "method='sequential' with a data set that holds older rows"
             )
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -75,6 +75,11 @@ class Method:
         """True if the loss needs `ForwardState.hidden`: each linear's mean input over the image tokens."""
         return False
 
+    @property
+    def acts_elsewhere(self) -> bool:
+        """True if the method changes more of the model than its experts hold."""
+        return False
+
     def check_steps(self, task: str, total_steps: int) -> None:
         """Refuse a task that is too short for the method.
 
@@ -122,12 +127,14 @@ class Method:
         raise NotImplementedError
 
     def export_state(self) -> MethodState:
-        """Return the state for a bundle. By default: the gatings' tensors, named "<module path>.<key>"."""
+        """Return the state for a bundle. By default: the gatings' tensors, named "<module path>.<key>".
+
+        Nothing that the method does later changes the returned tensors.
+        """
         tensors = {
-            f"{path}.{key}": tensor
-            for path, module in self.cram.modules.items()
-            if module.gating is not None
-            for key, tensor in module.gating.state_dict().items()
+            f"{path}.{key}": tensor.clone()
+            for path, gating in self._gated().items()
+            for key, tensor in gating.state_dict().items()
         }
         return MethodState(tensors, {})
 
@@ -137,11 +144,9 @@ class Method:
         Raises:
             ValueError: If names or shapes differ from those of `export_state`. Then nothing is changed.
         """
-        own = self.export_state().tensors
-        check_state(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        check_state(tensors, {name: tuple(own.shape) for name, own in self.export_state().tensors.items()})
+        for path, gating in self._gated().items():
+            gating.load_state_dict({key: tensors[f"{path}.{key}"] for key in gating.state_dict()})
 
     def training_means(self) -> dict[str, CentroidMean]:
         """Return the running means that `observe` or a forward moves while a task is trained."""
@@ -185,11 +190,15 @@ class Method:
 
     def trained_values(self) -> int:
         """Return the number of trained values in use beside the experts' factors, by default the gatings'."""
-        gatings = (module.gating for module in self.cram.modules.values() if module.gating is not None)
-        return sum(parameter.numel() for gating in gatings for parameter in gating.parameters())
+        return sum(p.numel() for gating in self._gated().values() for p in gating.parameters())
 
     def release(self) -> None:
         """Remove from the model what the method has added outside the adapted linears."""
+
+    def _gated(self) -> dict[str, nn.Module]:
+        """Return the gatings by module path."""
+        modules = self.cram.modules.items()
+        return {path: module.gating for path, module in modules if module.gating is not None}
 
 
 def check_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -84,7 +84,9 @@ class KeepLoraMethod(Method):
         return self.cram.trainable_parameters() if step in (0, self._gather) else None
 
     def end_task(self) -> None:
-        """Freeze the LoRA, and add to P what the task uses."""
+        """Freeze the LoRA, and add to P what the task uses; a task that has ended too early is refused."""
+        if not (self._gradients.gathering and any(a.any() for a in self._trained_a().values())):
+            raise ValueError(f"a task must end after step {self._again}, got an earlier end")
         for path, gradient in self._gradients.stop().items():
             space = self._space(path)
             fresh = missing_directions(gradient.to(space), space, TASK_ENERGY)
@@ -134,11 +136,8 @@ class KeepLoraMethod(Method):
             self._gradients.start(sums)
 
     def _trained_a(self) -> dict[str, nn.Parameter]:
-        found = {}
-        for path, module in self.cram.modules.items():
-            assert module.experts is not None and module.experts.trained_a is not None
-            found[path] = module.experts.trained_a
-        return found
+        packs = {path: module.experts for path, module in self.cram.modules.items()}
+        return {p: e.trained_a for p, e in packs.items() if e is not None and e.trained_a is not None}
 
     def _space(self, path: str) -> Tensor:
         """P [k, D_in] of a module, on its device."""

@@ -45,6 +45,11 @@ class ManyMethod(Method):
         self.projector = None if parts[0] is None else MixedProjector(cram, parts[0], parts[1], TEMPERATURE)
         self.inputs = InputRegression(cram.modules) if self.config.merge_by_inputs else None
 
+    @property
+    def acts_elsewhere(self) -> bool:
+        """True if the projector has LoRAs."""
+        return self.projector is not None
+
     def begin_task(self, task: str, total_steps: int) -> None:
         """Start the task's LoRAs."""
         self.cram.add_expert(task, new_lora(self.cram.modules, self.config.rank))

@@ -20,9 +20,11 @@ class LayerGating(Float32Module):
 
     Attributes:
         gathered: Names of the buffers that sum over the samples of this process alone.
+        reads_prompts: True if gates depend on tokens throughout a prompt, so that it must come in one piece.
     """
 
     gathered: tuple[str, ...] = ()
+    reads_prompts: bool = False
 
     def forward(self, x: Tensor, route: Tensor, state: ForwardState) -> Tensor:
         """The gates of one call of the module.

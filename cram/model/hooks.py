@@ -16,7 +16,7 @@ The gates are fixed at prefill: the keys and values in a cache were made by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,9 @@ from cram.model.cache import CacheStates, given_cache, made_cache
 from cram.model.linear import ExpertLinear
 from cram.model.override import Override, Overrides
 from cram.model.state import Current, ForwardState
+from cram.routing.means import without_autocast
 from cram.routing.prompts import EXPLICIT, Call, PromptReader, real_tokens
-from cram.routing.query import Query, Route, Routes
+from cram.routing.query import Query, Route, Routes, same_route
 from cram.routing.threads import PerThread
 
 # Travels with the keyword arguments from the language model to the attention blocks where gradients are
@@ -83,8 +84,8 @@ class ForwardHooks:
         self._image_token_id = int(model.config.image_token_id)
         self._caches = CacheStates()
         self._blocks_are_hooked = False
-        # The route of the generation that a thread is in.
-        self._generation: PerThread[Route | None] = PerThread(None)
+        # The first route of the generation that a thread is in, and its prompt.
+        self._generation: PerThread[tuple[Route, Call] | None] = PerThread(None)
         self._handles = [*reader.register(model), *self._register(model, family)]
 
     @property
@@ -130,6 +131,11 @@ class ForwardHooks:
     def solo_in_training(self) -> bool:
         """Whether solo experts are being trained, so that no other expert acts."""
         return self._linear.solo is not None and self._linear.solo.trained > 0
+
+    @property
+    def _reads_prompts(self) -> bool:
+        """Whether the gates of linears depend on tokens throughout a prompt, and not on the query alone."""
+        return self._linear.gating is not None and self._linear.gating.reads_prompts
 
     @property
     def is_disabled(self) -> bool:
@@ -236,13 +242,14 @@ class ForwardHooks:
             )
         self._check_present()
         query = None
-        if self.override is None and routed and self.method.uses_queries:
+        minds_prompts = self.override is None and routed and (self.method.uses_queries or self._reads_prompts)
+        if minds_prompts:
             self._check_first(call, kwargs)
         if self.override is not None:
             route = self.override.route if routed else None
         else:
             query = self._query(call, routed)
-            route = self.method.route(query, training_mode) if routed else None
+            route = self._route(query, training_mode) if routed else None
             self._check_generation(call, route)
         if route is not None:
             self.check_route(route, embeds.shape[0])
@@ -258,7 +265,7 @@ class ForwardHooks:
             decoding=continued is not None,
         )
         made.counted = self.counted
-        if query is not None and call is not None and self.method.uses_queries:
+        if minds_prompts and call is not None and call.input_ids is not None:
             made.prompt = Call(call.input_ids, call.mask)
             made.turn_is_open = not training_mode and self._is_part(call, call, embeds.shape[1])
         return made
@@ -277,7 +284,7 @@ class ForwardHooks:
                 f"a reordered cache; {EXPLICIT}"
             )
         tokens = 1 if call is None or call.input_ids is None else call.input_ids.shape[1]
-        if self.method.uses_queries and (
+        if (self.method.uses_queries or self._reads_prompts) and (
             tokens > 1 or state.turn_is_open or self._caches.is_cut_short(cache, state)
         ):
             _untraced(self._check_more, call, state, cache, training_mode)
@@ -293,13 +300,16 @@ class ForwardHooks:
             raise ValueError(
                 f"images must all be in the prefill, got image tokens behind a KV cache; {EXPLICIT}"
             )
-        prompt = state.prompt
-        if prompt is None or state.query is None or state.route is None:
+        prompt, query = state.prompt, state.query
+        if prompt is None or prompt.input_ids is None or state.route is None:
             return
         held = int(cache.get_seq_length())
-        whole = prompt.followed_by(call, len(state.query), held)
-        route = self.method.route(self._reader.query_of_more(whole, state.query), training_mode)
-        if not torch.equal(route.gates, state.route.gates):
+        whole = prompt.followed_by(call, len(prompt.input_ids) if query is None else len(query), held)
+        if query is not None:
+            route = self._route(self._reader.query_of_more(whole, query), training_mode)
+        if (query is not None and not same_route(route, state.route)) or (
+            self._reads_prompts and self._reader.continues_prompt(call, whole, held)
+        ):
             raise ValueError(
                 "the prompt must be in one prefill, got tokens behind a KV cache that change its route; "
                 f"{EXPLICIT}"
@@ -307,6 +317,12 @@ class ForwardHooks:
         state.prompt = whole
         assert call.input_ids is not None
         state.turn_is_open = self._is_part(call, whole, held + call.input_ids.shape[1])
+
+    def _route(self, query: Query | None, training_mode: bool) -> Route:
+        """The method's route; what older tasks were merged to knows nothing of an expert in training."""
+        alone = training_mode or (self.in_training and self._linear.solo is not None)
+        with nullcontext() if query is None else without_autocast(query.text.device):
+            return self.method.route(query, alone)
 
     def _is_part(self, call: Call, whole: Call, tokens: int) -> bool:
         """Whether more of a prompt may follow a forward, behind which its cache holds so many tokens.
@@ -331,13 +347,15 @@ class ForwardHooks:
 
     def _check_generation(self, call: Call | None, route: Route | None) -> None:
         """Refuses a second prompt in one generation, as of guidance, that would have other experts."""
-        if call is None or call.prompt_tokens is None or route is None or not self.method.uses_queries:
+        if call is None or call.prompt_tokens is None or route is None or call.input_ids is None:
             return
-        first = self._generation.get() or route
-        self._generation.set(first)
-        same = first.gates.shape == route.gates.shape
+        first, prompt = self._generation.get() or (route, call.prompt())
+        self._generation.set((first, prompt))
         # A generation without a cache reads its pictures anew for every token, on a GPU up to rounding.
-        if not same or not torch.allclose(first.gates, route.gates, rtol=0.0, atol=ROUNDING):
+        same = not self.method.uses_queries or same_route(route, first, ROUNDING)
+        if self._reads_prompts and prompt.input_ids is not None:
+            same &= torch.equal(prompt.input_ids, call.input_ids[:, : call.prompt_tokens])
+        if not same:
             raise ValueError(
                 "all prompts of one generation must have one route, got another prompt (guidance_scale, "
                 f"negative_prompt_ids) with another route; {EXPLICIT}"

@@ -21,7 +21,7 @@ from cram.model.frozen.forward import beside, device_of, in_place, plain_tensors
 from cram.model.gating import LayerGating
 from cram.model.stack import Layer, Stack, bound, pays, placed
 from cram.model.state import Current, ForwardState
-from cram.routing.means import moved
+from cram.routing.means import moved, without_autocast
 from cram_kernels import PackedExperts, expert_lora, pack_experts
 
 # What the names of an adapted linear's tensors begin with; any other name is one of the base.
@@ -157,9 +157,12 @@ class ExpertLinear(nn.Module):
         # nn.Module finds a submodule by name after its own attributes, at a microsecond each.
         find: Any = self._modules.get
         solo = find("solo")
-        if solo is not None and (solo.trained or not (self.training or state.overrides_gating)):
-            return solo
-        return find("experts")
+        experts = find("experts")
+        if solo is None or solo.trained:
+            return experts if solo is None else solo
+        # What the older tasks were merged to knows nothing of an expert in training.
+        learning = self.training or (experts is not None and experts.trained)
+        return experts if learning or state.overrides_gating else solo
 
     def _gates(self, x: Tensor, acting: PackedExperts, state: ForwardState) -> Tensor:
         """The gates of what acts: 1 of solo experts, else the gating's or the route's."""
@@ -181,7 +184,8 @@ class ExpertLinear(nn.Module):
         gates = state.gates[self.layer]
         if gating is None or state.overrides_gating:
             return gates
-        return gating(x, gates.to(x.device), state)
+        with without_autocast(x.device):
+            return gating(x, gates.to(x.device), state)
 
     def append(self, a: Tensor, b: Tensor, scale: float, trained: bool) -> None:
         """Appends an expert, a [r, D_in] and b [D_out, r]; the experts before it are frozen."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cram.console import first_line
 from cram.families import family_of
+from cram.routing.means import without_autocast
 from cram.routing.query import Query
 from cram.values import Values, some_values
 
@@ -212,7 +213,7 @@ class ClipEncoder:
         """Image features [N, D_q] of preprocessed images [N, 3, H, W]."""
         weight = next(self._vision.parameters())
         # `forward` and not the call: hooks on a reused tower belong to the multimodal model's own passes.
-        with _in_own_precision(weight):
+        with without_autocast(weight.device):
             output = self._vision.forward(pixel_values=pixels.to(weight.device, weight.dtype))
         return self.project(output.pooler_output)
 
@@ -226,7 +227,7 @@ class ClipEncoder:
         if pooled.dim() != 2 or pooled.shape[1] != self._projection.in_features:
             raise ValueError(f"pooled must be [N, {self._projection.in_features}], got {list(pooled.shape)}")
         weight = self._projection.weight
-        with _in_own_precision(weight):
+        with without_autocast(weight.device):
             return _finite(self._projection(pooled.to(weight.device, weight.dtype)), "image features")
 
     def _run_text(self, texts: list[str]) -> Tensor:
@@ -238,7 +239,7 @@ class ClipEncoder:
             raise ValueError(
                 f"tokenizer must end every text with the end-of-text id {self._end_id}, got none"
             )
-        with _in_own_precision(self._projection.weight):
+        with without_autocast(self._projection.weight.device):
             output = self._text_model(input_ids=ids, attention_mask=tokens["attention_mask"])
         return _finite(output.pooler_output, "text features")
 
@@ -283,11 +284,6 @@ def mean_per_sample(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Te
     sample = torch.tensor(owners, dtype=torch.int64, device=features.device)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, sample, features)
     return sums / sizes.clamp(min=1)[:, None], sizes > 0
-
-
-def _in_own_precision(weight: Tensor) -> torch.autocast:
-    """Switches autocast off: features decide routes, and those of texts are kept for later forwards."""
-    return torch.autocast(weight.device.type, enabled=False)
 
 
 def _finite(features: Tensor, what: str) -> Tensor:

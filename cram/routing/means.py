@@ -1,9 +1,11 @@
-"""Means over samples and processes, in float32 modules that no cast of the model reaches."""
+"""Means over samples and processes, in float32: no cast of the model and no autocast reaches them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,12 @@ class Float32Module(nn.Module):
 def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What `fn` makes of a tensor, in the tensor's own dtype: a move stays a move, a cast is undone."""
     return tensor.to(fn(tensor).device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off: what routes, and what is gathered over a task, keeps its own precision."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def reduced_sum(features: Tensor) -> tuple[Tensor, int]:
@@ -76,9 +84,10 @@ class CentroidMean:
             raise ValueError("mean must follow at least one image, got none")
         return (self._sum / self.count).float()
 
-    def export(self) -> Tensor:
-        """Returns the sum [D_q] and, behind it, the count, float64; needs at least one image."""
-        assert self._sum is not None
+    def export(self) -> Tensor | None:
+        """Returns the sum [D_q] and, behind it, the count, float64; None if no image was counted."""
+        if self._sum is None or not self.count:
+            return None
         return torch.cat([self._sum, self._sum.new_tensor([self.count])])
 
     def restore(self, state: Tensor) -> None:

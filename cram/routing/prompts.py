@@ -278,6 +278,21 @@ class PromptReader:
         whole = iter(self._decode([rows[i] for i in missing], special=False) if missing else [])
         return [self._family.without_placeholders(next(whole)) if turn is None else turn for turn in turns]
 
+    def continues_prompt(self, call: Call, whole: Call, held: int) -> bool:
+        """Whether a call behind `held` tokens of a cache brings more of the prompt, and not of its answer.
+
+        Args:
+            call: The inputs of the call.
+            whole: The tokens of the cache with those of the call behind them.
+            held: How many tokens the cache holds.
+        """
+        if call.prompt_tokens is not None:
+            return held < call.prompt_tokens
+        assert whole.input_ids is not None
+        mask = whole.mask
+        known = self.texts(whole.input_ids[:, :held], None if mask is None else mask[:, :held])
+        return known != self.texts(whole.input_ids, mask)
+
     def leaves_turn_open(self, call: Call) -> bool:
         """Whether more of a row's question may follow the inputs; see `Family.leaves_turn_open`."""
         assert call.input_ids is not None

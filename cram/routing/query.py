@@ -76,6 +76,16 @@ class Route:
     overrides_gating: bool = False
 
 
+def same_route(one: Route, other: Route, rounding: float = 0.0) -> bool:
+    """Whether two routes have gates and features that are equal up to `rounding`."""
+    if one.gates.shape != other.gates.shape:
+        return False
+    gates = torch.allclose(one.gates, other.gates, rtol=0.0, atol=rounding)
+    if one.features is None or other.features is None:
+        return gates and one.features is other.features
+    return gates and torch.allclose(one.features, other.features, rtol=rounding, atol=rounding)
+
+
 class Routes(Protocol):
     """The part of a method that a forward asks; `cram.methods.base.Method` has all of it."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cram.methods.parts.task.sums import over_processes, own_part
 from cram.model.linear import ExpertLinear
+from cram.routing.means import without_autocast
 
 
 class WeightGradients:
@@ -65,4 +66,5 @@ class WeightGradients:
 
     def _add(self, path: str, gradient: Tensor, x: Tensor) -> None:
         if path in self.sums:
-            self.sums[path] += (gradient.float().mT @ x.float()).cpu()
+            with without_autocast(x.device):
+                self.sums[path] += (gradient.float().mT @ x.float()).cpu()

@@ -25,6 +25,7 @@ from cram.methods.parts.task.sums import over_processes, own_part
 from cram.model.factors import Factors
 from cram.model.linear import ExpertLinear
 from cram.model.stack import SHARED_INPUT
+from cram.routing.means import without_autocast
 
 RIDGE = 1e-4  # rho, as a share of the mean eigenvalue of sum_i S_i
 TOTAL, READ, SUM, COUNT = "inputs.", "read.", "moments.", "tokens"
@@ -144,7 +145,8 @@ class InputRegression:
             mask = state.mask
             x = inputs[0].detach().float()
             x = x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
-            self.sums[path] += (x.mT @ x).to("cpu", torch.float64)
+            with without_autocast(x.device):
+                self.sums[path] += (x.mT @ x).to("cpu", torch.float64)
             self.tokens += len(x) if counts else 0
 
         return gather

@@ -10,6 +10,9 @@ Otherwise v is the mean of the projector's input over the image's tokens; this f
 sharply. Outputs are mixed and not weights, because the projector is not linear.
 
 While a task is trained, its own LoRA acts alone. With E tasks the projector runs E times per image.
+
+Gates that a caller fixes for all rows (`forced`) take the place of w. They are those of the first layer, and
+what they lack of 1 goes to the plain projector.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cram.methods.parts.task.sums import GatheredMean
 from cram.model.attached import AttachedModel
 from cram.model.factors import Factors
 from cram.model.linear import ExpertLinear
 from cram.model.state import Current, ForwardState
-from cram.routing.means import CentroidMean
 from cram.routing.query import Route
+from cram.routing.threads import PerThread
 
 
 class MixedProjector:
@@ -52,9 +56,9 @@ class MixedProjector:
             projector.set_submodule(path, adapted)
         reused = cram.encoder.reuses_vision_tower
         self.prototypes = torch.zeros(0, cram.encoder.image_dim if reused else linears[0][1].in_features)
-        self.mean = CentroidMean()
-        self._seen: Tensor | None = None
-        self._weights: Tensor | None = None
+        self.mean = self._no_mean()
+        self._seen: PerThread[Tensor | None] = PerThread(None)
+        self._weights: PerThread[Tensor | None] = PerThread(None)
         self._hooks = [
             projector.register_forward_pre_hook(self._before),
             projector.register_forward_hook(self._mix),
@@ -62,20 +66,19 @@ class MixedProjector:
         if reused:
             self._hooks.append(tower.register_forward_hook(self._after_tower))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out of copies the values of a forward in progress."""
-        return {**self.__dict__, "_seen": None, "_weights": None}
-
     def begin_task(self, weights: Mapping[str, Factors]) -> None:
         """Adds a LoRA, a [r, D_in] and b [D_out, r] per linear, and starts its training."""
         for path, linear in self.modules.items():
             linear.append(*weights[path], scale=self._cram.config.scale, trained=True)
         self.prototypes = F.pad(self.prototypes, (0, 0, 0, 1))
-        self.mean = CentroidMean()
+        self.mean = self._no_mean()
+
+    def _no_mean(self) -> GatheredMean:
+        return GatheredMean(self.prototypes.shape[1], self._cram.device)
 
     def end_task(self) -> None:
         """Ends the training of the newest LoRA."""
-        if self.mean.count:
+        if self.mean.export() is not None:
             self.prototypes[-1] = self.mean.mean()
         for linear in self.modules.values():
             assert linear.experts is not None
@@ -87,7 +90,7 @@ class MixedProjector:
 
     def state(self) -> dict[str, Tensor]:
         """Returns "prototypes" [E, D_v], and "<path>.a" [E, r, D_in], "<path>.b" [E, D_out, r] per linear."""
-        found = {"prototypes": self.prototypes}
+        found = {"prototypes": self.prototypes.clone()}
         for path, linear in self.modules.items():
             if pairs := linear.factors(range(len(self.prototypes))):
                 found[f"{path}.a"] = torch.stack([a for a, _ in pairs]).float()
@@ -118,39 +121,49 @@ class MixedProjector:
             self._projector.set_submodule(path, linear.base.train(linear.training))
 
     def _after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._seen = self._cram.encoder.project(output.pooler_output)
+        self._seen.set(self._cram.encoder.project(output.pooler_output))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Chooses the LoRA for the projector's own pass, and the weights of all LoRAs."""
-        x, seen = args[0], self._seen
-        self._seen = self._weights = None
+        """Chooses the LoRA for the projector's own pass, and the weights of all passes."""
+        x, seen = args[0], self._seen.get()
+        self._seen.set(None)
+        self._weights.set(None)
         if not len(self.prototypes) or self._cram.is_disabled:
             self._current.state = ForwardState(disabled=True)
             return
         features = x.detach().float().mean(1) if seen is None else seen
-        training = module.training and self._cram.in_training
-        if training:
-            counted = torch.full((len(features),), self._cram.hooks.counted, device=features.device)
-            self.mean.update(features, counted)
-            self.prototypes[-1] = self.mean.mean()
-        else:
-            self._weights = mixing_weights(features, self.prototypes, self._temperature)
-        self._use(-1 if training else 0, x.device)
+        override = self._cram.hooks.override
+        told = None if override is None else override.route
+        alone = self._cram.in_training
+        if module.training and alone and self._cram.hooks.counted:
+            self.mean.update(features)
+        if told is not None and told.overrides_gating and told.gates.shape[1] == 1:
+            gates = told.gates[0].to(x.device)
+            self._weights.set(torch.cat([gates, 1 - gates.sum(1, keepdim=True)], 1).expand(len(features), -1))
+        elif not alone:
+            self._weights.set(mixing_weights(features, self.prototypes, self._temperature))
+        self._use(-1 if self._weights.get() is None else 0, x.device)
 
     def _mix(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """The weighted sum over the tasks, in float32. The given output belongs to the first task."""
-        if self._weights is None:
+        weights = self._weights.get()
+        if weights is None:
             return None
-        weights = self._weights.to(output.device)[:, :, None, None]
+        weights = weights.to(output.device)[:, :, None, None]
         total = weights[:, 0] * output
-        for index in range(1, len(self.prototypes)):
-            self._use(index, output.device)
-            total = total + weights[:, index] * module.forward(*args)
+        for index in range(1, weights.shape[1]):
+            if weights[:, index].any():
+                self._use(index, output.device)
+                total = total + weights[:, index] * module.forward(*args)
         return total.to(output.dtype)
 
     def _use(self, index: int, device: torch.device) -> None:
-        gates = torch.eye(len(self.prototypes))[index]
-        self._current.state = ForwardState(Route(gates[None, None]), device)
+        """Lets the LoRA of a task act; none, behind the last."""
+        experts = len(self.prototypes)
+        if index == experts:
+            self._current.state = ForwardState(disabled=True)
+        else:
+            self._current.state = ForwardState(Route(torch.eye(experts)[index][None, None]), device)
 
 
 def mixing_weights(features: Tensor, prototypes: Tensor, temperature: float) -> Tensor:

@@ -45,6 +45,7 @@ def fused_gates(x: Tensor, others: Tensor, rows: Tensor) -> Tensor:
 class SeparableGating(LayerGating):
     """Routers and fusion of one module."""
 
+    reads_prompts = True
     visual_router: Tensor
     instruction_router: Tensor
 

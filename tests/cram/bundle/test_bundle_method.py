@@ -139,6 +139,21 @@ def test_an_attached_model_is_empty_again_after_a_refusal(copied: Path, saved: P
     assert cram.expert_names == list(EXPERTS)
 
 
+def test_a_refusal_names_the_fault_also_where_experts_were_taken_out(tmp_path: Path) -> None:
+    """A server takes the old experts out before it loads the new ones, and puts them back."""
+    model, encoder = fresh()
+    cram = attach(model, CramConfig(method="disco"), encoder)
+    cram.method.begin_task("one", 5)
+    cram.method.end_task()
+    whole = cram.method.export_state()
+    cram.method.export_state = lambda: MethodState({"text": torch.ones(1)}, {})  # type: ignore[method-assign]
+    save(model, tmp_path / "b")
+    cram.method.export_state = lambda: whole  # type: ignore[method-assign]
+    cram.set_experts((), (), 0)
+    with pytest.raises(ValueError, match=r"missing \['text_anchors'\], unexpected \['text'\]"):
+        load(model, tmp_path / "b")
+
+
 def test_states_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     model, encoder = fresh()
     cram = attach(model, CramConfig(method="moelora", buffer_rank=9), encoder)

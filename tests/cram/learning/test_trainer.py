@@ -232,6 +232,14 @@ def test_a_task_that_is_stopped_early_keeps_its_expert(tmp_path: Path) -> None:
         other.train()
 
 
+@pytest.mark.parametrize("step", [2, 10])
+def test_keeplora_refuses_an_end_before_it_knows_what_to_keep(tmp_path: Path, step: int) -> None:
+    made = trainer(fresh(runs.config(method="keeplora")), same_group()[0], tmp_path, max_steps=20)
+    made.add_callback(StopAt(step))
+    with pytest.raises(ValueError, match=r"^a task must end after step 16, got an earlier end"):
+        made.train()
+
+
 def test_the_three_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
     (lines,) = re.findall(r"^```py\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)

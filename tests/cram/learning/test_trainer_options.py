@@ -59,6 +59,38 @@ def test_an_evaluation_tells_the_task_to_a_method_that_must_be_told(tmp_path: Pa
         assert made.evaluate()["eval_loss"] == pytest.approx(last, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["many", "hide"])
+def test_an_evaluation_measures_the_task_in_training(method: str, tmp_path: Path) -> None:
+    """What the older tasks were merged to knows nothing of it."""
+    config = runs.config(method=method, dropout=0.0, learning_rate=0.05)
+    model = fresh(config)
+    for task in same_group():
+        rows = examples(task)
+        made = trainer(
+            model,
+            task,
+            tmp_path,
+            partial(CramTrainer, eval_dataset=rows),
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        made.train()
+        found, losses = logged(made, "eval_loss"), logged(made, "loss")
+        assert found[-1] < found[0] - 0.2 * (losses[0] - losses[-1]), (found, losses)
+
+
+def test_a_method_that_replays_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^method must keep no samples, .* got 'replay', which mixes 180"):
+        trainer(fresh(runs.config(method="replay")), same_group()[0], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["branchlora", "smolora", "hide", "many"])
+def test_mixed_precision_trains(method: str, tmp_path: Path) -> None:
+    made = learnt(tmp_path, runs.config(method=method, dropout=0.0, learning_rate=0.05), bf16=True)
+    losses = logged(made, "loss")
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"dataloader_num_workers": 1}, {"remove_unused_columns": True}],

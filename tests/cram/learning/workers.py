@@ -44,6 +44,11 @@ def learn(rank: int, folder: Path, method: str, options: dict[str, Any]) -> None
     runs.learner(folder / "run", method, **options).run()
 
 
+def learn_three(rank: int, folder: Path, method: str, options: dict[str, Any]) -> None:
+    """A run of all three tasks, of which the last one has samples with and without pictures."""
+    runs.learner(folder / "run", method, runs.stream(), **options).run()
+
+
 class Cut(BaseException):
     """Stands for a process that dies behind a step."""
 

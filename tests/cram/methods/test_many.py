@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cram import attach
+from cram.bundle.export import export_lora, merge
 from cram.methods.many import RHO, ManyMethod
 from cram.model.attached import AttachedModel
 from tests.cram import factories, runs
@@ -117,6 +118,19 @@ def test_a_stream_is_learnt_by_inputs(tmp_path: Path) -> None:
     for path, module in made.cram.modules.items():
         pairs = zip(module.solo_factors(), resumed.cram.modules[path].solo_factors(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_lora_of_the_projector_is_not_left_out_silently(tmp_path: Path) -> None:
+    model, _ = learnt("llava")
+    for refused in (
+        lambda: export_lora(model, tmp_path / "one", {"task0": 1.0}),
+        lambda: merge(model, {"task0": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=r"got 'many', which has LoRAs in the projector"):
+            refused()
+    assert not (tmp_path / "one").exists() and model.cram.num_experts == 2
+    plain, _ = learnt("qwen2_5_vl")
+    export_lora(plain, tmp_path / "one", {"task0": 1.0})
 
 
 def test_projector_values_are_counted() -> None:

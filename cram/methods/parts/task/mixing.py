@@ -36,6 +36,7 @@ class MixingRouter(LayerGating):
     """
 
     gathered = ("sums", "inputs", "products")
+    reads_prompts = True
     basis: Tensor
     scales: Tensor
     importance: Tensor

@@ -24,7 +24,8 @@ def task_tensors(cram: AttachedModel, means: Mapping[str, CentroidMean]) -> dict
     found: dict[str, Tensor] = {
         f"{TRAINED}{index}": p.detach() for index, p in enumerate(cram.trainable_parameters())
     }
-    found |= {f"mean.{name}": mean.export() for name, mean in means.items() if mean.count}
+    exported = {name: mean.export() for name, mean in means.items()}
+    found |= {f"mean.{name}": state for name, state in exported.items() if state is not None}
     found |= _gating_buffers(cram)
     found |= over_processes(_gathered(cram), cram.device)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}

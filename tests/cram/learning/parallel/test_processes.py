@@ -24,7 +24,7 @@ from cram.learning.parallel.processes import (
     world,
 )
 from cram.methods import METHODS
-from cram.methods.parts.task.sums import over_processes, own_part
+from cram.methods.parts.task.sums import GatheredMean, over_processes, own_part
 from tests.cram import runs
 from tests.cram.learning import workers
 from tests.cram.learning.tasks import experts, fresh, logged, same_group, seeded, trainer
@@ -53,6 +53,10 @@ def primitives(number: int, folder: Path) -> None:
     assert whole["sum"].tolist() == [3.0, 3.0] and sums["sum"].tolist() == [number + 1.0] * 2
     again = over_processes({"sum": own_part(whole["sum"])}, torch.device("cpu"))
     assert torch.equal(again["sum"], whole["sum"])
+    seen = GatheredMean(2, torch.device("cpu"))
+    for _ in range(number):
+        seen.update(torch.tensor([[1.0, 3.0], [2.0, 5.0]]))
+    assert seen.mean().tolist() == [1.5, 4.0]
     assert by_first(lambda: number + 7) == 7
 
     def refuse() -> None:
@@ -119,6 +123,13 @@ def test_two_processes_learn_and_test_as_one(tmp_path: Path) -> None:
     evaluated = read_json(tmp_path / "two/run/eval/toy/result.json")
     assert list(evaluated["accuracies"].values()) == two["methods"]["cram"]["matrix"][-1]
     assert not list((tmp_path / "two").rglob(".*part*"))
+
+
+def test_a_process_whose_samples_have_no_pictures_waits_for_none(tmp_path: Path) -> None:
+    """The projector runs only where a forward has pictures; one task has rows of both kinds."""
+    workers.together(workers.learn_three, tmp_path / "two", "many", IDLE)
+    runs.learner(tmp_path / "one/run", "many", runs.stream(), **IDLE).run()
+    runs.same_bundle(tmp_path / "one/run", tmp_path / "two/run")
 
 
 KINDS = {name: (name, IDLE) for name in METHODS} | {

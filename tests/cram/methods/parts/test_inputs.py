@@ -13,6 +13,7 @@ from cram import attach, detach, load, save
 from cram.methods.many import ManyMethod
 from cram.methods.parts.inputs import RIDGE, InputRegression, source_of
 from cram.model.attached import AttachedModel
+from cram.model.state import ForwardState
 from tests.cram import factories, runs
 
 
@@ -48,6 +49,21 @@ def learn(model: Any, cram: AttachedModel, task: str, rows: int = 2) -> dict[str
     for hook in hooks:
         hook.remove()
     return {path: torch.cat(found) for path, found in seen.items()}
+
+
+def test_moments_are_float32_products_under_autocast() -> None:
+    found = []
+    for autocast in (False, True):
+        _, cram, inputs = attached()
+        cram.method.begin_task("one", 5)
+        (path, *_) = inputs.sums
+        module = cram.modules[path].train()
+        cram.hooks._current.state = ForwardState(disabled=True)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            module(torch.randn(2, 5, module.in_features))
+        found.append(inputs.sums[path])
+    assert torch.equal(*found)
 
 
 def test_detach_forgets_what_was_gathered() -> None:

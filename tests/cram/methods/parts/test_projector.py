@@ -30,7 +30,9 @@ def test_golden(name: str) -> None:
     projector.requires_grad_(False)[0].weight.zero_()
     settings = SimpleNamespace(scale=1.0, dropout=0.0)
     encoder = SimpleNamespace(reuses_vision_tower=False, image_dim=3)
-    cram: Any = SimpleNamespace(config=settings, encoder=encoder, is_disabled=False, in_training=False)
+    hooks = SimpleNamespace(override=None)
+    state_of = {"is_disabled": False, "in_training": False, "device": torch.device("cpu"), "hooks": hooks}
+    cram: Any = SimpleNamespace(config=settings, encoder=encoder, **state_of)
     mixed = MixedProjector(cram, projector, nn.Identity(), temperature)
     state = {"prototypes": tensors["in.prototypes"].float(), "0.a": tensors["param.projectors"].float()}
     state["0.b"] = torch.eye(state["0.a"].shape[1]).expand(len(state["0.a"]), -1, -1)
@@ -106,6 +108,19 @@ def test_outputs_are_mixed_image_by_image(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fixed_gates_mix_the_projectors_too(family: str) -> None:
+    model, cram, mixed = prepared(family, tasks=3)
+    parts = [alone(mixed, model, family, index) for index in range(3)]
+    with cram.disabled():
+        base = embeddings(model, family)
+    with cram.forced("task1"):
+        torch.testing.assert_close(embeddings(model, family), parts[1], atol=1e-5, rtol=1e-5)
+    with cram.fixed(torch.tensor([0.5, 0.0, 0.25])):
+        wanted = 0.5 * parts[0] + 0.25 * parts[2] + 0.25 * base
+        torch.testing.assert_close(embeddings(model, family), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_disabled_is_the_base_and_detach_gives_it_back(family: str) -> None:
     clip = factories.clip_model()
     plain = factories.llava(clip=clip) if family == "llava" else factories.MODELS[family]()
@@ -138,17 +153,17 @@ def test_in_training_the_newest_acts_alone_and_its_prototype_is_the_mean(family:
     model.train()
     found = embeddings(model, family)
     prototypes = mixed.prototypes.clone()
-    assert prototypes[2].ne(0).any()
     embeddings(model, family, images=1)
-    if family == "llava":
-        rows = [cram.encoder.encode_pixels(factories.inputs(family, rows=n)["pixel_values"]) for n in (3, 1)]
-        torch.testing.assert_close(mixed.prototypes[2], torch.cat(rows).mean(0))
-    assert torch.equal(mixed.prototypes[:2], prototypes[:2])
     model.eval()
+    assert torch.equal(embeddings(model, family), found)
     torch.testing.assert_close(found, alone(mixed, model, family, 2), atol=1e-4, rtol=1e-4)
     cram.method.end_task()
     assert mixed.trainable() == []
     before = mixed.prototypes.clone()
+    if family == "llava":
+        rows = [cram.encoder.encode_pixels(factories.inputs(family, rows=n)["pixel_values"]) for n in (3, 1)]
+        torch.testing.assert_close(before[2], torch.cat(rows).mean(0))
+    assert torch.equal(before[:2], prototypes[:2]) and before[2].ne(0).any()
     embeddings(model, family)
     assert torch.equal(mixed.prototypes, before)
 
