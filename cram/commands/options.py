@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from cram.bundle.bundle import load
-from cram.bundle.runs import read_run
 from cram.config import CramConfig
+from cram.learning.run_folder import BASE_SETTINGS, run_settings
 from cram.loading import Sources
 from cram.streams.registry import stream_training
 
@@ -105,10 +105,9 @@ def load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     if (arguments.run is None) == (arguments.bundle is None):
         raise ValueError("--run or --bundle must be given, got " + ("both" if arguments.run else "neither"))
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
-        sources = Sources(
-            arguments.model or settings["model"], arguments.clip or settings["clip"], settings["dtype"]
-        )
+        given = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), BASE_SETTINGS, given)
+        sources = Sources(*(settings[name] for name in BASE_SETTINGS))
     else:
         sources = base_sources(arguments)
     model, processor, encoder = sources.load(arguments.device)

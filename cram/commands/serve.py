@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cram.bundle.bundle import load
-from cram.bundle.runs import newest_bundle, read_run
+from cram.bundle.runs import newest_bundle
 from cram.commands.options import add_device
 from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
+from cram.learning.run_folder import run_settings
 from cram.loading import BUILTIN, Sources
 from cram.serve.vllm import command as vllm
 from cram.streams import load_stream
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("starlette", "uvicorn"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(
-                f"{name} must be installed (`pip install 'cram-mcit[hf,serve]'`), got none"
+                f"{name} must be installed (`pip install '.[hf,serve]'` in this package's folder), got none"
             )
     for option in ("rows", "queue", "max_tokens", "piece"):
         given = getattr(arguments, option)
@@ -181,7 +182,8 @@ def load_served(arguments: argparse.Namespace) -> Served:
     settings: dict[str, Any] = {"model": BUILTIN, "clip": None}
     given = None if arguments.bundle is None else Path(arguments.bundle)
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
+        chosen = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), ("model", "clip"), chosen)
         given = newest_bundle(Path(arguments.run))[0]
     candidates = [given] if given is not None else []
     if arguments.bundles is not None:

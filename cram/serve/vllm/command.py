@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cram.base import base_folder
-from cram.bundle.runs import newest_bundle, read_run
+from cram.bundle.runs import newest_bundle
+from cram.learning.run_folder import run_settings
 from cram.loading import BUILTIN, BUILTIN_REAL
 from cram.serve.vllm.base import check_checkpoint, published_base
 from cram.serve.vllm.export import Adapter, export_groups
@@ -133,7 +134,8 @@ def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
         ValueError: If there is neither a bundle with its base nor a run, or vLLM cannot serve the base.
     """
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
+        given = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), ("model", "clip"), given)
         bundle = newest_bundle(Path(arguments.run).resolve())[0]
     elif arguments.bundle is not None and arguments.model is not None:
         settings, bundle = {"model": arguments.model, "clip": None}, Path(arguments.bundle).resolve()
