@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle
-from cram.commands.options import add_device
+from cram.commands.options import CLIP_HELP, MODEL_HELP, add_device
 from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
@@ -47,10 +47,12 @@ class Served(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", help="folder or name of the base (default: the run's, or builtin)")
-    parser.add_argument("--clip", help="folder or name of the CLIP that routes")
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the run's, else builtin)")
+    parser.add_argument("--clip", help=CLIP_HELP)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--bundle", metavar="B", help="folder of the bundle")
+    which.add_argument(
+        "--bundle", metavar="B", help="folder of the bundle that is served; its base is --model"
+    )
     text = f"folder of a run, whose newest bundle is served (default: {FIRST_RUN}, learnt on first use)"
     which.add_argument("--run", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
@@ -59,14 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundles", metavar="DIR", help=text)
     text = "load each bundle that appears in --bundles, or in the run"
     parser.add_argument("--watch", action="store_true", help=text)
-    parser.add_argument("--rows", default=32, type=int, help="answers in flight at most (default: 32)")
-    parser.add_argument("--queue", default=128, type=int, help="requests that wait at most (default: 128)")
-    parser.add_argument("--max-tokens", default=1024, type=int, help="of an answer at most (default: 1024)")
-    parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's)")
+    parser.add_argument("--rows", default=32, type=int, help="most answers in flight (default: 32)")
+    parser.add_argument("--queue", default=128, type=int, help="most requests that wait (default: 128)")
+    text = "most tokens of an answer (default: 1024)"
+    parser.add_argument("--max-tokens", default=1024, type=int, help=text)
+    parser.add_argument(
+        "--context", type=int, help="most tokens of prompt and answer together (default: the model's)"
+    )
     text = "about how many tokens of a prompt are read between two steps (default: 96 on a CPU, else 512)"
     parser.add_argument("--piece", type=int, help=text)
-    parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
-    parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
+    floor = "gates below this are set to 0, so that fewer experts are computed (default: 0 changes none)"
+    parser.add_argument("--gate-floor", default=0.0, type=float, help=floor)
+    parser.add_argument(
+        "--drain",
+        default=30.0,
+        type=float,
+        help="most seconds that a stop waits for answers in flight (default: 30)",
+    )
     text = "float32, bfloat16 or float16 of the base (default: float32; the checkpoint's with --engine vllm)"
     parser.add_argument("--dtype", help=text)
     add_device(parser)

@@ -51,7 +51,12 @@ class Start:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose and start vLLM."""
-    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: cram)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="program that answers: cram in this process, or vLLM (default: cram)",
+    )
     text = "with --engine vllm: folder of the exported adapters (default: beside the bundle)"
     parser.add_argument("--export", metavar="DIR", help=text)
     parser.add_argument("--print", action="store_true", help="with --engine vllm: show the command alone")
