@@ -27,7 +27,7 @@ COMMANDS = {
     "import": "make an expert of a LoRA that PEFT has written",
     "export": "write experts as a PEFT LoRA, or merged into the base model",
     "compare": "compare methods, seed by seed, on one stream",
-    "demo": "compare CRAM with its bounds on the built-in stream and base",
+    "demo": "compare CRAM with one LoRA for all tasks, and with one LoRA per task that is told the task",
     "serve": "answer questions over HTTP, with the experts of a bundle",
     "bench": "time the expert layer against its baselines (source checkout only)",
     "info": "show the installation, or what a run, a bundle or a model folder holds",

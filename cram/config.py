@@ -1,8 +1,6 @@
 """Every constant of CRAM in one frozen object, with its source.
 
-The comment after each field names the source. "paper": the paper's section on implementation details or its
-table of hyper-parameters. "code": only the released implementation has the value. "ours": the field belongs
-to this package. The presets `ucit` and `trigap` change only what the released runs change.
+The presets `ucit` and `trigap` change only what the released runs change.
 """
 
 from __future__ import annotations
@@ -52,49 +50,92 @@ class CramConfig:
     Instances are immutable and always valid: a wrong value raises at construction. An integer in a float
     field becomes a float. ``from_dict(to_dict())`` is the identity.
 
+    The last word of each field is the source of its default. [paper]: the paper's section on implementation
+    details or its table of hyper-parameters. [code]: only the released implementation has the value. [ours]:
+    the field belongs to this package.
+
+    Attributes:
+        group_margin: theta. A task joins the best of several groups if its cosine leads the second by more
+            than this. [paper]
+        group_merge_similarity: A task joins the only group if its cosine is above this. [code]
+        max_groups: G_max, 5 on UCIT and 10 on TriGap. Beyond it no group is opened. [code]
+        sigma: Width of the Gaussian kernel on image features. [paper]
+        tau_alloc: A direction of the buffer is kept if its singular value of s B A is above this. [paper]
+        tau_orth: A direction is kept if its novelty is above this. 0 turns filter and projection off. [paper]
+        overlap_ratio: A value other than 0 takes the place of tau_orth; see `cram.methods.parts.instantiate`.
+            [ours]
+        warmup_fraction: Share of a task's steps that train the buffer. [paper]
+        buffer_rank: Rank of the temporary buffer. [paper]
+        rank_min: Least rank of an expert per module. [code]
+        rank_max: R_max, the largest rank of an expert per module; 9 on UCIT and 10 on TriGap. [code]
+        rank: Rank of methods whose LoRAs have one size. It equals rank_max on UCIT. [ours]
+        scale: s = alpha / r of a LoRA, the same for the buffer and for every rank. [code]
+        dropout: Dropout on the input of a LoRA, while it trains. [code]
+        penalty_weight: lambda of the orthogonality penalty. [code]
+        overlap_weight: Weight of O-LoRA's penalty. Its public ports to LLaVA have 0.05 or 0.5. [code]
+        instruction_types: True gives SMoLoRA one instruction feature per task; see `cram.methods.smolora`.
+            [code]
+        merge_by_inputs: True merges MAny's LoRAs by the inputs of the linears, not by the rows of A. [ours]
+        fuse_products: True adds up HiDe's products B A, and its top layer takes one task. [ours]
+        released_code: True reproduces the released code where it differs from the paper. [ours]
+        target_projections: The adapted linears of every decoder layer, those of the attention. [paper]
+        method: A name in `cram.methods.METHODS`. [ours]
+        learning_rate: The highest learning rate. [paper]
+        lr_warmup_ratio: Share of the steps in which the rate rises linearly. Then it falls as a cosine.
+            [paper]
+        weight_decay: Weight decay of AdamW. [code]
+        grad_clip: Largest norm of the gradient, the default of the Hugging Face trainer. 0 turns clipping
+            off. [code]
+        batch_size: Samples per step, over all processes. [paper]
+        epochs: Passes over a task's samples. [paper]
+        max_steps: The most optimiser steps of a task. None sets no limit. [ours]
+        eval_batch_size: Samples per batch of a test. Answers do not depend on it. [ours]
+        seed: Decides all randomness. [ours]
+        gradient_checkpointing: True computes activations twice and so needs less memory. The released 7B runs
+            turn it on. [ours]
+
     Raises:
         ValueError: If a field has the wrong type, is NaN or infinite, or is out of range. Also if
-        ``rank_min``
-            exceeds ``rank_max``, or ``rank_max`` exceeds ``buffer_rank``.
+            ``rank_min`` exceeds ``rank_max``, or ``rank_max`` exceeds ``buffer_rank``.
     """
 
     # Instruction groups (level 1).
-    group_margin: float = 0.1  # paper: theta, best minus second-best cosine needed to join a group
-    group_merge_similarity: float = 0.8  # code: cosine needed to join when there is exactly one group
-    max_groups: int = 5  # code: G_max, 5 on UCIT and 10 on TriGap
+    group_margin: float = 0.1
+    group_merge_similarity: float = 0.8
+    max_groups: int = 5
     # Centroid routing (level 2).
-    sigma: float = 2.0  # paper: width of the Gaussian kernel on image features
+    sigma: float = 2.0
     # Adaptive-rank instantiation.
-    tau_alloc: float = 0.08  # paper: absolute singular-value threshold of s B A
-    tau_orth: float = 0.99  # paper: a direction's novelty must exceed this; 0 turns filter and projection off
-    overlap_ratio: float = 0.0  # ours: not 0 takes the place of tau_orth, see cram.methods.parts.instantiate
-    warmup_fraction: float = 0.05  # paper: share of a task's steps that train the buffer
-    buffer_rank: int = 48  # paper: rank of the temporary buffer
-    rank_min: int = 4  # code: floor of an expert's rank per module
-    rank_max: int = 9  # code: R_max, 9 on UCIT and 10 on TriGap
+    tau_alloc: float = 0.08
+    tau_orth: float = 0.99
+    overlap_ratio: float = 0.0
+    warmup_fraction: float = 0.05
+    buffer_rank: int = 48
+    rank_min: int = 4
+    rank_max: int = 9
     # Low-rank layers.
-    rank: int = 9  # ours: rank of methods whose LoRAs have one size; equals rank_max on UCIT
-    scale: float = 2.0  # code: LoRA alpha / r, the same for the buffer and for every rank
-    dropout: float = 0.05  # code: LoRA dropout on the layer input
-    penalty_weight: float = 1.0  # code: lambda of the orthogonality penalty
-    overlap_weight: float = 0.5  # code: O-LoRA's; its public ports to LLaVA have 0.05 or 0.5
-    instruction_types: bool = False  # code: SMoLoRA's instruction feature is one per task, see there
-    merge_by_inputs: bool = False  # ours: True merges MAny's LoRAs by the inputs, not by the rows of A
-    fuse_products: bool = False  # ours: True adds up HiDe's products B A, and its top layer takes one task
-    released_code: bool = False  # ours: True reproduces the released code where it differs from the paper
-    target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # paper: attention LoRA
-    method: str = "cram"  # ours: a name in cram.methods.METHODS
+    rank: int = 9
+    scale: float = 2.0
+    dropout: float = 0.05
+    penalty_weight: float = 1.0
+    overlap_weight: float = 0.5
+    instruction_types: bool = False
+    merge_by_inputs: bool = False
+    fuse_products: bool = False
+    released_code: bool = False
+    target_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    method: str = "cram"
     # Training.
-    learning_rate: float = 2e-4  # paper
-    lr_warmup_ratio: float = 0.03  # paper: linear warm-up, then cosine
-    weight_decay: float = 0.0  # code
-    grad_clip: float = 1.0  # code: default of the Hugging Face trainer; 0 turns clipping off
-    batch_size: int = 8  # paper
-    epochs: int = 1  # paper
-    max_steps: int | None = None  # ours: caps the optimiser steps of a task
-    eval_batch_size: int = 64  # ours: answers do not depend on it
-    seed: int = 0  # ours
-    gradient_checkpointing: bool = False  # ours: the released 7B runs turn it on
+    learning_rate: float = 2e-4
+    lr_warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    batch_size: int = 8
+    epochs: int = 1
+    max_steps: int | None = None
+    eval_batch_size: int = 64
+    seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -13,10 +13,12 @@ from typing import Any
 PAGE = Path(__file__).with_suffix(".md")
 # Module -> public names; of classes also the public methods.
 NAMES: dict[str, tuple[str, ...]] = {
-    "cram": ("attach", "detach", "save", "load", "CramConfig", "ContinualLearner"),
+    "cram": ("attach", "detach", "save", "load", "CramConfig", "ContinualLearner", "CramTrainer"),
     "cram.model.attached": ("AttachedModel",),
     "cram.loading": ("Sources",),
     "cram.streams": ("Stream", "Task", "Sample", "load_stream", "StreamError"),
+    "cram.learning.trainer": ("OneTask",),
+    "cram.learning.parallel.sharding": ("shard",),
     "cram.learning.answers.predict": ("Answer", "Conversation", "answer_all"),
     "cram.bundle.importer": ("import_lora",),
     "cram.bundle.export": ("export_lora", "merge", "export_merged"),

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cram.commands.options import add_data, add_device, add_dtype, parse_config, refuse_several_processes
+from cram.commands.options import (
+    CLIP_HELP,
+    CONFIG_HELP,
+    MODEL_HELP,
+    STREAM_HELP,
+    add_data,
+    add_device,
+    add_dtype,
+    parse_config,
+    refuse_several_processes,
+)
 from cram.compare.board import run_comparison
 from cram.compare.comparison import (
     FULL_SEEDS,
@@ -32,26 +42,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     out = "folder; a stopped comparison goes on (default: runs/compare)"
     parser.add_argument("--out", default="runs/compare", help=out)
-    parser.add_argument("--model", default="builtin", help="as in train (default: builtin)")
-    parser.add_argument("--stream", default="builtin", help="as in train (default: builtin)")
-    parser.add_argument("--clip", help="as in train")
-    parser.add_argument("--methods", nargs="*", metavar="M", help="some of them (default: all)")
-    parser.add_argument("--ablations", nargs="*", metavar="A", help="of CRAM; without names all of them")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many (default: 3, quick 2)")
-    text = "so that other machines take the seeds before it (default: 0)"
+    parser.add_argument("--model", default="builtin", help=f"{MODEL_HELP} (default: builtin)")
+    text = f"{STREAM_HELP} (default: builtin)"
+    parser.add_argument("--stream", default="builtin", help=text)
+    parser.add_argument("--clip", help=CLIP_HELP)
+    text = f"methods to compare, among {', '.join(METHODS)} (default: all)"
+    parser.add_argument("--methods", nargs="*", metavar="M", help=text)
+    text = f"also CRAM without one of its ideas: {', '.join(ABLATIONS)} (without names: all of them)"
+    parser.add_argument("--ablations", nargs="*", metavar="A", help=text)
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 3; with --quick 2)")
+    text = "number of the first seed (default: 0); several machines can each take other seeds"
     parser.add_argument("--first-seed", default=0, type=int, metavar="S", help=text)
     text = "run nothing: join the report.json of comparisons with other seeds or methods"
     parser.add_argument("--merge", nargs="+", default=[], metavar="REPORT", help=text)
-    parser.add_argument("--quick", action="store_true", help="fewer steps and test samples")
-    text = "task orders: seed S learns the tasks in order S mod N (default: 1, the stream's own)"
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK['max_steps']} steps and {QUICK_TESTS} test samples per task",
+    )
+    text = "number of orders of the tasks: seed S learns them in order S mod N (default: 1, the stream's own)"
     parser.add_argument("--orders", default=1, type=int, metavar="N", help=text)
     text = "first find each method's learning rate and ranks on a seed that is in no result"
     parser.add_argument("--search", action="store_true", help=text)
-    text = "settings that a search has found, its search.json, for example on another machine"
+    text = "search.json of an earlier --search, whose settings are taken"
     parser.add_argument("--found", metavar="FILE", help=text)
-    jobs = "runs at once, which share the threads"
+    jobs = "number of runs side by side, which share the threads (default: 1)"
     parser.add_argument("--jobs", default=1, type=int, metavar="N", help=jobs)
-    parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="of all methods")
+    parser.add_argument(
+        "--config", default=[], nargs="+", metavar="KEY=VALUE", help=f"for all methods: {CONFIG_HELP}"
+    )
     add_data(parser)
     add_dtype(parser)
     add_device(parser)

@@ -1,4 +1,7 @@
-"""`cram demo`: CRAM between its two bounds on the built-in stream and base, a small `cram compare`."""
+"""`cram demo`: a small `cram compare` on the built-in stream and base.
+
+CRAM stands beside one LoRA for all tasks and beside one LoRA per task that is told the task.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--out", default="runs/demo", help="folder (default: runs/demo)")
     parser.add_argument("--seeds", default=1, type=int, metavar="N", help="number of seeds (default: 1)")
-    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS_SHOWN)}")
+    parser.add_argument(
+        "--methods", nargs="+", help=f"methods to compare (default: {' '.join(METHODS_SHOWN)})"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps on a few samples")
-    jobs = "runs at once, which share the threads (default: on a CPU three for two threads, else one)"
+    jobs = "number of runs side by side (default: on a CPU three for two threads, else one)"
     parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
     add_dtype(parser)
     add_device(parser)

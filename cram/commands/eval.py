@@ -5,24 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cram.bundle.runs import RUN, newest_bundle, read_run
+from cram.bundle.runs import newest_bundle, read_run
 from cram.commands.options import add_data, add_device
 from cram.config import read_config
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.parallel.processes import joined, own_device
+from cram.learning.run_folder import SETTINGS, run_settings
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 
-# Setting -> types. A run folder without `order` has the stream's own.
-SETTINGS: dict[str, tuple[type, ...]] = {
-    "stream": (str,),
-    "limit": (int, type(None)),
-    "data_root": (str, type(None)),
-    "model": (str,),
-    "clip": (str, type(None)),
-    "dtype": (str, type(None)),
-    "order": (int,),
-}
+MEND = "give a run of `cram train`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
     record = read_run(folder)
     _, learnt = newest_bundle(folder)
     given = {name: getattr(arguments, name) for name in ("stream", "limit", "data_root")}
-    settings = {**record["settings"], **{name: value for name, value in given.items() if value is not None}}
-    if missing := [name for name in SETTINGS if not isinstance(settings.get(name, 0), SETTINGS[name])]:
-        raise ValueError(f"{folder / RUN} must have the settings that `cram train` writes, got no {missing}")
+    settings = run_settings(folder, SETTINGS, given, MEND)
     seed = read_config(record["identity"]["config"]).seed
     stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
-    stream = stream.in_order(settings.get("order", 0))
+    stream = stream.in_order(settings["order"])
     if arguments.stream is None:
         stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))
     sources = Sources(settings["model"], settings["clip"], settings["dtype"])

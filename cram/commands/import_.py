@@ -15,7 +15,7 @@ from cram.attach import attach, attached
 from cram.bundle.bundle import save
 from cram.bundle.importer import import_lora
 from cram.bundle.released import import_released
-from cram.commands.options import add_trained, base_sources, load_trained, parse_config
+from cram.commands.options import CONFIG_HELP, add_trained, base_sources, load_trained, parse_config
 from cram.commands.predict import read_questions
 from cram.learning.answers.predict import Turn
 from cram.streams.types import open_image
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "JSON lines with text and image, in place of --images and --instructions"
     parser.add_argument("--samples", metavar="F", help=text)
     parser.add_argument("--out", required=True, metavar="B2", help="bundle that is written")
-    text = "see CramConfig; without --run and --bundle, which start from no expert"
+    text = f"for a new bundle, without --run and --bundle: {CONFIG_HELP}"
     parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help=text)
     add_trained(parser)
 

@@ -12,13 +12,18 @@ from typing import Any
 from torch import nn
 
 from cram.bundle.bundle import load
-from cram.bundle.runs import read_run
 from cram.config import CramConfig
+from cram.learning.run_folder import BASE_SETTINGS, run_settings
 from cram.loading import Sources
-from cram.streams.registry import stream_training
+from cram.streams.registry import BUILTIN, SHIPPED, stream_training
 
 # Presets of the streams with published settings; any other stream starts from the defaults.
 PRESETS: dict[str, Callable[..., CramConfig]] = {"ucit": CramConfig.ucit, "trigap": CramConfig.trigap}
+# Help of options that several commands have.
+MODEL_HELP = "base model: a folder, a name of the model hub, builtin or builtin-real"
+STREAM_HELP = f"stream of tasks: {', '.join([*BUILTIN, *SHIPPED])}, or the path of a stream file"
+CLIP_HELP = "folder or name of the CLIP that routes (default: the base's own, or the paper's)"
+CONFIG_HELP = "fields of CramConfig such as learning_rate=0.003; help(cram.CramConfig) lists them"
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +34,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_order(parser: argparse.ArgumentParser) -> None:
     """Add `--order`."""
-    text = "0 for the stream's own order of tasks (default), another number for a shuffle of its own"
+    text = "order of the tasks: 0 is the stream's own (default), each other number is one fixed shuffle"
     parser.add_argument("--order", default=0, type=int, metavar="N", help=text)
 
 
@@ -89,9 +94,11 @@ def parse_config(
 def add_trained(parser: argparse.ArgumentParser) -> None:
     """Add `--run`, or `--bundle` with `--model` and `--clip`, and where the model runs."""
     parser.add_argument("--run", metavar="R", help="run folder; its newest state is used")
-    parser.add_argument("--bundle", metavar="B", help="bundle, with --model in place of --run")
-    parser.add_argument("--model", metavar="M", help="folder or name of the base, builtin or builtin-real")
-    parser.add_argument("--clip", metavar="C", help="folder or name of the CLIP that routes")
+    parser.add_argument(
+        "--bundle", metavar="B", help="folder of a bundle, in place of --run; --model must name its base"
+    )
+    parser.add_argument("--model", metavar="M", help=MODEL_HELP)
+    parser.add_argument("--clip", metavar="C", help=CLIP_HELP)
     add_dtype(parser)
     add_device(parser)
 
@@ -105,10 +112,9 @@ def load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     if (arguments.run is None) == (arguments.bundle is None):
         raise ValueError("--run or --bundle must be given, got " + ("both" if arguments.run else "neither"))
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
-        sources = Sources(
-            arguments.model or settings["model"], arguments.clip or settings["clip"], settings["dtype"]
-        )
+        given = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), BASE_SETTINGS, given)
+        sources = Sources(*(settings[name] for name in BASE_SETTINGS))
     else:
         sources = base_sources(arguments)
     model, processor, encoder = sources.load(arguments.device)

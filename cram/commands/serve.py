@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cram.bundle.bundle import load
-from cram.bundle.runs import newest_bundle, read_run
-from cram.commands.options import add_device
+from cram.bundle.runs import newest_bundle
+from cram.commands.options import CLIP_HELP, MODEL_HELP, add_device
 from cram.compare.comparison import SMALL_BASE
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
+from cram.learning.run_folder import run_settings
 from cram.loading import BUILTIN, Sources
 from cram.serve.vllm import command as vllm
 from cram.streams import load_stream
@@ -46,10 +47,12 @@ class Served(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", help="folder or name of the base (default: the run's, or builtin)")
-    parser.add_argument("--clip", help="folder or name of the CLIP that routes")
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the run's, else builtin)")
+    parser.add_argument("--clip", help=CLIP_HELP)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--bundle", metavar="B", help="folder of the bundle")
+    which.add_argument(
+        "--bundle", metavar="B", help="folder of the bundle that is served; its base is --model"
+    )
     text = f"folder of a run, whose newest bundle is served (default: {FIRST_RUN}, learnt on first use)"
     which.add_argument("--run", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
@@ -58,14 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundles", metavar="DIR", help=text)
     text = "load each bundle that appears in --bundles, or in the run"
     parser.add_argument("--watch", action="store_true", help=text)
-    parser.add_argument("--rows", default=32, type=int, help="answers in flight at most (default: 32)")
-    parser.add_argument("--queue", default=128, type=int, help="requests that wait at most (default: 128)")
-    parser.add_argument("--max-tokens", default=1024, type=int, help="of an answer at most (default: 1024)")
-    parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's)")
+    parser.add_argument("--rows", default=32, type=int, help="most answers in flight (default: 32)")
+    parser.add_argument("--queue", default=128, type=int, help="most requests that wait (default: 128)")
+    text = "most tokens of an answer (default: 1024)"
+    parser.add_argument("--max-tokens", default=1024, type=int, help=text)
+    parser.add_argument(
+        "--context", type=int, help="most tokens of prompt and answer together (default: the model's)"
+    )
     text = "about how many tokens of a prompt are read between two steps (default: 96 on a CPU, else 512)"
     parser.add_argument("--piece", type=int, help=text)
-    parser.add_argument("--gate-floor", default=0.0, type=float, help="drop smaller gates (default: 0, none)")
-    parser.add_argument("--drain", default=30.0, type=float, help="seconds that a stop waits (default: 30)")
+    floor = "gates below this are set to 0, so that fewer experts are computed (default: 0 changes none)"
+    parser.add_argument("--gate-floor", default=0.0, type=float, help=floor)
+    parser.add_argument(
+        "--drain",
+        default=30.0,
+        type=float,
+        help="most seconds that a stop waits for answers in flight (default: 30)",
+    )
     text = "float32, bfloat16 or float16 of the base (default: float32; the checkpoint's with --engine vllm)"
     parser.add_argument("--dtype", help=text)
     add_device(parser)
@@ -82,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("starlette", "uvicorn"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(
-                f"{name} must be installed (`pip install 'cram-mcit[hf,serve]'`), got none"
+                f"{name} must be installed (`pip install '.[hf,serve]'` in this package's folder), got none"
             )
     for option in ("rows", "queue", "max_tokens", "piece"):
         given = getattr(arguments, option)
@@ -181,7 +193,8 @@ def load_served(arguments: argparse.Namespace) -> Served:
     settings: dict[str, Any] = {"model": BUILTIN, "clip": None}
     given = None if arguments.bundle is None else Path(arguments.bundle)
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
+        chosen = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), ("model", "clip"), chosen)
         given = newest_bundle(Path(arguments.run))[0]
     candidates = [given] if given is not None else []
     if arguments.bundles is not None:

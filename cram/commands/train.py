@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from cram.atomic import write_json
-from cram.commands.options import add_data, add_device, add_dtype, add_order, parse_config
+from cram.commands.options import (
+    CLIP_HELP,
+    CONFIG_HELP,
+    MODEL_HELP,
+    STREAM_HELP,
+    add_data,
+    add_device,
+    add_dtype,
+    add_order,
+    parse_config,
+)
 from cram.compare.base_row import measure_base
 from cram.learning.learner import CHECKPOINT_EVERY, ContinualLearner, Work
 from cram.learning.parallel.processes import by_first, joined, own_device
@@ -23,15 +33,15 @@ from cram.streams.registry import SHIPPED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", required=True, help="folder or name of the base, builtin or builtin-real")
-    parser.add_argument("--stream", required=True, help="builtin, ucit, trigap or a stream file")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--stream", required=True, help=STREAM_HELP)
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder; a stopped run goes on")
-    parser.add_argument("--method", help="name of the method (default: cram)")
-    parser.add_argument("--clip", help="folder or name of the CLIP that routes")
-    parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help="see CramConfig")
+    parser.add_argument("--method", help=f"one of {', '.join(METHODS)} (default: cram)")
+    parser.add_argument("--clip", help=CLIP_HELP)
+    parser.add_argument("--config", default=[], nargs="+", metavar="KEY=VALUE", help=CONFIG_HELP)
     parser.add_argument("--seed", type=int, help="decides all randomness (default: 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower steps")
-    text = "forwards per step and process (gradient accumulation): less memory, the same result"
+    text = "forwards per step and process (gradient accumulation): less memory, the same samples per step"
     parser.add_argument("--forwards", default=1, type=int, metavar="N", help=text)
     text = f"steps between two checkpoints within a task; 0 for none (default: {CHECKPOINT_EVERY})"
     parser.add_argument("--checkpoint-every", default=CHECKPOINT_EVERY, type=int, metavar="N", help=text)

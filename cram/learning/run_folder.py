@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,42 @@ from cram.values import Values
 TRAINING, RESULT = "training.json", "result.json"
 # What a process leaves behind that dies before `run.json` is there.
 _LEFTOVERS = {LOCK, f".{RUN}{PARTIAL}"}
+# Setting that `cram train` writes -> types. A run folder without `order` has the stream's own.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "stream": (str,),
+    "limit": (int, type(None)),
+    "data_root": (str, type(None)),
+    "model": (str,),
+    "clip": (str, type(None)),
+    "dtype": (str, type(None)),
+    "order": (int,),
+}
+BASE_SETTINGS = ("model", "clip", "dtype")
+MEND = "give --bundle and --model in place of --run"
+
+
+def run_settings(
+    folder: Path, names: Iterable[str], given: Mapping[str, Any], mend: str = MEND
+) -> dict[str, Any]:
+    """The settings of a run that a command needs. A run that was made in Python may lack them.
+
+    Args:
+        folder: The run folder.
+        names: The settings that are needed.
+        given: Settings that take the place of the run's. None leaves the run's.
+        mend: What the user can do where settings are missing, for the error.
+
+    Raises:
+        ValueError: If a setting is missing or of another type, or as `read_run`.
+    """
+    settings = {"order": 0, **read_run(folder)["settings"]}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    missing = [n for n in names if n not in settings or not isinstance(settings[n], SETTINGS[n])]
+    if missing:
+        raise ValueError(
+            f"{folder / RUN} must have the settings that `cram train` writes, got no {missing}; {mend}"
+        )
+    return settings
 
 
 class RunFolder:

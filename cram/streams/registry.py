@@ -76,7 +76,8 @@ def load_stream(
 
     Args:
         source: A name in `BUILTIN` (six, ten, 20 or 50 tasks with pictures made on the spot), the name of a
-            shipped stream file ("ucit", "trigap"), or the path of a stream file.
+            shipped stream file ("coin", "cvit", "mllm-acl", "mllm-dcl", "trigap", "ucit"), or the path of a
+            stream file.
         seed: Seed of a built-in stream's pictures, or of the random choice that `limit` makes.
         limit: Maximum number of samples per split. A built-in stream draws that many. From a stream file's
             split that many are chosen at random and kept in file order.

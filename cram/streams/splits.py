@@ -49,7 +49,7 @@ def _rows_on_disk(folder: Path) -> Iterable[Any]:
             folder,
             None,
             "(file)",
-            "must be read by the package datasets, got none; pip install 'cram-mcit[data]'",
+            "must be read by the package datasets, got none; pip install '.[data]'",
         ) from error
     try:
         rows: Iterable[Any] = load_from_disk(str(folder))

@@ -14,7 +14,7 @@ import cram.loading
 from tests.cram import factories
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TESTED = {"own_data.py", "import_lora.py", "merge_and_export.py"}
+TESTED = {"own_data.py", "trainer.py", "import_lora.py", "merge_and_export.py"}
 # They need TRL and ms-swift: tests/cram/learning/test_sft.py and test_ms_swift.py beside this file.
 ELSEWHERE = {"sft.py", "ms_swift.py"}
 
@@ -26,7 +26,7 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cram.loading, "base_folder", lambda: tmp_path / "base")
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: Path) -> None:
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: Path | str) -> None:
     monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -63,6 +63,16 @@ def test_own_data_are_learnt_and_asked(
     assert re.search(r"accuracies after the last task: \[[\d.]+, [\d.]+\]\n", said)
     assert re.search(r"answer: .*\(group \d; .*\)\n", said, re.DOTALL)
     assert (tmp_path / "own/run/report.json").is_file()
+
+
+def test_two_tasks_are_learnt_by_the_trainer_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("trainer.py", monkeypatch, tmp_path, "4")
+    said = capsys.readouterr().out
+    for task in ("sketches", "charts"):
+        assert re.search(rf"^{task}: .*\(group \d; .*\), expected \S", said, re.MULTILINE | re.DOTALL), said
+        assert (tmp_path / f"bundle/experts/{task}/adapter_config.json").is_file()
 
 
 def test_a_lora_is_imported_merged_and_exported(

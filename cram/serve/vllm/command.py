@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cram.base import base_folder
-from cram.bundle.runs import newest_bundle, read_run
+from cram.bundle.runs import newest_bundle
+from cram.learning.run_folder import run_settings
 from cram.loading import BUILTIN, BUILTIN_REAL
 from cram.serve.vllm.base import check_checkpoint, published_base
 from cram.serve.vllm.export import Adapter, export_groups
@@ -50,7 +51,12 @@ class Start:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose and start vLLM."""
-    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: cram)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="program that answers: cram in this process, or vLLM (default: cram)",
+    )
     text = "with --engine vllm: folder of the exported adapters (default: beside the bundle)"
     parser.add_argument("--export", metavar="DIR", help=text)
     parser.add_argument("--print", action="store_true", help="with --engine vllm: show the command alone")
@@ -133,7 +139,8 @@ def sources(arguments: argparse.Namespace) -> tuple[str, str | None, Path]:
         ValueError: If there is neither a bundle with its base nor a run, or vLLM cannot serve the base.
     """
     if arguments.run is not None:
-        settings = read_run(Path(arguments.run))["settings"]
+        given = {"model": arguments.model, "clip": arguments.clip}
+        settings = run_settings(Path(arguments.run), ("model", "clip"), given)
         bundle = newest_bundle(Path(arguments.run).resolve())[0]
     elif arguments.bundle is not None and arguments.model is not None:
         settings, bundle = {"model": arguments.model, "clip": None}, Path(arguments.bundle).resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,31 @@ def test_wrong_arguments_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(["predict", *arguments], words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "Which colour", "--run"], "['model', 'clip', 'dtype']; give --bundle and --model"),
+        (["chat", "--run"], "['model', 'clip', 'dtype']; give --bundle and --model"),
+        (["serve", "--port", "0", "--run"], "['model', 'clip']; give --bundle and --model"),
+        (["serve", "--engine", "vllm", "--run"], "['model', 'clip']; give --bundle and --model"),
+        (["serve", "--model", "builtin", "--port", "0", "--run"], "['clip']; give --bundle and --model"),
+        (["eval"], "'model', 'clip', 'dtype']; give a run of `cram train`"),
+    ],
+)
+def test_a_run_that_was_made_in_python_is_refused_in_one_line(
+    arguments: list[str],
+    words: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["settings"] = {"config": record["settings"]["config"]}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    refused([*arguments, str(tmp_path / "run")], words, tmp_path, capsys)
 
 
 def refused(arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
