@@ -152,9 +152,8 @@ class MixedProjector:
         weights = weights.to(output.device)[:, :, None, None]
         total = weights[:, 0] * output
         for index in range(1, weights.shape[1]):
-            if weights[:, index].any():
-                self._use(index, output.device)
-                total = total + weights[:, index] * module.forward(*args)
+            self._use(index, output.device)
+            total = total + weights[:, index] * module.forward(*args)
         return total.to(output.dtype)
 
     def _use(self, index: int, device: torch.device) -> None:
