@@ -20,9 +20,10 @@ def centroid_gates(query: Tensor, centroids: Tensor, sigma: float, members: Tens
     logits = (offset @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)) / sigma**2
     if members is None:
         return logits.softmax(-1)
-    # A row without members is NaN here and zero after the second fill.
-    gates = logits.masked_fill(~members, -torch.inf).softmax(-1)
-    return gates.masked_fill(~members, 0.0)
+    # A row without members keeps its logits here, because a softmax over -Inf alone has NaN for a derivative.
+    others = ~members
+    gates = logits.masked_fill(others & members.any(-1, keepdim=True), -torch.inf).softmax(-1)
+    return gates.masked_fill(others, 0.0)
 
 
 def centroid_gates_backward(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.crossovers import rounds_factors
-from cram_kernels.dispatch import check_one_device, constant_when_compiled
+from cram_kernels.dispatch import check_one_device, constant_when_compiled, in_forward_mode
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.library import library_missing
 from cram_kernels.packing import PackedExperts
@@ -178,6 +178,8 @@ class BoundLayers:
             RuntimeError: If the kernel cannot compute x with these layers.
         """
         if x.dtype is not self._dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if in_forward_mode():
             return None
         for own, buffers, a, bt, owner, scale, versions in self._packs:
             if buffers["a"] is not a or buffers["bt"] is not bt or buffers["expert_of_row"] is not owner:
