@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cram_kernels.leaves import NAMES, counted_with, ending_in
+
 
 class PackedExperts(nn.Module):
     """LoRA experts of one linear layer, packed by rank.
@@ -48,6 +50,8 @@ class PackedExperts(nn.Module):
             column.
         gate_columns: Columns that gates must have.
         offsets: E + 1 row offsets.
+        copied_back: Set it where something else holds the values of the leaf parameters and copies them back
+            into `a` and `bt` after each change; calls then read `a` and `bt` alone.
 
     Raises:
         ValueError: Shapes, dtypes, ranks or `trained` do not fit together, or a width is 0.
@@ -87,6 +91,8 @@ class PackedExperts(nn.Module):
         tail_a, tail_b = self._trained_rows()
         self.trained_a = nn.Parameter(tail_a) if trained else None
         self.trained_b = nn.Parameter(tail_b) if trained else None
+        self.copied_back = False
+        self._leaves: tuple[Tensor | None, ...] = (self.trained_a, self.trained_b)
         self._checked: tuple[Tensor | None, int] = (None, 0)
         self._stepped = False  # whether an optimiser may step on the storage
         self._copied: tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor]] | None = None
@@ -129,6 +135,32 @@ class PackedExperts(nn.Module):
         """Output width D_out."""
         return self.bt.shape[1]
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return what a call multiplies by and where its gradients go: A, Bt, `trained_a` and `trained_b`.
+
+        A and Bt are `a` and `bt`, or copies of them where a leaf parameter has been given other memory
+        (`functional_call`, a parametrization, an optimiser that flattens): the leaf's values count. The
+        compiler, which has no addresses, sees another tensor in a leaf's place, but not other memory in it.
+
+        Raises:
+            ValueError: A leaf has another shape than the rows that it stands for.
+        """
+        buffers: Any = self._buffers
+        a, bt = buffers["a"], buffers["bt"]
+        if not self.trained:
+            return a, bt, None, None
+        leaves = self.trained_a, self.trained_b
+        if not self.copied_back:
+            first = self.offsets[-1 - self.trained]
+            firsts = (0 if self.shared_a else first), first
+            a, bt = map(ending_in, NAMES, (a, bt), firsts, leaves, self._leaves)
+        return a, bt, *leaves
+
+    def is_in_place(self) -> bool:
+        """Whether calls multiply by `a` and `bt` themselves; see `factors`."""
+        a, bt, *_ = self.factors()
+        return a is self._buffers["a"] and bt is self._buffers["bt"]
+
     def expert(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of expert `i` in PEFT's shapes: A [r_i, D_in], B [D_out, r_i].
 
@@ -165,15 +197,16 @@ class PackedExperts(nn.Module):
         if trained not in (0, 1):
             raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
         _check_expert(a, b, self.in_features, self.out_features)
-        packed_a = torch.cat([self.a[: self.total_rank], a.detach().to(self.a)])
-        packed_bt = torch.cat([self.bt[: self.total_rank], b.detach().t().to(self.bt)])
+        held_a, held_bt, *_ = self.factors()
+        packed_a = torch.cat([held_a[: self.total_rank], a.detach().to(self.a)])
+        packed_bt = torch.cat([held_bt[: self.total_rank], b.detach().t().to(self.bt)])
         return PackedExperts(packed_a, packed_bt, (*self.ranks, a.shape[0]), self.scale, trained)
 
     def freeze(self) -> PackedExperts:
         """Return a pack over the same storage in which no expert gets gradients."""
         columns = None if self.shared_a else self.gate_columns
         frozen = PackedExperts(
-            self.a, self.bt, self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
+            *self.factors()[:2], self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
         )
         frozen._stepped = self.trained > 0 or self._stepped
         return frozen
@@ -196,8 +229,9 @@ class PackedExperts(nn.Module):
                 f"room must be at least {self.total_rank} rows and {max(self.num_experts, 1)} experts, "
                 f"got {rows} and {experts}"
             )
-        a, bt = (side.new_zeros(rows, side.shape[1]) for side in (self.a, self.bt))
-        a[: self.total_rank], bt[: self.total_rank] = self.a[: self.total_rank], self.bt[: self.total_rank]
+        held = self.factors()[:2]
+        a, bt = (side.new_zeros(rows, side.shape[1]) for side in held)
+        a[: self.total_rank], bt[: self.total_rank] = (side[: self.total_rank] for side in held)
         return PackedExperts(a, bt, self.ranks, self.scale, gate_columns=experts)
 
     @torch.no_grad()
@@ -234,7 +268,7 @@ class PackedExperts(nn.Module):
 
         Packs in training and what `freeze` makes of them have none, because fused optimisers change values
         without counting; nor have inference tensors, which never count. A change through `.data` is not
-        counted either.
+        counted either, nor a fused step on storage that another pack was given without `freeze`.
         """
         a, bt = self.a, self.bt
         counted = not (self.trained or self._stepped or a.is_inference() or bt.is_inference())
@@ -293,14 +327,22 @@ class PackedExperts(nn.Module):
         """Point the leaf parameters at the end of the packed storage again, keeping their identity."""
         if self.trained_a is not None and self.trained_b is not None:
             self.trained_a.data, self.trained_b.data = self._trained_rows()
+            self.a, self.bt = counted_with(self.trained_a, self.a), counted_with(self.trained_b, self.bt)
+        self._leaves = self.trained_a, self.trained_b
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
+        self._buffers.update(self._gathered())
         super()._apply(fn, recurse)
         self._alias()
         return self
 
+    def _gathered(self) -> dict[str, Tensor | None]:
+        """The packed storage with the values of the leaf parameters in it, whatever memory they are in."""
+        return dict(zip(("a", "bt"), self.factors(), strict=False))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copied": None}
+        buffers = {**self._buffers, **self._gathered()}
+        return {**self.__dict__, "_buffers": buffers, "_copied": None, "copied_back": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -308,8 +350,10 @@ class PackedExperts(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.is_in_place():
+            destination.update({prefix + name: values for name, values in self._gathered().items()})
         # They are rows of `a` and `bt`; safetensors would refuse them as shared memory.
-        for name in ("trained_a", "trained_b"):
+        for name in NAMES:
             destination.pop(prefix + name, None)
 
     def _load_from_state_dict(

@@ -43,8 +43,8 @@ def expert_lora(
     seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer on packed ranks; arguments as in `cram_kernels.expert_lora`, already checked."""
-    trained_a, trained_b = experts.trained_a, experts.trained_b
-    a, bt, owner = experts.a, experts.bt, experts.expert_of_row
+    a, bt, trained_a, trained_b = experts.factors()
+    owner = experts.expert_of_row
     scale = experts.scale * (keep_scale(dropout) if dropout else 1.0)
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
         return _ExpertLora.apply(
