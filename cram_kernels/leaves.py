@@ -35,11 +35,11 @@ def ending_in(name: str, packed: Tensor, first: int, leaf: Tensor | None, own: T
 
 def _lies_at(packed: Tensor, first: int, leaf: Tensor) -> bool:
     """Whether `leaf` has the memory of the rows of `packed` from one on; a tensor without address has not."""
-    if len(leaf) != len(packed) - first:
+    if leaf.shape[0] != packed.shape[0] - first:
         return False
     try:
-        start = packed.data_ptr() + first * packed.stride(0) * packed.element_size()
-        return not leaf.numel() or leaf.data_ptr() == start
+        start = packed.data_ptr() + first * packed.stride(0) * packed.itemsize
+        return leaf.data_ptr() == start or not leaf.numel()
     except RuntimeError:
         return False
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cram_kernels.leaves import NAMES, counted_with, ending_in
+from cram_kernels.shapes import check_expert, check_storage
 
 
 class PackedExperts(nn.Module):
@@ -74,7 +75,7 @@ class PackedExperts(nn.Module):
         shared_a: bool = False,
     ) -> None:
         super().__init__()
-        _check_storage(a, bt, ranks, trained, gate_columns, shared_a)
+        check_storage(a, bt, ranks, trained, gate_columns, shared_a)
         self.ranks = tuple(int(rank) for rank in ranks)
         self.offsets = tuple(accumulate(self.ranks, initial=0))
         self.scale = float(scale)
@@ -149,12 +150,15 @@ class PackedExperts(nn.Module):
         a, bt = buffers["a"], buffers["bt"]
         if not self.trained:
             return a, bt, None, None
-        leaves = self.trained_a, self.trained_b
+        # A parametrization has taken the leaf out of here.
+        leaf_of: Any = self._parameters
+        leaf_a, leaf_b = (leaf_of[each] if each in leaf_of else getattr(self, each) for each in NAMES)
         if not self.copied_back:
+            own_a, own_b = self._leaves
             first = self.offsets[-1 - self.trained]
-            firsts = (0 if self.shared_a else first), first
-            a, bt = map(ending_in, NAMES, (a, bt), firsts, leaves, self._leaves)
-        return a, bt, *leaves
+            a = ending_in("trained_a", a, 0 if self.shared_a else first, leaf_a, own_a)
+            bt = ending_in("trained_b", bt, first, leaf_b, own_b)
+        return a, bt, leaf_a, leaf_b
 
     def is_in_place(self) -> bool:
         """Whether calls multiply by `a` and `bt` themselves; see `factors`."""
@@ -196,7 +200,7 @@ class PackedExperts(nn.Module):
         self._refuse_shared("append")
         if trained not in (0, 1):
             raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
-        _check_expert(a, b, self.in_features, self.out_features)
+        check_expert(a, b, self.in_features, self.out_features)
         held_a, held_bt, *_ = self.factors()
         packed_a = torch.cat([held_a[: self.total_rank], a.detach().to(self.a)])
         packed_bt = torch.cat([held_bt[: self.total_rank], b.detach().t().to(self.bt)])
@@ -248,7 +252,7 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: Shapes do not fit the pack, the pack is in training, or there is no room.
         """
-        _check_expert(a, b, self.in_features, self.out_features)
+        check_expert(a, b, self.in_features, self.out_features)
         rows = slice(self.total_rank, self.total_rank + a.shape[0])
         if self.trained or rows.stop > self.a.shape[0] or self.num_experts == self.gate_columns:
             raise ValueError(
@@ -277,7 +281,8 @@ class PackedExperts(nn.Module):
         kept = self._copied
         if kept and kept[0] is a and kept[1] is bt and kept[2] == a._version and kept[3] == bt._version:
             return kept[4]
-        copies = a.to(torch.bfloat16), bt.to(torch.bfloat16)
+        with torch.inference_mode(False):  # a later call with gradients must be able to save them
+            copies = a.to(torch.bfloat16), bt.to(torch.bfloat16)
         self._copied = (a, bt, a._version, bt._version, copies)
         return copies
 
@@ -396,7 +401,7 @@ def pack_experts(
     if not a or len(a) != len(b):
         raise ValueError(f"a and b must be equally long and not empty, got {len(a)} and {len(b)} experts")
     for a_i, b_i in zip(a, b, strict=True):
-        _check_expert(a_i, b_i, a[0].shape[-1], b[0].shape[0])
+        check_expert(a_i, b_i, a[0].shape[-1], b[0].shape[0])
         if a_i.dtype != a[0].dtype or a_i.device != a[0].device:
             raise ValueError(
                 f"experts must share dtype and device, got {a_i.dtype} on {a_i.device} "
@@ -410,41 +415,3 @@ def pack_experts(
             raise ValueError(f"a must be one matrix for all experts with shared_a, got others at {other}")
         return PackedExperts(a[0].detach().clone(), packed_bt, ranks, scale, trained, shared_a=True)
     return PackedExperts(torch.cat([a_i.detach() for a_i in a]), packed_bt, ranks, scale, trained)
-
-
-def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> None:
-    rank = a.shape[0]
-    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
-        raise ValueError(
-            f"an expert must have A [r, {in_features}] and B [{out_features}, r], "
-            f"got A {list(a.shape)} and B {list(b.shape)}"
-        )
-
-
-def _check_storage(
-    a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int, gate_columns: int | None, shared_a: bool
-) -> None:
-    if a.dim() != 2 or bt.dim() != 2 or (a.shape[0] != bt.shape[0] and not shared_a):
-        raise ValueError(
-            f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
-        )
-    if not (a.shape[1] and bt.shape[1]):
-        raise ValueError(f"D_in and D_out must be at least 1, got {a.shape[1]} and {bt.shape[1]}")
-    if a.dtype != bt.dtype or a.device != bt.device:
-        raise ValueError(
-            f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"
-        )
-    if shared_a and (gate_columns is not None or set(ranks) != {a.shape[0]}):
-        raise ValueError(
-            f"experts of a shared A must have its rank {a.shape[0]} and no room, "
-            f"got ranks {tuple(ranks)} and gate_columns {gate_columns}"
-        )
-    room = bt.shape[0] - sum(ranks)
-    if any(rank < 0 for rank in ranks) or room < 0 or (room and gate_columns is None):
-        raise ValueError(f"ranks must be non-negative and sum to {bt.shape[0]}, got {tuple(ranks)}")
-    if gate_columns is not None and (gate_columns < len(ranks) or (room and not gate_columns)):
-        raise ValueError(f"gate_columns must be at least {max(len(ranks), 1)}, got {gate_columns}")
-    if room and trained:
-        raise ValueError(f"a pack with room must be frozen, got {trained} trained experts")
-    if not 0 <= trained <= len(ranks):
-        raise ValueError(f"trained must lie in [0, {len(ranks)}], got {trained}")
