@@ -11,6 +11,7 @@ of 60, where |v|^2 - 2 v c + |c|^2 would lose five digits.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,10 +52,10 @@ def centroid_gates_backward(
         dquery = (dlogits @ _finite(centred)).sum(0)
     if needs[1]:
         first = centroids.shape[1] - trained
-        of_trained = dlogits[..., first:]
+        of_trained, of = (dlogits[..., first:], centred[:, first:]) if first else (dlogits, centred)
         sums = of_trained.sum(1).unsqueeze(-1)
-        dcentroids = torch.zeros_like(centroids)
-        dcentroids[:, first:] = of_trained.mT @ _finite(offset) - sums * centred[:, first:]
+        dcentroids = of_trained.mT @ _finite(offset) - sums * of
+        dcentroids = F.pad(dcentroids, (0, 0, first, 0)) if first else dcentroids
     return dquery, dcentroids
 
 

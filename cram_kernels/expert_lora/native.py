@@ -267,7 +267,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     found = chosen(dy, x, z, weight, a, bt, owner, rows, ctx.scale, ctx.tail, *words, *needs)
     dx, dgates, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
     if dgates is not None and segments is not None:
-        dgates = torch.zeros_like(gates).index_add_(0, segments, dgates)
+        dgates = torch.zeros_like(gates).index_add(0, segments, dgates)
     if ctx.dtype is not None:
         da, db = (None if grad is None else grad.to(ctx.dtype) for grad in (da, db))
     return dx, dgates, da, db, *[None] * 9
