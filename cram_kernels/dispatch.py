@@ -2,6 +2,7 @@
 
 Rule for ``impl="auto"``: the first implementation that the op has and that can run, in the order of `AUTO`
 for the device. An explicit name is served by exactly that implementation or refused; nothing falls back.
+Inside a level of forward-mode differentiation an implementation that knows no tangents cannot run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLS = ("reference", "cpu", "triton", "native")
 # On a GPU "cpu" is the same arithmetic in a few large eager operations, which beats the reference's loop.
@@ -34,11 +36,13 @@ class Op:
         name: Public function name, used in error messages.
         impls: Implementation name -> function; must contain "reference".
         missing: Implementation name -> why it cannot run here; names left out always can.
+        tangents: Names of those that forward-mode differentiation passes through; must contain "reference".
     """
 
     name: str
     impls: Mapping[str, Callable[..., Any]]
     missing: Mapping[str, Missing] = field(default_factory=dict)
+    tangents: tuple[str, ...] = ("reference",)
     _chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def select(self, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
@@ -50,16 +54,19 @@ class Op:
             ValueError: `impl` is none of the known names.
             NotImplementedError: `impl` is known, but this op does not have it or it cannot run here.
         """
-        key = (impl, device, dtype)
+        key = (impl, device, dtype, in_forward_mode())
         found = self._chosen.get(key)
         if found is None:
-            found = self._chosen[key] = self._select(impl, device, dtype)
+            found = self._chosen[key] = self._select(*key)
         return found
 
-    def _select(self, impl: str, device: torch.device, dtype: torch.dtype | None) -> Callable[..., Any]:
+    def _select(
+        self, impl: str, device: torch.device, dtype: torch.dtype | None, forward_mode: bool
+    ) -> Callable[..., Any]:
         if impl == "auto":
             for name in AUTO.get(device.type, ("reference",)):
-                if self.why_missing(name, device, dtype) is None:
+                able = name in self.tangents or not forward_mode
+                if able and self.why_missing(name, device, dtype) is None:
                     return self.impls[name]
             return self.impls["reference"]
         if impl not in IMPLS:
@@ -67,6 +74,11 @@ class Op:
         reason = self.why_missing(impl, device, dtype)
         if reason is not None:
             raise NotImplementedError(reason)
+        if forward_mode and impl not in self.tangents:
+            raise NotImplementedError(
+                f"{self.name} must have impl 'auto' or one of {self.tangents} inside a level of forward-mode "
+                f"differentiation (torch.func.jvp, forward_ad.dual_level), got {impl!r}"
+            )
         return self.impls[impl]
 
     def why_missing(
@@ -135,6 +147,16 @@ def constant_when_compiled(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_when_compiled
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, in which any tensor may carry a tangent.
+
+    A tensor itself does not tell: a dual one has `requires_grad` False. The compiler compiles a function anew
+    for another level.
+    """
+    return forward_ad._current_level >= 0
 
 
 @constant_when_compiled

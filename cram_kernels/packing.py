@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cram_kernels.leaves import NAMES, counted_with, ending_in
+from cram_kernels.shapes import check_expert, check_storage
+
 
 class PackedExperts(nn.Module):
     """LoRA experts of one linear layer, packed by rank.
@@ -48,6 +51,8 @@ class PackedExperts(nn.Module):
             column.
         gate_columns: Columns that gates must have.
         offsets: E + 1 row offsets.
+        copied_back: Set it where something else holds the values of the leaf parameters and copies them back
+            into `a` and `bt` after each change; calls then read `a` and `bt` alone.
 
     Raises:
         ValueError: Shapes, dtypes, ranks or `trained` do not fit together, or a width is 0.
@@ -70,7 +75,7 @@ class PackedExperts(nn.Module):
         shared_a: bool = False,
     ) -> None:
         super().__init__()
-        _check_storage(a, bt, ranks, trained, gate_columns, shared_a)
+        check_storage(a, bt, ranks, trained, gate_columns, shared_a)
         self.ranks = tuple(int(rank) for rank in ranks)
         self.offsets = tuple(accumulate(self.ranks, initial=0))
         self.scale = float(scale)
@@ -87,6 +92,8 @@ class PackedExperts(nn.Module):
         tail_a, tail_b = self._trained_rows()
         self.trained_a = nn.Parameter(tail_a) if trained else None
         self.trained_b = nn.Parameter(tail_b) if trained else None
+        self.copied_back = False
+        self._leaves: tuple[Tensor | None, ...] = (self.trained_a, self.trained_b)
         self._checked: tuple[Tensor | None, int] = (None, 0)
         self._stepped = False  # whether an optimiser may step on the storage
         self._copied: tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor]] | None = None
@@ -129,6 +136,35 @@ class PackedExperts(nn.Module):
         """Output width D_out."""
         return self.bt.shape[1]
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return what a call multiplies by and where its gradients go: A, Bt, `trained_a` and `trained_b`.
+
+        A and Bt are `a` and `bt`, or copies of them where a leaf parameter has been given other memory
+        (`functional_call`, a parametrization, an optimiser that flattens): the leaf's values count. The
+        compiler, which has no addresses, sees another tensor in a leaf's place, but not other memory in it.
+
+        Raises:
+            ValueError: A leaf has another shape than the rows that it stands for.
+        """
+        buffers: Any = self._buffers
+        a, bt = buffers["a"], buffers["bt"]
+        if not self.trained:
+            return a, bt, None, None
+        # A parametrization has taken the leaf out of here.
+        leaf_of: Any = self._parameters
+        leaf_a, leaf_b = (leaf_of[each] if each in leaf_of else getattr(self, each) for each in NAMES)
+        if not self.copied_back:
+            own_a, own_b = self._leaves
+            first = self.offsets[-1 - self.trained]
+            a = ending_in("trained_a", a, 0 if self.shared_a else first, leaf_a, own_a)
+            bt = ending_in("trained_b", bt, first, leaf_b, own_b)
+        return a, bt, leaf_a, leaf_b
+
+    def is_in_place(self) -> bool:
+        """Whether calls multiply by `a` and `bt` themselves; see `factors`."""
+        a, bt, *_ = self.factors()
+        return a is self._buffers["a"] and bt is self._buffers["bt"]
+
     def expert(self, i: int) -> tuple[Tensor, Tensor]:
         """Return views of expert `i` in PEFT's shapes: A [r_i, D_in], B [D_out, r_i].
 
@@ -164,16 +200,17 @@ class PackedExperts(nn.Module):
         self._refuse_shared("append")
         if trained not in (0, 1):
             raise ValueError(f"trained must be 0 or 1 for one appended expert, got {trained}")
-        _check_expert(a, b, self.in_features, self.out_features)
-        packed_a = torch.cat([self.a[: self.total_rank], a.detach().to(self.a)])
-        packed_bt = torch.cat([self.bt[: self.total_rank], b.detach().t().to(self.bt)])
+        check_expert(a, b, self.in_features, self.out_features)
+        held_a, held_bt, *_ = self.factors()
+        packed_a = torch.cat([held_a[: self.total_rank], a.detach().to(self.a)])
+        packed_bt = torch.cat([held_bt[: self.total_rank], b.detach().t().to(self.bt)])
         return PackedExperts(packed_a, packed_bt, (*self.ranks, a.shape[0]), self.scale, trained)
 
     def freeze(self) -> PackedExperts:
         """Return a pack over the same storage in which no expert gets gradients."""
         columns = None if self.shared_a else self.gate_columns
         frozen = PackedExperts(
-            self.a, self.bt, self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
+            *self.factors()[:2], self.ranks, self.scale, gate_columns=columns, shared_a=self.shared_a
         )
         frozen._stepped = self.trained > 0 or self._stepped
         return frozen
@@ -196,8 +233,9 @@ class PackedExperts(nn.Module):
                 f"room must be at least {self.total_rank} rows and {max(self.num_experts, 1)} experts, "
                 f"got {rows} and {experts}"
             )
-        a, bt = (side.new_zeros(rows, side.shape[1]) for side in (self.a, self.bt))
-        a[: self.total_rank], bt[: self.total_rank] = self.a[: self.total_rank], self.bt[: self.total_rank]
+        held = self.factors()[:2]
+        a, bt = (side.new_zeros(rows, side.shape[1]) for side in held)
+        a[: self.total_rank], bt[: self.total_rank] = (side[: self.total_rank] for side in held)
         return PackedExperts(a, bt, self.ranks, self.scale, gate_columns=experts)
 
     @torch.no_grad()
@@ -214,7 +252,7 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: Shapes do not fit the pack, the pack is in training, or there is no room.
         """
-        _check_expert(a, b, self.in_features, self.out_features)
+        check_expert(a, b, self.in_features, self.out_features)
         rows = slice(self.total_rank, self.total_rank + a.shape[0])
         if self.trained or rows.stop > self.a.shape[0] or self.num_experts == self.gate_columns:
             raise ValueError(
@@ -234,7 +272,7 @@ class PackedExperts(nn.Module):
 
         Packs in training and what `freeze` makes of them have none, because fused optimisers change values
         without counting; nor have inference tensors, which never count. A change through `.data` is not
-        counted either.
+        counted either, nor a fused step on storage that another pack was given without `freeze`.
         """
         a, bt = self.a, self.bt
         counted = not (self.trained or self._stepped or a.is_inference() or bt.is_inference())
@@ -243,7 +281,8 @@ class PackedExperts(nn.Module):
         kept = self._copied
         if kept and kept[0] is a and kept[1] is bt and kept[2] == a._version and kept[3] == bt._version:
             return kept[4]
-        copies = a.to(torch.bfloat16), bt.to(torch.bfloat16)
+        with torch.inference_mode(False):  # a later call with gradients must be able to save them
+            copies = a.to(torch.bfloat16), bt.to(torch.bfloat16)
         self._copied = (a, bt, a._version, bt._version, copies)
         return copies
 
@@ -293,14 +332,22 @@ class PackedExperts(nn.Module):
         """Point the leaf parameters at the end of the packed storage again, keeping their identity."""
         if self.trained_a is not None and self.trained_b is not None:
             self.trained_a.data, self.trained_b.data = self._trained_rows()
+            self.a, self.bt = counted_with(self.trained_a, self.a), counted_with(self.trained_b, self.bt)
+        self._leaves = self.trained_a, self.trained_b
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
+        self._buffers.update(self._gathered())
         super()._apply(fn, recurse)
         self._alias()
         return self
 
+    def _gathered(self) -> dict[str, Tensor | None]:
+        """The packed storage with the values of the leaf parameters in it, whatever memory they are in."""
+        return dict(zip(("a", "bt"), self.factors(), strict=False))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copied": None}
+        buffers = {**self._buffers, **self._gathered()}
+        return {**self.__dict__, "_buffers": buffers, "_copied": None, "copied_back": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -308,8 +355,10 @@ class PackedExperts(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.is_in_place():
+            destination.update({prefix + name: values for name, values in self._gathered().items()})
         # They are rows of `a` and `bt`; safetensors would refuse them as shared memory.
-        for name in ("trained_a", "trained_b"):
+        for name in NAMES:
             destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
@@ -352,7 +401,7 @@ def pack_experts(
     if not a or len(a) != len(b):
         raise ValueError(f"a and b must be equally long and not empty, got {len(a)} and {len(b)} experts")
     for a_i, b_i in zip(a, b, strict=True):
-        _check_expert(a_i, b_i, a[0].shape[-1], b[0].shape[0])
+        check_expert(a_i, b_i, a[0].shape[-1], b[0].shape[0])
         if a_i.dtype != a[0].dtype or a_i.device != a[0].device:
             raise ValueError(
                 f"experts must share dtype and device, got {a_i.dtype} on {a_i.device} "
@@ -366,41 +415,3 @@ def pack_experts(
             raise ValueError(f"a must be one matrix for all experts with shared_a, got others at {other}")
         return PackedExperts(a[0].detach().clone(), packed_bt, ranks, scale, trained, shared_a=True)
     return PackedExperts(torch.cat([a_i.detach() for a_i in a]), packed_bt, ranks, scale, trained)
-
-
-def _check_expert(a: Tensor, b: Tensor, in_features: int, out_features: int) -> None:
-    rank = a.shape[0]
-    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
-        raise ValueError(
-            f"an expert must have A [r, {in_features}] and B [{out_features}, r], "
-            f"got A {list(a.shape)} and B {list(b.shape)}"
-        )
-
-
-def _check_storage(
-    a: Tensor, bt: Tensor, ranks: Sequence[int], trained: int, gate_columns: int | None, shared_a: bool
-) -> None:
-    if a.dim() != 2 or bt.dim() != 2 or (a.shape[0] != bt.shape[0] and not shared_a):
-        raise ValueError(
-            f"a and bt must be [R, D_in] and [R, D_out], got {list(a.shape)} and {list(bt.shape)}"
-        )
-    if not (a.shape[1] and bt.shape[1]):
-        raise ValueError(f"D_in and D_out must be at least 1, got {a.shape[1]} and {bt.shape[1]}")
-    if a.dtype != bt.dtype or a.device != bt.device:
-        raise ValueError(
-            f"a and bt must share dtype and device, got {a.dtype} on {a.device} and {bt.dtype} on {bt.device}"
-        )
-    if shared_a and (gate_columns is not None or set(ranks) != {a.shape[0]}):
-        raise ValueError(
-            f"experts of a shared A must have its rank {a.shape[0]} and no room, "
-            f"got ranks {tuple(ranks)} and gate_columns {gate_columns}"
-        )
-    room = bt.shape[0] - sum(ranks)
-    if any(rank < 0 for rank in ranks) or room < 0 or (room and gate_columns is None):
-        raise ValueError(f"ranks must be non-negative and sum to {bt.shape[0]}, got {tuple(ranks)}")
-    if gate_columns is not None and (gate_columns < len(ranks) or (room and not gate_columns)):
-        raise ValueError(f"gate_columns must be at least {max(len(ranks), 1)}, got {gate_columns}")
-    if room and trained:
-        raise ValueError(f"a pack with room must be frozen, got {trained} trained experts")
-    if not 0 <= trained <= len(ranks):
-        raise ValueError(f"trained must lie in [0, {len(ranks)}], got {trained}")

@@ -1,7 +1,8 @@
 // Phases of tasks in one parallel region; a phase starts when the one before is done.
 //
 // Threads claim tasks one by one. A thread waits only for tasks that another one has claimed and is running, so
-// nothing hangs when the region runs on fewer threads than asked for, or on one after another.
+// nothing hangs when the region runs on fewer threads than asked for, or on one after another. Where a task throws,
+// nobody waits for it: every thread leaves, and the region throws on.
 
 #pragma once
 
@@ -33,15 +34,22 @@ void in_phases(int64_t threads, const std::array<int64_t, Phases>& counts, const
     std::atomic<int64_t> next{0}, done{0};
   };
   std::array<Progress, Phases> progress;
+  std::atomic<bool> failed{false};
   auto work = [&](int64_t, int64_t) {
     for (size_t phase = 0; phase < Phases; ++phase) {
       auto& [next, done] = progress[phase];
       for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < counts[phase];) {
-        task(phase, index);
+        try {
+          task(phase, index);
+        } catch (...) {
+          failed.store(true, std::memory_order_relaxed);
+          throw;
+        }
         done.fetch_add(1, std::memory_order_release);
       }
       if (phase + 1 == Phases) return;
       for (int spins = 0; done.load(std::memory_order_acquire) < counts[phase]; ++spins) {
+        if (failed.load(std::memory_order_relaxed)) return;
         if (spins < kSpins) {
           pause_thread();
         } else {

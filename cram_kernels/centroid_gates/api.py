@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates import native, reference
-from cram_kernels.dispatch import Op, check_devices, triton_missing, without_autocast
+from cram_kernels.dispatch import Op, check_devices, in_forward_mode, triton_missing, without_autocast
 
 # (query, centroids, sigma, members) -> gates
 Forward = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
@@ -120,7 +120,9 @@ def _differentiable(
     members: Tensor | None,
     trained: int,
 ) -> Tensor:
-    if not (torch.is_grad_enabled() and (query.requires_grad or centroids.requires_grad)):
+    needs = torch.is_grad_enabled() and (query.requires_grad or centroids.requires_grad)
+    # Forward mode, which comes here with the reference alone, passes through its plain operations.
+    if not needs or in_forward_mode():
         return forward(query, centroids, sigma, members)
     return _CentroidGates.apply(query, centroids, sigma, members, trained, forward, backward)
 

@@ -11,6 +11,7 @@ of 60, where |v|^2 - 2 v c + |c|^2 would lose five digits.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,9 +21,10 @@ def centroid_gates(query: Tensor, centroids: Tensor, sigma: float, members: Tens
     logits = (offset @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)) / sigma**2
     if members is None:
         return logits.softmax(-1)
-    # A row without members is NaN here and zero after the second fill.
-    gates = logits.masked_fill(~members, -torch.inf).softmax(-1)
-    return gates.masked_fill(~members, 0.0)
+    # A row without members keeps its logits here, because a softmax over -Inf alone has NaN for a derivative.
+    others = ~members
+    gates = logits.masked_fill(others & members.any(-1, keepdim=True), -torch.inf).softmax(-1)
+    return gates.masked_fill(others, 0.0)
 
 
 def centroid_gates_backward(
@@ -50,10 +52,10 @@ def centroid_gates_backward(
         dquery = (dlogits @ _finite(centred)).sum(0)
     if needs[1]:
         first = centroids.shape[1] - trained
-        of_trained = dlogits[..., first:]
+        of_trained, of = (dlogits[..., first:], centred[:, first:]) if first else (dlogits, centred)
         sums = of_trained.sum(1).unsqueeze(-1)
-        dcentroids = torch.zeros_like(centroids)
-        dcentroids[:, first:] = of_trained.mT @ _finite(offset) - sums * centred[:, first:]
+        dcentroids = of_trained.mT @ _finite(offset) - sums * of
+        dcentroids = F.pad(dcentroids, (0, 0, first, 0)) if first else dcentroids
     return dquery, dcentroids
 
 

@@ -43,8 +43,8 @@ def expert_lora(
     seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer on packed ranks; arguments as in `cram_kernels.expert_lora`, already checked."""
-    trained_a, trained_b = experts.trained_a, experts.trained_b
-    a, bt, owner = experts.a, experts.bt, experts.expert_of_row
+    a, bt, trained_a, trained_b = experts.factors()
+    owner = experts.expert_of_row
     scale = experts.scale * (keep_scale(dropout) if dropout else 1.0)
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or trained_a is not None):
         return _ExpertLora.apply(
@@ -124,7 +124,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dgates = _gate_gradient(_copied(z, rank), v, gates, segments, owner, ctx.scale)
     dz = _gated(v, w[:, first:], segments, ctx.zeros) if v is not None and (need_x or need_a) else None
     if shared and dz is not None:
-        dz = dz.unflatten(1, (-1, len(a))).sum(1)
+        dz = dz.reshape(len(dy), rank // max(len(a), 1), len(a)).sum(1)
     if need_x and dz is not None:
         dx = _input_gradient(dy, dz, weight, _mask_dead(a, gates, owner, ctx.zeros), keep).view(ctx.shape)
     busy = _busy_tokens(w[:, tail:], len(dy), segments) if ctx.zeros and (need_a or need_b) else None
@@ -132,7 +132,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows = x.reshape(_flat(ctx.shape))
         rows = rows if keep is None else rows * keep
         used = _busy_tokens(w, len(dy), segments) if shared and ctx.zeros else busy
-        da = _gram(dz[:, tail_a - first :], rows, used).to(a.dtype)
+        dz = dz if tail_a == first else dz[:, tail_a - first :]
+        da = _gram(dz, rows, used).to(a.dtype)
     if need_b:
         columns = _copied(z, rank - tail) if shared else z[:, tail:] if z.shape[1] == rank else z
         db = _gram(_gated(columns, w[:, tail:], segments, ctx.zeros), dy, busy).to(bt.dtype)
@@ -168,7 +169,7 @@ def _gated(m: Tensor, w: Tensor, segments: Tensor | None, zeros: bool) -> Tensor
     if groups in (1, tokens):
         out = m * w
     else:
-        m3, w = m.unflatten(0, (groups, tokens // groups)), w.unsqueeze(1)
+        m3, w = m.reshape(groups, tokens // groups, m.shape[1]), w.unsqueeze(1)
         out = m3 * w
     if zeros:
         out.masked_fill_(w == 0, 0)
@@ -227,9 +228,21 @@ def _gate_gradient(
     product = z.to(torch.promote_types(z.dtype, gates.dtype)) * v
     segment_count = gates.shape[0]
     if segments is not None:
-        product = product.new_zeros(segment_count, z.shape[1]).index_add_(0, segments, product)
+        product = _summed(product, segments, segment_count)
     elif segment_count not in (0, z.shape[0]):
-        product = product.unflatten(0, (segment_count, z.shape[0] // segment_count)).sum(1)
-    dgates = torch.zeros_like(gates, dtype=product.dtype).index_add_(1, owner, product).mul_(scale)
+        product = product.reshape(segment_count, z.shape[0] // segment_count, z.shape[1]).sum(1)
+    dgates = _summed(product.t(), owner, gates.shape[1]).t() * scale
     # An unused expert may hold NaN, which its gate's gradient must not carry into a softmax over all gates.
     return torch.where(gates == 0, dgates.nan_to_num(), dgates).to(gates.dtype)
+
+
+def _summed(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Sum the rows of values [n, D] that share an index: [count, D], the same bits in each run.
+
+    On CUDA, index_add sums in the order of chance; index_put sorts first. Neither writes in place, which vmap
+    refuses where the values alone are a batch.
+    """
+    sums = values.new_zeros(count, values.shape[1])
+    if values.is_cuda:
+        return sums.index_put((index,), values, accumulate=True)
+    return sums.index_add(0, index, values)

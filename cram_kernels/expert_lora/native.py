@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cram_kernels.crossovers import rounds_factors
-from cram_kernels.dispatch import check_one_device, constant_when_compiled
+from cram_kernels.dispatch import check_one_device, constant_when_compiled, in_forward_mode
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.library import library_missing
 from cram_kernels.packing import PackedExperts
@@ -96,7 +96,7 @@ def expert_lora(
     seed: Tensor | None,
 ) -> Tensor:
     """Compute the layer natively; arguments as in `cram_kernels.expert_lora`, already checked."""
-    a, bt, owner = _storage(experts, x.dtype)
+    a, bt, owner, *trained = _storage(experts, x.dtype)
     scale = experts.scale
     words: tuple[int, ...] = (0, 0, 0)
     if seed is not None:
@@ -105,7 +105,6 @@ def expert_lora(
         if not torch.compiler.is_compiling():
             words, seed = (*words, *seed_words(int(seed))), None
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad or experts.trained):
-        trained = experts.trained_a, experts.trained_b
         return _ExpertLora.apply(x, gates, *trained, weight, bias, a, bt, owner, segments, scale, words, seed)
     if segments is not None:
         gates = gates.index_select(0, segments)
@@ -134,7 +133,7 @@ def stacked_expert_lora(
     )
     if trains or dropout or len(biases) not in (0, len(layers)):
         return [expert_lora(x, *layer, gates, segments, dropout, seed) for layer in layers]
-    a, bt, owners = zip(*(_storage(experts, x.dtype) for experts in packs), strict=True)
+    a, bt, owners, *_ = zip(*(_storage(experts, x.dtype) for experts in packs), strict=True)
     if segments is not None:
         gates = gates.index_select(0, segments)
     found: list[Tensor] = torch.ops.cram.packed_expert_lora_stack.default(
@@ -158,7 +157,7 @@ class BoundLayers:
         self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, PackedExperts]], gates: Tensor
     ) -> None:
         weights, biases, packs = zip(*layers, strict=True)
-        storages = [_storage(experts, x.dtype) for experts in packs]
+        storages = [_storage(experts, x.dtype)[:3] for experts in packs]
         self._dtype, self._stacked = x.dtype, len(layers) > 1
         self._packs = [_looked_at(*each) for each in zip(packs, storages, strict=True)]
         operations = torch.ops.cram
@@ -179,10 +178,14 @@ class BoundLayers:
         """
         if x.dtype is not self._dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
-        for own, buffers, a, bt, owner, scale, versions in self._packs:
+        if in_forward_mode():
+            return None
+        for training, own, buffers, a, bt, owner, scale, versions in self._packs:
             if buffers["a"] is not a or buffers["bt"] is not bt or buffers["expert_of_row"] is not owner:
                 return None
             if own["scale"] != scale or (versions is not None and versions != (a._version, bt._version)):
+                return None
+            if training is not None and not training.is_in_place():
                 return None
         found: Any = self._operation(x, *self._rest)
         return found if self._stacked else (found,)
@@ -192,19 +195,20 @@ def _looked_at(experts: PackedExperts, storage: tuple[Tensor, ...]) -> tuple[Any
     """What a bound call compares of a pack. Copies of its factors belong to one version of their values."""
     a, bt = experts.a, experts.bt
     versions = None if storage[0] is a else (a._version, bt._version)
-    return experts.__dict__, experts._buffers, a, bt, experts.expert_of_row, experts.scale, versions
+    training = experts if experts.trained else None
+    return training, experts.__dict__, experts._buffers, a, bt, experts.expert_of_row, experts.scale, versions
 
 
-def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, Bt and the gate column of each packed row, in types that the kernels read."""
+def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return A, Bt and the gate column of each packed row, in types that kernels read, and the two leaves."""
+    a, bt, *trained = experts.factors()
     # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
     buffers: Any = experts._buffers
-    a, bt = buffers["a"], buffers["bt"]
     if a.dtype not in DTYPES:
         a, bt = a.to(dtype), bt.to(dtype)
-    elif dtype is torch.bfloat16 and not torch.compiler.is_compiling() and rounds_factors():
-        a, bt = experts.narrowed()
-    return a, bt, buffers["expert_of_row"]
+    elif dtype is torch.bfloat16 and trained[0] is None and not torch.compiler.is_compiling():
+        a, bt = experts.narrowed() if rounds_factors() else (a, bt)
+    return a, bt, buffers["expert_of_row"], *trained
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -263,7 +267,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     found = chosen(dy, x, z, weight, a, bt, owner, rows, ctx.scale, ctx.tail, *words, *needs)
     dx, dgates, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
     if dgates is not None and segments is not None:
-        dgates = torch.zeros_like(gates).index_add_(0, segments, dgates)
+        dgates = torch.zeros_like(gates).index_add(0, segments, dgates)
     if ctx.dtype is not None:
         da, db = (None if grad is None else grad.to(ctx.dtype) for grad in (da, db))
     return dx, dgates, da, db, *[None] * 9

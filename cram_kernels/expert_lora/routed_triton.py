@@ -56,14 +56,12 @@ def routed_expert_lora(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
-    buffers: Any = experts._buffers
-    trained = [experts._parameters.get(name) for name in ("trained_a", "trained_b")]
+    a, bt, *trained = experts.factors()
     leaves = (rows, query, centroids, *trained)
     keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     query, centroids = query.float().contiguous(), centroids.float().contiguous()
     allowed = None if members is None else members.contiguous().view(torch.uint8)
-    a, bt, owner = (buffers[name] for name in ("a", "bt", "expert_of_row"))
+    owner: Any = experts._buffers["expert_of_row"]
     compiling, sigma = torch.compiler.is_compiling(), float(sigma)
     if not (keep or dropout or compiling) and 0 < rows.shape[0] <= PLANES_TOKENS and len(a):
         router, scale, arch = Router(query, centroids, allowed), experts.scale, architecture(x.device)

@@ -85,7 +85,7 @@ def bound_expert_lora(x: Tensor, layers: Sequence[Layer], gates: Tensor) -> nati
         A callable x -> one y [..., D_out_p] a layer, with the bits of the functions above, or None once they
         would do something else. None in place of the callable where each call must be checked: with
         gradients, under autocast, while the compiler traces, for another implementation than "native", for
-        layers that do not fit together.
+        layers that do not fit together, for experts whose trained values lie outside of the packed storage.
     """
     if torch.is_grad_enabled() or autocast_dtype(x) is not None:
         return None
@@ -96,6 +96,8 @@ def bound_expert_lora(x: Tensor, layers: Sequence[Layer], gates: Tensor) -> nati
     if any(experts.a.dtype not in native.DTYPES for experts in packs) or biased not in (0, len(layers)):
         return None
     if not 1 <= len(layers) <= MAX_STACK or len({experts.scale for experts in packs}) > 1:
+        return None
+    if not all(experts.is_in_place() for experts in packs):
         return None
     return native.BoundLayers(x, layers, gates) if sees_faults(layers, gates, None, 0.0) else None
 

@@ -73,15 +73,15 @@ def stacked_expert_lora(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
-    packs: list[Any] = [experts._buffers for _, _, experts in layers]
-    leaves: list[Any] = [experts._parameters for _, _, experts in layers]
-    trained = [leaf.get(name) for leaf in leaves for name in ("trained_a", "trained_b")]
+    sides: list[Any] = [list(side) for side in zip(*(p.factors() for _, _, p in layers), strict=True)]
+    a, bt, *leaves = sides
+    trained = [leaf for pair in zip(*leaves, strict=True) for leaf in pair]
     keep = torch.is_grad_enabled() and (
         x.requires_grad or gates.requires_grad or any(leaf is not None for leaf in trained)
     )
     weights = [weight for weight, _, _ in layers]
-    a, bt, owners = ([pack[name] for pack in packs] for name in ("a", "bt", "expert_of_row"))
+    # nn.Module finds a buffer by name after its own attributes, at a microsecond each.
+    owners: list[Any] = [experts._buffers["expert_of_row"] for _, _, experts in layers]
     scale, compiling = layers[0][2].scale, torch.compiler.is_compiling()
     if not (keep or dropout or compiling) and 0 < rows.shape[0] <= PLANES_TOKENS and any(map(len, a)):
         with on_device_of(x):

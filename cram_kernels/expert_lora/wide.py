@@ -30,7 +30,7 @@ def room(experts: PackedExperts) -> int:
 
 def widened(weight: Tensor, experts: PackedExperts) -> Tensor:
     """Return [W | B | 0], [D_out, D_in + room], in W's dtype."""
-    up = experts.bt.t().to(weight.dtype)
+    up = experts.factors()[1].t().to(weight.dtype)
     return torch.cat([weight, F.pad(up, (0, room(experts) - up.shape[1]))], 1)
 
 
@@ -68,6 +68,6 @@ def wide_expert_lora(
         pitch, arch = room(experts), architecture(rows.device)
         tile = tiles.shrink_tile(arch, rows.dtype, len(rows), pitch, x.shape[1])
         planes = new_planes(rows, tile.split_k, 1, pitch)
-        shrink(x, operands([experts.a], x), planes, gate, tile, skip=pitch > SKIP_RANK).run()
+        shrink(x, operands([experts.factors()[0]], x), planes, gate, tile, skip=pitch > SKIP_RANK).run()
         fold(planes, None, behind, gate, [experts.total_rank]).run()
         return F.linear(rows, weight, bias)

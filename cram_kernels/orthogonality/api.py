@@ -19,6 +19,7 @@ OP = Op(
         "native": native.orthogonality_penalty,
     },
     {"native": native.missing},
+    tangents=("cpu", "reference"),
 )
 
 

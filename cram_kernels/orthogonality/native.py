@@ -108,13 +108,20 @@ class _Penalty(torch.autograd.Function):
                 "with create_graph=True; impl='cpu' and impl='reference' have second derivatives"
             )
         mask, *gradients = ctx.saved_tensors
-        # What no later backward reads is multiplied where it lies.
+        # What no later backward reads is multiplied where it lies, unless by a batch of gradients.
         kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = kept or _is_batch(grad)
         gamma, *flat = [each * grad if kept else each.mul_(grad) for each in gradients]
         found: list[Tensor | None] = []
         for i, runs in enumerate(ctx.runs):
             found += _cut(flat[i], runs, mask if i == 2 else None) if runs else [None] * ctx.count
         return None, gamma if ctx.needs_input_grad[1] else None, *found
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether a gradient stands for several (`is_grads_batched`)."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, int]]:

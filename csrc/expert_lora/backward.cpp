@@ -60,6 +60,12 @@ Trained trained_rows(const Layer& layer, int64_t tokens, int64_t first) {
 // Columns of dX that are computed at a time where the base's is computed here.
 constexpr int64_t kGradientColumns = 128;
 
+// Columns of x whose dropped copy a thread holds at a time, over all tokens: about four megabytes, or the least.
+inline int64_t dropped_columns(int64_t tokens) {
+  constexpr int64_t kFloats = 1 << 20, kLeast = 64;
+  return std::max(kLeast, kFloats / tokens / kLeast * kLeast);
+}
+
 struct Needs {
   bool x, gates, a, b;
 };
@@ -258,7 +264,13 @@ struct Backward {
   void gram(
       ExpandTile tile, const Factors& factors, const Trained& busy, int64_t count, const Matrix& from, Range columns,
       const Matrix& to, const Keep* dropped) const {
-    const int64_t width = columns.end - columns.begin;
+    const int64_t width = columns.end - columns.begin, part = dropped ? dropped_columns(tokens) : width;
+    if (part < width) {
+      for (int64_t c = columns.begin; c < columns.end; c += part) {
+        gram(tile, factors, busy, count, from, {c, std::min(columns.end, c + part)}, to, dropped);
+      }
+      return;
+    }
     Matrix of{from.at(0, columns.begin), from.stride, from.half};
     if (dropped) {
       float* memory = scratch(tokens * width);

@@ -335,6 +335,24 @@ def test_second_derivative_raises(impl: str, device: torch.device, dtype: torch.
         grad.sum().backward()
 
 
+# vmap calls an operation without a rule for batches once per gradient, and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("trained", [None, 2])
+@every_impl
+def test_a_batch_of_gradients_is_gradient_after_gradient(
+    impl: str, device: torch.device, dtype: torch.dtype, trained: int | None
+) -> None:
+    leaves = [each.requires_grad_() for each in draw(2, 3, 4, 8, device=device, dtype=dtype)]
+    grads = draw(5, 1, 2 * 3, 4, device=device, dtype=dtype)[1].view(5, 2, 3, 4)
+    ones = [
+        torch.autograd.grad(centroid_gates(*leaves, 3.0, trained=trained, impl=impl), leaves, grad)
+        for grad in grads
+    ]
+    gates = centroid_gates(*leaves, 3.0, trained=trained, impl=impl)
+    found = torch.autograd.grad(gates, leaves, grads, is_grads_batched=True)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*ones, strict=True))))
+
+
 @every_impl
 def test_graph_is_freed_without_the_collector(impl: str, device: torch.device, dtype: torch.dtype) -> None:
     query, centroids = (t.requires_grad_() for t in draw(2, 3, 4, 8, device=device, dtype=dtype))

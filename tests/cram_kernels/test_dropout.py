@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from cram_kernels import dropout_mask, expert_lora
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_tensor, seed_words
 from cram_kernels.testing import GATINGS, layer_inputs, layer_oracle, run_layer
+from tests.cram_kernels.devices import needs_native
 
 
 def scalar_keep(seed: int, row: int, col: int, threshold: int) -> bool:
@@ -114,3 +117,24 @@ def test_dropout_is_off_by_default() -> None:
     inputs = layer_inputs(trained=0)
     arguments = (inputs.x, inputs.weight, inputs.bias, inputs.experts(), inputs.gates)
     assert torch.equal(expert_lora(*arguments), expert_lora(*arguments, dropout=0.0, seed=3))
+
+
+PEAKS = """
+import resource, torch
+from cram_kernels import expert_lora, pack_experts
+torch.set_num_threads(1)
+experts = pack_experts([torch.ones(8, 512)], [torch.ones(64, 8)], 1.0, trained=1)
+x, weight, gates = torch.ones(30000, 512), torch.ones(64, 512), torch.ones(1, 1)
+for dropout in (0.0, 0.3):
+    y = expert_lora(x, weight, None, experts, gates, dropout=dropout, seed=1, impl="native")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    y.backward(y.detach())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_native
+def test_native_backward_holds_a_part_of_the_dropped_input() -> None:
+    """30,000 rows of 512 columns are 60 MB; a part of the columns is held at a time."""
+    found = subprocess.run([sys.executable, "-c", PEAKS], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 20_000

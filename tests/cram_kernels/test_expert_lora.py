@@ -290,3 +290,36 @@ def test_routed_is_gates_then_layer(impl: str) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"centroids must be \[E, D_q\]"):
         routed_expert_lora(inputs.x, inputs.weight, None, experts, query, centroids[None], 2.0)
+
+
+# vmap calls an operation without a rule for batches once per gradient, and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("shared_a", [False, True])
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_a_batch_of_gradients_is_gradient_after_gradient(impl: str, gating: str, shared_a: bool) -> None:
+    inputs = layer_inputs((4, 4, 4, 4), gating=gating, shared_a=shared_a)
+    experts, gates = inputs.experts(), inputs.gates.requires_grad_()
+    leaves = (inputs.x.requires_grad_(), gates, experts.trained_a, experts.trained_b)
+
+    def layer() -> torch.Tensor:
+        return expert_lora(inputs.x, inputs.weight, None, experts, gates, inputs.segments, impl=impl)
+
+    grads = torch.stack([inputs.dy, -2 * inputs.dy, inputs.dy.flip(0)])
+    ones = [torch.autograd.grad(layer(), leaves, grad) for grad in grads]
+    found = torch.autograd.grad(layer(), leaves, grads, is_grads_batched=True)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*ones, strict=True))))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_runs_on_cuda_are_bitwise_equal() -> None:
+    """Thousands of tokens of one segment, in an order that atomic sums would not keep."""
+    inputs = layer_inputs((8, 8, 8, 8), 8192, gating="map")
+    experts, gates = inputs.experts().cuda(), inputs.gates.cuda().requires_grad_()
+    x, weight, segments = inputs.x.cuda(), inputs.weight.cuda(), inputs.segments.cuda()
+    found = []
+    for _ in range(5):
+        y = expert_lora(x, weight, None, experts, gates, segments, impl="cpu")
+        found.append(torch.autograd.grad(y, gates, inputs.dy.cuda())[0])
+    assert all(torch.equal(each, found[0]) for each in found)

@@ -167,6 +167,21 @@ def test_gradients_can_be_clipped_and_accumulated(device: str) -> None:
     assert torch.equal(a[0].grad, 2 * once[0])
 
 
+# vmap calls an operation without a rule for batches once per gradient, and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_batch_of_gradients_is_gradient_after_gradient(tokens: int) -> None:
+    inputs = penalty_inputs(tokens=tokens).to(torch.float32)
+    lists = (inputs.trained_a, inputs.trained_b, inputs.hidden)
+    leaves = [t.requires_grad_() for each in lists for t in (each[0], each[2], each[6])]
+    grads = torch.tensor([1.0, -2.0, 0.5])
+    ones = [torch.autograd.grad(loss_of(inputs), leaves, grad) for grad in grads]
+    for keep in (True, False):
+        loss = loss_of(inputs)
+        found = torch.autograd.grad(loss, leaves, grads, is_grads_batched=True, retain_graph=keep)
+        torch.testing.assert_close(found, tuple(map(torch.stack, zip(*ones, strict=True))))
+
+
 def test_gradient_is_multiplied_by_what_comes_in() -> None:
     inputs = penalty_inputs().to(torch.float32)
     a = inputs.trained_a[0].requires_grad_()

@@ -263,6 +263,16 @@ def test_packs_whose_changes_are_not_counted_are_not_copied() -> None:
         assert pack.narrowed()[0] is pack.a and pack.narrowed()[1] is pack.bt
 
 
+def test_copies_in_bfloat16_made_in_inference_mode_serve_gradients() -> None:
+    pack = pack_experts(*factors(), 1.0)
+    with torch.inference_mode():
+        pack.narrowed()
+    a, _ = pack.narrowed()
+    x = torch.ones(2, D_IN, dtype=torch.bfloat16, requires_grad=True)
+    nn.functional.linear(x, a).sum().backward()
+    assert x.grad is not None and not a.is_inference()
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda pack: pickle.loads(pickle.dumps(pack))])
 def test_copies_in_bfloat16_are_not_copied_with_the_pack(
     again: Callable[[PackedExperts], PackedExperts],

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cram_kernels import PackedExperts
+
 
 class ZeroStages:
     """The engines of a task's stages, one after another.
@@ -42,6 +44,7 @@ class ZeroStages:
         """
         held = [parameter for parameter in parameters if parameter.numel()]
         self._held = [(parameter, parameter.data) for parameter in held]
+        self._mark(True)
         known = set(self._model.parameters())
         for number, parameter in enumerate(each for each in held if each not in known):
             self._guests.append(f"trained_beside_{number}")
@@ -59,9 +62,16 @@ class ZeroStages:
         self._accelerator.free_memory()
         for parameter, storage in self._held:
             parameter.data = storage
+        self._mark(False)
         for name in self._guests:
             delattr(self._model, name)
         self._held, self._guests = [], []
+
+    def _mark(self, copied_back: bool) -> None:
+        """Tell experts that their packed storage holds the values of the engine's parameters."""
+        for module in self._model.modules():
+            if isinstance(module, PackedExperts):
+                module.copied_back = copied_back
 
 
 def export_part(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
