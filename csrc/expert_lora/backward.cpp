@@ -63,7 +63,7 @@ constexpr int64_t kGradientColumns = 128;
 // Columns of x whose dropped copy a thread holds at a time, over all tokens: about four megabytes, or the least.
 inline int64_t dropped_columns(int64_t tokens) {
   constexpr int64_t kFloats = 1 << 20, kLeast = 64;
-  return std::max(kLeast, kFloats / tokens / kLeast * kLeast);
+  return std::max(kLeast, kFloats / std::max<int64_t>(tokens, 1) / kLeast * kLeast);
 }
 
 struct Needs {
