@@ -6,42 +6,64 @@ the counter of their base, but assigning `.data` shares memory alone.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 NAMES = ("trained_a", "trained_b")
 
 
-def ending_in(name: str, packed: Tensor, first: int, leaf: Tensor | None, own: Tensor | None) -> Tensor:
-    """Return `packed` where the memory of `leaf` is that of its last rows, else a copy that ends in `leaf`.
+class Place(NamedTuple):
+    """Where a leaf parameter lies in packed storage.
+
+    Attributes:
+        leaf: The leaf parameter that the pack itself has made.
+        values: Number of its values.
+        offset: Bytes of the packed storage before it.
+    """
+
+    leaf: Tensor
+    values: int
+    offset: int
+
+    def is_of(self, leaf: Tensor, packed: Tensor) -> bool:
+        """Whether `leaf` is here in `packed`; a tensor without address is not. Calls ask it each time."""
+        if leaf is not self.leaf:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        try:
+            here = leaf.data_ptr() - packed.data_ptr() == self.offset
+        except RuntimeError:
+            return False
+        return leaf.numel() == self.values and (here or not self.values)
+
+
+def place_of(leaf: Tensor, packed: Tensor) -> Place:
+    """The place of a leaf parameter that stands for the last rows of `packed`."""
+    rows_before = packed.shape[0] - leaf.shape[0]
+    return Place(leaf, leaf.numel(), rows_before * packed.stride(0) * packed.itemsize)
+
+
+def ending_in(name: str, packed: Tensor, leaf: Tensor | None, place: Place) -> Tensor:
+    """Return `packed` where `leaf` lies at its place in there, else a copy that ends in the values of `leaf`.
 
     Args:
         name: What the leaf is called.
         packed: Packed factors [R, D].
-        first: The first row of `packed` that the leaf stands for.
         leaf: What stands in the place of the leaf parameter; None changes nothing.
-        own: The leaf parameter that the pack itself has made.
+        place: Where the leaf parameter that the pack has made belongs.
 
     Raises:
-        ValueError: If `leaf` is not [R - first, D].
+        ValueError: If `leaf` has another shape than the rows that it stands for.
     """
-    if leaf is None or (leaf is own and (torch.compiler.is_compiling() or _lies_at(packed, first, leaf))):
+    if leaf is None or place.is_of(leaf, packed):
         return packed
-    shape = (len(packed) - first, packed.shape[1])
+    shape = (place.values // packed.shape[1], packed.shape[1])
     if leaf.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(leaf.shape)}")
-    return torch.cat([packed[:first], leaf.detach().to(packed.dtype)])
-
-
-def _lies_at(packed: Tensor, first: int, leaf: Tensor) -> bool:
-    """Whether `leaf` has the memory of the rows of `packed` from one on; a tensor without address has not."""
-    if leaf.shape[0] != packed.shape[0] - first:
-        return False
-    try:
-        start = packed.data_ptr() + first * packed.stride(0) * packed.itemsize
-        return leaf.data_ptr() == start or not leaf.numel()
-    except RuntimeError:
-        return False
+    return torch.cat([packed[: len(packed) - shape[0]], leaf.detach().to(packed.dtype)])
 
 
 def counted_with(leaf: Tensor, packed: Tensor) -> Tensor:

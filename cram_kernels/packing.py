@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cram_kernels.leaves import NAMES, counted_with, ending_in
+from cram_kernels.leaves import NAMES, Place, counted_with, ending_in, place_of
 from cram_kernels.shapes import check_expert, check_storage
 
 
@@ -93,7 +93,7 @@ class PackedExperts(nn.Module):
         self.trained_a = nn.Parameter(tail_a) if trained else None
         self.trained_b = nn.Parameter(tail_b) if trained else None
         self.copied_back = False
-        self._leaves: tuple[Tensor | None, ...] = (self.trained_a, self.trained_b)
+        self._places = self._places_of_leaves()
         self._checked: tuple[Tensor | None, int] = (None, 0)
         self._stepped = False  # whether an optimiser may step on the storage
         self._copied: tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor]] | None = None
@@ -150,14 +150,12 @@ class PackedExperts(nn.Module):
         a, bt = buffers["a"], buffers["bt"]
         if not self.trained:
             return a, bt, None, None
-        # A parametrization has taken the leaf out of here.
+        # nn.Module finds a parameter by name after its own attributes, and a parametrization takes it out.
         leaf_of: Any = self._parameters
-        leaf_a, leaf_b = (leaf_of[each] if each in leaf_of else getattr(self, each) for each in NAMES)
+        leaf_a, leaf_b = [leaf_of[each] if each in leaf_of else getattr(self, each) for each in NAMES]
         if not self.copied_back:
-            own_a, own_b = self._leaves
-            first = self.offsets[-1 - self.trained]
-            a = ending_in("trained_a", a, 0 if self.shared_a else first, leaf_a, own_a)
-            bt = ending_in("trained_b", bt, first, leaf_b, own_b)
+            of_a, of_b = self._places
+            a, bt = ending_in(NAMES[0], a, leaf_a, of_a), ending_in(NAMES[1], bt, leaf_b, of_b)
         return a, bt, leaf_a, leaf_b
 
     def is_in_place(self) -> bool:
@@ -333,7 +331,13 @@ class PackedExperts(nn.Module):
         if self.trained_a is not None and self.trained_b is not None:
             self.trained_a.data, self.trained_b.data = self._trained_rows()
             self.a, self.bt = counted_with(self.trained_a, self.a), counted_with(self.trained_b, self.bt)
-        self._leaves = self.trained_a, self.trained_b
+        self._places = self._places_of_leaves()
+
+    def _places_of_leaves(self) -> tuple[Place, ...]:
+        """Where the leaf parameters lie in the packed storage; nothing without them."""
+        if self.trained_a is None or self.trained_b is None:
+            return ()
+        return place_of(self.trained_a, self.a), place_of(self.trained_b, self.bt)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
         self._buffers.update(self._gathered())

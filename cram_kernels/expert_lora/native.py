@@ -180,23 +180,25 @@ class BoundLayers:
             return None
         if in_forward_mode():
             return None
-        for training, own, buffers, a, bt, owner, scale, versions in self._packs:
+        for own, buffers, a, bt, owner, scale, versions, parameters, leaves in self._packs:
             if buffers["a"] is not a or buffers["bt"] is not bt or buffers["expert_of_row"] is not owner:
                 return None
             if own["scale"] != scale or (versions is not None and versions != (a._version, bt._version)):
                 return None
-            if training is not None and not training.is_in_place():
-                return None
+            for name, leaf, address in leaves:
+                if parameters.get(name) is not leaf or leaf.data_ptr() != address:
+                    return None
         found: Any = self._operation(x, *self._rest)
         return found if self._stacked else (found,)
 
 
 def _looked_at(experts: PackedExperts, storage: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """What a bound call compares of a pack. Copies of its factors belong to one version of their values."""
+    own, buffers, parameters = experts.__dict__, experts._buffers, experts._parameters
     a, bt = experts.a, experts.bt
     versions = None if storage[0] is a else (a._version, bt._version)
-    training = experts if experts.trained else None
-    return training, experts.__dict__, experts._buffers, a, bt, experts.expert_of_row, experts.scale, versions
+    leaves = [(name, leaf, leaf.data_ptr()) for name, leaf in parameters.items() if leaf is not None]
+    return own, buffers, a, bt, experts.expert_of_row, experts.scale, versions, parameters, leaves
 
 
 def _storage(experts: PackedExperts, dtype: torch.dtype) -> tuple[Any, ...]:
