@@ -149,12 +149,11 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
-@constant_when_compiled
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open, in which any tensor may carry a tangent.
 
-    A tensor itself does not tell: a dual one has `requires_grad` False. The compiler compiles a function anew
-    for another level.
+    A tensor itself does not tell: a dual one has `requires_grad` False. The compiler traces this function, so
+    that it compiles its caller anew for another level.
     """
     return forward_ad._current_level >= 0
 

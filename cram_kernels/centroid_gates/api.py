@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates import native, reference
 from cram_kernels.dispatch import Op, check_devices, in_forward_mode, triton_missing, without_autocast
+from cram_kernels.once import once_differentiable
 
 # (query, centroids, sigma, members) -> gates
 Forward = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
@@ -87,6 +87,7 @@ class _CentroidGates(torch.autograd.Function):
         ctx.gates = gates.detach()
         ctx.versions = _versions(ctx.query, ctx.centroids, ctx.gates)
         ctx.trained, ctx.gradients_of = trained, backward
+        ctx.save_for_backward(query, centroids)  # for second derivatives, which are refused
         return gates
 
     @staticmethod

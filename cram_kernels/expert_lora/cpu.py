@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cram_kernels.expert_lora.dropout import dropout_mask, keep_scale
+from cram_kernels.once import once_differentiable
 from cram_kernels.packing import PackedExperts
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cram_kernels.crossovers import rounds_factors
 from cram_kernels.dispatch import check_one_device, constant_when_compiled, in_forward_mode
 from cram_kernels.expert_lora.dropout import dropped_lanes, keep_scale, seed_words
 from cram_kernels.library import library_missing
+from cram_kernels.once import once_differentiable
 from cram_kernels.packing import PackedExperts
 
 DTYPES = (torch.float32, torch.bfloat16)

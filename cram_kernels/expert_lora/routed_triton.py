@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cram_kernels.centroid_gates.triton import centroid_gates_backward
 from cram_kernels.expert_lora import tiles
@@ -36,6 +35,7 @@ from cram_kernels.expert_lora.triton import (
     mask_bits,
 )
 from cram_kernels.launch import architecture, on_device_of
+from cram_kernels.once import once_differentiable
 from cram_kernels.packing import PackedExperts
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cram_kernels.expert_lora import tiles
 from cram_kernels.expert_lora.decode import PLANES_TOKENS, SKIP_RANK, decode, linear, new_planes, operands
@@ -39,6 +38,7 @@ from cram_kernels.expert_lora.kernels.gram import gram, reduce_planes
 from cram_kernels.expert_lora.kernels.shrink import shrink
 from cram_kernels.expert_lora.outputs import base_gradient, forward_outputs, input_gradient
 from cram_kernels.launch import architecture, on_device_of
+from cram_kernels.once import no_second_derivative, once_differentiable
 from cram_kernels.packing import PackedExperts
 
 MAX_STACK = 3
@@ -380,13 +380,9 @@ def _op_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return (*_gradients(ctx, grads[:-2], torch.ops.cram.expert_lora_backward), *lists, *[None] * 5)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("expert_lora must be differentiated once, got a second derivative")
-
-
 torch.library.register_fake("cram::expert_lora", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cram::expert_lora_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "cram::expert_lora", _op_backward, setup_context=_ExpertLora.setup_context, lib=_LIBRARY
 )
-torch.library.register_autograd("cram::expert_lora_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("cram::expert_lora_backward", no_second_derivative, lib=_LIBRARY)

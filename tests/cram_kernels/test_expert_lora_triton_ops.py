@@ -156,7 +156,7 @@ def test_opcheck_of_backward(
 def test_second_derivative_of_the_operation_raises() -> None:
     """A compiled graph differentiates the operations, not the autograd Function."""
     with pytest.raises(RuntimeError, match="must be differentiated once, got a second derivative"):
-        implementation._no_second_derivative(None)
+        implementation.no_second_derivative(None)
 
 
 def leaves_of(inputs: LayerInputs, experts: PackedExperts) -> dict[str, Tensor]:
