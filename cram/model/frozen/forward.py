@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from cram_kernels import PackedExperts, dropout_mask, keep_scale
 
@@ -167,8 +168,8 @@ def _added(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, gates: Tensor, scale: fl
     rank = len(bt)
     copies = rank // len(a) if len(a) else 1
     live = (gates != 0).any(0)
-    if torch.compiler.is_compiling() or gates.requires_grad:
-        # Every row takes part: its gate has a gradient also at 0, which NaN behind it must not reach.
+    if torch.compiler.is_compiling() or gates.requires_grad or unpack_dual(gates).tangent is not None:
+        # Every row takes part: its gate has a derivative also at 0, which NaN behind it must not reach.
         bt = torch.where(live[:, None], bt, bt.nan_to_num())
         z = F.linear(x, a.to(x.dtype)).repeat(1, copies)
     else:

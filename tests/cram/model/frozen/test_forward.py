@@ -322,3 +322,14 @@ def test_a_linear_computes_where_its_weight_is_or_where_a_hook_brings_it() -> No
         hooks=(SimpleNamespace(), SimpleNamespace(execution_device="cpu"))
     )
     assert device_of(linear) == torch.device("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_the_tangent_of_a_gate_at_0_passes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, x = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (2, 8, 3), (4, 8)))
+    experts, base = pack_experts([*a], [*b], 2.0), Doubled(8, 8).requires_grad_(False)
+    gates, ones = torch.tensor([[1.0, 0.0]] * 4), torch.ones(4, 2)
+    for gate in (gates, gates.clone().requires_grad_()):
+        found = torch.func.jvp(lambda gate: beside(base, x, experts, gate), (gate,), (ones,))[1]
+        torch.testing.assert_close(found, beside(base, x, experts, ones) - base(x))
