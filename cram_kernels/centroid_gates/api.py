@@ -87,7 +87,8 @@ class _CentroidGates(torch.autograd.Function):
         ctx.gates = gates.detach()
         ctx.versions = _versions(ctx.query, ctx.centroids, ctx.gates)
         ctx.trained, ctx.gradients_of = trained, backward
-        ctx.save_for_backward(query, centroids)  # for second derivatives, which are refused
+        # What a second derivative would be asked for by, which is refused.
+        ctx.save_for_backward(*(each for each in (query, centroids) if each.requires_grad))
         return gates
 
     @staticmethod
