@@ -64,20 +64,25 @@ def read_checkpoint(folder: Path, of: dict[str, Any]) -> tuple[dict[str, Tensor]
         ValueError: If it is incomplete, damaged, of another format, or belongs to something else.
         OSError: If a file is missing.
     """
-    record = read_json(folder / RECORD, MAX_RECORD_BYTES)
-    if not isinstance(record, dict) or {k: type(v) for k, v in record.items()} != FIELDS:
-        raise ValueError(f"{folder / RECORD} must have the keys {sorted(FIELDS)}, got others")
-    if record["format"] != FORMAT:
-        raise ValueError(f"format of {folder / RECORD} must be {FORMAT}, got {record['format']}")
-    if record["of"] != of:
-        other = [name for name in of if record["of"].get(name) != of[name]]
-        raise ValueError(f"{folder} must belong to this training, got another {', '.join(other)}")
+    record = _record(folder, of)
     if fingerprint(folder / STATE) != record["state"]:
         raise ValueError(f"{folder / STATE} must be as {RECORD} says, got other bytes")
     try:
         return load_file(folder / STATE), record["values"]
     except SafetensorError as error:
         raise ValueError(f"{folder / STATE} must be a safetensors file, got {error}") from error
+
+
+def _record(folder: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """The record of a checkpoint, which must belong to what `of` names."""
+    record = read_json(folder / RECORD, MAX_RECORD_BYTES)
+    if not isinstance(record, dict) or {k: type(v) for k, v in record.items()} != FIELDS:
+        raise ValueError(f"{folder / RECORD} must have the keys {sorted(FIELDS)}, got others")
+    if record["format"] != FORMAT:
+        raise ValueError(f"format of {folder / RECORD} must be {FORMAT}, got {record['format']}")
+    if other := [name for name in of if record["of"].get(name) != of[name]]:
+        raise ValueError(f"{folder} must belong to this training, got another {', '.join(other)}")
+    return record
 
 
 def mark_complete(folder: Path) -> None:
@@ -105,22 +110,34 @@ def check_complete(folder: Path) -> None:
             raise ValueError(f"{path} must be as {COMPLETE} says, got none or other bytes")
 
 
-def newest_complete(output: Path) -> Path:
+def newest_complete(output: Path, part: str, of: dict[str, Any]) -> Path:
     """The newest complete checkpoint-<step> of an output folder. It is named, and so is what is passed over.
+
+    Args:
+        output: A folder in which several tasks may have left checkpoints.
+        part: The folder in a checkpoint that has its record.
+        of: What the checkpoint must belong to.
 
     Raises:
         ValueError: If there is none.
     """
-    numbered = [path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(numbered, key=lambda path: -int(path.name.split("-")[-1])):
+    for folder in _by_step(output, "checkpoint-"):
         try:
             check_complete(folder)
+            _record(folder / part, of)
         except (ValueError, OSError) as error:
             LOGGER.warning("%s is passed over: %s", folder.name, error)
             continue
         LOGGER.warning("resuming from %s", folder)
         return folder
-    raise ValueError(f"{output} must have a complete checkpoint to resume from, got none")
+    raise ValueError(f"{output} must have a complete checkpoint of {of} to resume from, got none")
+
+
+def _by_step(folder: Path, prefix: str) -> list[Path]:
+    """The checkpoints `<prefix><step>` of a folder, the newest first."""
+    numbers = {path: path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*")}
+    steps = {path: int(number) for path, number in numbers.items() if number.isdigit()}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 class TaskCheckpoints:
@@ -203,7 +220,7 @@ class TaskCheckpoints:
         by_first(write)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return _by_step(self.folder, "step-")
 
 
 class Termination:

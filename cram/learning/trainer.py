@@ -124,7 +124,7 @@ class OneTask:
         """Learn the task.
 
         Args:
-            resume_from_checkpoint: A checkpoint of this task, or True for the newest complete one in the
+            resume_from_checkpoint: A checkpoint of this task, or True for its newest complete one in the
                 output folder. The model must have the experts of the earlier tasks.
             **options: As of `Trainer.train`.
 
@@ -137,7 +137,8 @@ class OneTask:
                 "model must not be in training, got one whose training was interrupted: make it anew "
                 "(cram.attach, cram.load), then train, or resume from a checkpoint"
             )
-        self._checkpoint = _chosen(resume_from_checkpoint, Path(self.args.output_dir))
+        of = {"task": self.task, "earlier experts": list(self.cram.expert_names)}
+        self._checkpoint = _chosen(resume_from_checkpoint, Path(self.args.output_dir), of)
         self.optimizer = self.lr_scheduler = None
         found = str(self._checkpoint) if self._checkpoint else None
         result = super().train(resume_from_checkpoint=found, **options)  # type: ignore[misc]
@@ -393,11 +394,11 @@ def _rows(batch: Any) -> int:
     return len(batch["input_ids"])
 
 
-def _chosen(wanted: str | bool | None, output: Path) -> Path | None:
-    """The checkpoint to resume from: one that is complete."""
+def _chosen(wanted: str | bool | None, output: Path, of: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from: one that is complete and, where none is named, of this task."""
     if not wanted:
         return None
     if wanted is True:
-        return newest_complete(output)
+        return newest_complete(output, TASK, of)
     check_complete(Path(str(wanted)))
     return Path(str(wanted))

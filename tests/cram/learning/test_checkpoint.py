@@ -17,6 +17,7 @@ from cram.learning.checkpoint import (
     RECORD,
     STATE,
     Termination,
+    _by_step,
     check_complete,
     mark_complete,
     read_checkpoint,
@@ -215,3 +216,10 @@ def test_work_of_too_small_numbers_is_refused() -> None:
         Work(forwards=0)
     with pytest.raises(ValueError, match="checkpoint_every at least 0, got 1 and -1"):
         Work(checkpoint_every=-1)
+
+
+def test_the_newest_of_many_steps_comes_first(tmp_path: Path) -> None:
+    names = ["step-000002", "step-999999", "step-1000000"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in _by_step(tmp_path, "step-")] == names[::-1]

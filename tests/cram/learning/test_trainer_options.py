@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from cram import CramTrainer
+from cram import CramTrainer, load, save
 from cram.learning.step import gate_entropy
 from cram.routing.query import Route
 from tests.cram import runs
@@ -151,6 +151,30 @@ def test_a_task_of_another_length_is_not_resumed(tmp_path: Path) -> None:
     other = trainer(fresh(CONFIG), same_group()[0], tmp_path, max_steps=60)
     with pytest.raises(ValueError, match="must belong to this training, got another number of steps"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_an_earlier_task_in_the_same_folder_are_passed_over(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    every = {"save_strategy": "steps", "save_steps": 1}
+    made = learnt(tmp_path / "out", **every)
+    save(made.model, tmp_path / "first")
+    cut = trainer(made.model, same_group()[1], tmp_path / "out", **every)
+    cut.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    model = fresh(CONFIG)
+    load(model, tmp_path / "first")
+    resumed = trainer(model, same_group()[1], tmp_path / "out", **every)
+    resumed.train(resume_from_checkpoint=True)
+    whole = fresh(CONFIG)
+    load(whole, tmp_path / "first")
+    seeded(whole)
+    trainer(whole, same_group()[1], tmp_path / "whole").train()
+    torch.testing.assert_close(experts(model), experts(whole), rtol=0, atol=0)
 
 
 def test_a_pushed_checkpoint_is_complete_and_a_key_is_not_pushed(
