@@ -26,7 +26,7 @@ from cram.methods import METHODS
 from cram.report.examples import BASE, gather_examples
 from cram.report.page import write_page
 from cram.report.schema import Report
-from cram.streams import load_stream
+from cram.streams import Stream, load_stream
 from cram.streams.registry import BUILTIN as STREAMS
 from cram.streams.registry import SHIPPED
 
@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
             work=work,
         )
         report = learner.run()
-        by_first(lambda: _publish(learner, report, out))
+        base = measure_base(learner, out / BASE, shown=True)
+        by_first(lambda: _publish({**report, "base": base}, learner.stream, out))
 
 
 def _anywhere(value: Any) -> Any:
@@ -93,8 +94,7 @@ def _anywhere(value: Any) -> Any:
     return value if named or not Path(value).exists() else str(Path(value).absolute())
 
 
-def _publish(learner: ContinualLearner, report: Report, out: Path) -> None:
-    """Add the untrained base to the report, and write the page."""
-    report["base"] = measure_base(learner, out / BASE, shown=True)
+def _publish(report: Report, stream: Stream, out: Path) -> None:
+    """Write the report with the base's row, and the page."""
     write_json(out / "report.json", report)
-    print(f"report: {write_page(out, gather_examples(out, learner.stream))}")
+    print(f"report: {write_page(out, gather_examples(out, stream))}")

@@ -35,6 +35,7 @@ GREEDY: dict[str, Any] = {
     "top_k": None,
 }
 
+Keep = Callable[[dict[str, AnswerRow]], None]
 Routed = Callable[[list[int]], AbstractContextManager[Any]]
 
 # Accuracies that are closer than this, in percent, are the same.
@@ -81,6 +82,39 @@ def run_test(
         bar: Progress bar, one step per sample.
         state: Names the state of the model.
     """
+
+    def answer(batches: list[list[int]], keep: Keep) -> None:
+        answer_batches(model, processor, method, task, split, bar, batches, keep)
+
+    rows = journaled(model, task, predictions, state, method.config.eval_batch_size, bar, answer)
+    by_id = {sample.id: row["text"] for sample, row in zip(task.test, rows, strict=True)}
+    strict = float(score(task.scorer, by_id, task.test))
+    return TaskResult(strict, routing_of(method, task.name, rows), published_result(task, by_id, strict))
+
+
+def journaled(
+    model: Any,
+    task: Task,
+    predictions: Path,
+    state: str,
+    batch_size: int,
+    bar: ProgressBar,
+    answer: Callable[[list[list[int]], Keep], None],
+) -> list[AnswerRow]:
+    """Answer the test samples of a task, which the processes divide, with the journal; see `run_test`.
+
+    Args:
+        model: The model that answers. If it is sharded, all processes run every forward together.
+        task: The task.
+        predictions: The file of predictions.
+        state: Names what answers.
+        batch_size: Samples per batch.
+        bar: Progress bar.
+        answer: Answers batches, and hands the answers of each on by id.
+
+    Returns:
+        A row per test sample, in every process.
+    """
     of = {
         "state": state,
         "samples": texts_digest(task.test),
@@ -90,17 +124,13 @@ def run_test(
     journal = Journal(predictions, task.test, of)
     answered = journal.start()
     bar.advance(len(answered))
-    batches = length_batches([len(sample.instruction) for sample in task.test], method.config.eval_batch_size)
+    batches = length_batches([len(sample.instruction) for sample in task.test], batch_size)
     left = [part for part in batches if not answered.issuperset(task.test[index].id for index in part)]
-    if is_sharded(model):  # All processes run every forward together.
-        keep = journal.add if is_first() else lambda answers: None
-        answer_batches(model, processor, method, task, split, bar, left, keep)
+    if is_sharded(model):
+        answer(left, journal.add if is_first() else lambda answers: None)
     else:
-        answer_batches(model, processor, method, task, split, bar, own_share(left), journal.add)
-    rows = journal.finish()
-    by_id = {sample.id: row["text"] for sample, row in zip(task.test, rows, strict=True)}
-    strict = float(score(task.scorer, by_id, task.test))
-    return TaskResult(strict, routing_of(method, task.name, rows), published_result(task, by_id, strict))
+        answer(own_share(left), journal.add)
+    return journal.finish()
 
 
 def published_result(task: Task, answers: dict[str, str], strict: float) -> Published | None:
@@ -143,7 +173,7 @@ def answer_batches(
     split: EncodedSplit,
     bar: ProgressBar,
     batches: list[list[int]],
-    keep: Callable[[dict[str, AnswerRow]], None],
+    keep: Keep,
 ) -> None:
     """Answer some batches of a task's test samples greedily; `keep` gets the answers of each batch by id."""
     known = task.name in method.expert_groups()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from cram.console import KNOWN_ERRORS
 
 T = TypeVar("T")
+# How long processes wait for one another: the first one may read all pictures and weights alone.
+PATIENCE = timedelta(hours=2)
 
 
 def world() -> int:
@@ -138,7 +141,7 @@ def joined(device: str | None = None) -> Iterator[None]:
     on_gpu = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

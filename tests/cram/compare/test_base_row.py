@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,24 @@ def test_the_base_answers_without_experts_and_is_measured_once(
         turns = [[Turn.of(sample.instruction, list(sample.images))] for sample in task.test]
         expected = [str(each) for each in answer_all(bare.model, turns, max_new_tokens=task.max_new_tokens)]
         assert written[task.name] == expected
+
+
+def test_a_stopped_test_of_the_base_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = runs.learner(tmp_path / "run", tasks=runs.two_tasks())
+    whole = measure_base(learner, tmp_path / "whole")
+    answer, asked = base_row.generate_answers, []
+
+    def cut(*arguments: Any, batches: Any, **options: Any) -> None:
+        asked.append(sum(map(len, batches)))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        answer(*arguments, batches=batches, **options)
+
+    monkeypatch.setattr(base_row, "generate_answers", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measure_base(learner, tmp_path / "base")
+    assert measure_base(learner, tmp_path / "base") == whole
+    assert asked == [asked[0], asked[1], 0, asked[1]]
 
 
 def test_answers_to_other_samples_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cram.compare.base_row import measure_base
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.learner import ContinualLearner, Work
 from cram.learning.training import TaskLoop
@@ -79,6 +80,7 @@ def learn_and_test(rank: int, folder: Path, options: dict[str, Any]) -> None:
     learn(rank, folder, "cram", options)
     model, encoder = factories.fresh()
     evaluate_run(folder / "run", runs.two_tasks(), model, factories.llava_processor(), encoder, False)
+    measure_base(runs.learner(folder / "run", **options), folder / "base")
 
 
 def train_with_trainer(rank: int, folder: Path, options: dict[str, Any]) -> None:
@@ -120,6 +122,7 @@ def resume_with_trainer(
 def learn_sharded(rank: int, folder: Path, options: dict[str, Any]) -> None:
     """A run of two tasks on a base that is divided between the processes; the second task is resumed."""
     made = sharded_learner(folder, options)
+    measure_base(made, folder / "base")
     made.learn(0)
     made.evaluate(0)
     sharded_learner(folder, options).run()

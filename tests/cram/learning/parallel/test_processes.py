@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cram.atomic import read_json
+from cram.compare.base_row import measure_base
 from cram.learning.parallel.processes import (
     by_first,
     copy_from_first,
@@ -91,7 +92,7 @@ def test_a_process_joins_on_the_gpu_that_the_launcher_gave_it(
         monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(dist, "init_process_group", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: calls.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
     with joined(device):
         assert calls == expected[:-1]
@@ -103,6 +104,15 @@ def close(left: Any, right: Any) -> None:
     for name in ("tasks", "groups", "ranks", "parameters"):
         assert left[name] == right[name], name
     assert left["matrix"] == right["matrix"]
+
+
+def same_base(folder: Path, one: Path) -> None:
+    """Compare what the base answered in several processes with what it answers in one."""
+    found = measure_base(runs.learner(one, **PLAIN), one / "base")
+    assert read_json(folder / "base/result.json")["accuracies"] == found
+    for file in (one / "base/predictions").iterdir():
+        assert (folder / "base/predictions" / file.name).read_text() == file.read_text()
+    assert not list((folder / "base").rglob(".*part*"))
 
 
 def test_two_processes_learn_and_test_as_one(tmp_path: Path) -> None:
@@ -122,6 +132,7 @@ def test_two_processes_learn_and_test_as_one(tmp_path: Path) -> None:
         assert left == right
     evaluated = read_json(tmp_path / "two/run/eval/toy/result.json")
     assert list(evaluated["accuracies"].values()) == two["methods"]["cram"]["matrix"][-1]
+    same_base(tmp_path / "two", tmp_path / "base")
     assert not list((tmp_path / "two").rglob(".*part*"))
 
 
@@ -202,6 +213,7 @@ def test_a_sharded_base_gives_the_same_bundle(tmp_path: Path) -> None:
     workers.together(workers.learn_sharded, tmp_path / "sharded", PLAIN)
     reports = [read_json(tmp_path / name / "run/report.json") for name in ("plain", "sharded")]
     close(reports[0]["methods"]["cram"], reports[1]["methods"]["cram"])
+    same_base(tmp_path / "sharded", tmp_path / "base")
     for name in ("01-colour", "02-letter"):
         plain, sharded = (tmp_path / kind / f"run/tasks/{name}/bundle" for kind in ("plain", "sharded"))
         assert read_json(plain / "cram.json") == read_json(sharded / "cram.json")
