@@ -26,7 +26,10 @@ IDENTITY_FIELDS: Fields = {"method": str, "config": dict, "stream": dict, "model
 STREAM_FIELDS: Fields = {"name": str, "tasks": list, "sha256": str}
 MODEL_FIELDS: Fields = {"family": str, "dtype": str, "modules": int, "encoder": list, "sha256": str}
 # What the records of earlier versions lack.
-LATER_FIELDS: Mapping[str, Fields] = {"stream": {"pictures": str}, "model": {"weights": str}}
+LATER_FIELDS: Mapping[str, Fields] = {
+    "stream": {"pictures": str, "splits": str},
+    "model": {"weights": str},
+}
 TRAINING_FIELDS: Fields = {"seconds": NUMBER, "loss": NUMBER}
 RESULT_FIELDS: Fields = {"accuracies": list, "seconds": NUMBER, "routing": dict}
 ROUTING_FIELDS: Fields = {"group_accuracy": NUMBER, "expert_accuracy": NUMBER, "mean_gates": dict}

@@ -38,7 +38,8 @@ def measure_base(learner: ContinualLearner, folder: Path, shown: bool = False) -
     Raises:
         ValueError: If the folder has the answers of another model or to other samples.
     """
-    of = digest_of({name: learner.identity[name] for name in ("stream", "model")})
+    stream = {name: value for name, value in learner.identity["stream"].items() if name != "splits"}
+    of = digest_of({"stream": stream, "model": learner.identity["model"]})
     if (known := by_first(lambda: _known(folder, of))) is not None:
         return known
     tasks, predictions = learner.stream.tasks, folder / "predictions"

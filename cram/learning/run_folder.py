@@ -304,12 +304,14 @@ def trained_parameters(method: Method, tasks: list[str]) -> dict[str, int]:
 
 
 def stream_identity(stream: Stream) -> dict[str, Any]:
-    """Return name, tasks, one fingerprint of the ids, instructions and answers of all samples, and one of
-    their pictures."""
-    digest = hashlib.sha256()
+    """Return name, tasks, and fingerprints: of what all samples say, of their pictures, and of the splits:
+    where they end, the answers that are learnt, and the published rule."""
+    digest, splits = hashlib.sha256(), hashlib.sha256()
     samples = []
     for task in stream.tasks:
         digest.update(repr((task.name, task.scorer, task.max_new_tokens)).encode())
+        splits.update(repr((len(task.train), len(task.test), task.published)).encode())
+        splits.update(repr([sample.answer for sample in task.train]).encode())
         for sample in (*task.train, *task.test):
             digest.update(said(sample))
             samples.append(sample)
@@ -319,6 +321,7 @@ def stream_identity(stream: Stream) -> dict[str, Any]:
         "tasks": names,
         "sha256": digest.hexdigest(),
         "pictures": pictures_digest(samples),
+        "splits": splits.hexdigest(),
     }
 
 

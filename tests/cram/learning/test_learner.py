@@ -199,7 +199,8 @@ def test_other_weights_are_refused(finished: Path, change: Callable[[Any, Any], 
 def test_a_run_of_an_earlier_version_goes_on(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     record = read_json(run / "run.json")
-    del record["identity"]["stream"]["pictures"], record["identity"]["model"]["weights"]
+    for part, name in (("stream", "pictures"), ("stream", "splits"), ("model", "weights")):
+        del record["identity"][part][name]
     (run / "run.json").write_text(json.dumps(record))
     learner_on(run, lambda model, clip: None)
     record["identity"]["stream"]["pictures"] = 1

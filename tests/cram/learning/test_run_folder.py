@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cram import cli
 from cram.atomic import LOCK, locked, read_json, write_json
 from cram.bundle.records import sealed
 from cram.bundle.runs import newest_bundle, read_run
-from cram.learning.run_folder import RunFolder, trained_parameters
+from cram.learning.run_folder import RunFolder, stream_identity, trained_parameters
+from cram.streams.types import Sample, Stream, Task
 from tests.cram import runs
 from tests.cram.kills import GROWING, Killed, every_end, writes
 from tests.cram.runs import timeless
@@ -363,3 +365,19 @@ def test_every_trained_value_counts_once_and_for_its_task(method: str, tmp_path:
         assert counts == {"colour": factors[0] + beside + routers, "letter": factors[1] + beside}
     report = read_json(tmp_path / "run/report.json")["methods"][method]["parameters"]
     assert report == {"total": sum(counts.values()), "per_task": counts}
+
+
+def test_the_identity_of_a_stream_has_its_splits_the_learnt_answers_and_the_rule() -> None:
+    def identity(train: list[Sample], test: list[Sample], published: str | None = None) -> dict[str, Any]:
+        return stream_identity(Stream("s", (Task("t", train, test, "accuracy", 4, published),)))
+
+    said = [Sample(str(i), (), "q", "cat", ("cat", "dog")) for i in range(4)]
+    other = replace(said[0], answer="dog")
+    found = [
+        identity(said[:3], said[3:]),
+        identity(said[:2], said[2:]),
+        identity([other, *said[1:3]], said[3:]),
+        identity(said[:3], said[3:], "mcitlib_accuracy"),
+    ]
+    assert len({each["splits"] for each in found}) == 4
+    assert found[0] == identity(said[:3], said[3:])
