@@ -237,7 +237,8 @@ class Termination:
         self._before: Any = None
 
     def __enter__(self) -> Termination:
-        """Take the signal. Only the main thread can."""
+        """Take the signal. Only the main thread can. What has come before counts no more."""
+        self.arrived = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._come)
         return self

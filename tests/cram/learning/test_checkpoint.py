@@ -206,9 +206,12 @@ def test_sigterm_ends_a_training_behind_a_checkpoint_or_the_bundle(
 
 
 def test_sigterm_outside_of_training_ends_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt, match="stopped; the same command"), Termination():
+    ending = Termination()
+    with pytest.raises(KeyboardInterrupt, match="stopped; the same command"), ending:
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with ending:
+        assert not ending.arrived
 
 
 def test_work_of_too_small_numbers_is_refused() -> None:
