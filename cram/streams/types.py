@@ -14,14 +14,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cram.streams.pictures import upright_rgb
+from cram.streams.pictures import (
+    MAX_PIXEL_BYTES,
+    SPARE_BYTES,
+    Encoded,
+    encoded,
+    shared_rgb,
+    upright_rgb,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 64_000_000
-# Bytes of a picture's file at most: by pixel, and for whatever else it says.
-MAX_PIXEL_BYTES, SPARE_BYTES = 4, 1 << 20
 # Pillow lets through whatever a damaged file makes its readers raise.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error)
 
@@ -32,7 +37,8 @@ class Sample:
 
     Attributes:
         id: Unique within its split.
-        images: Opened images or paths. Empty for a question without an image.
+        images: Opened images or paths. Empty for a question without an image. An opened image that is not
+            decoded yet stays so, also in copies and pickles; `open_images` decodes it anew each time.
         instruction: The user's whole turn (question and format instruction) without image placeholders.
         answer: The answer that the model is trained to give.
         references: All accepted answers of a test sample, for example several captions. Empty means that
@@ -56,6 +62,14 @@ class Sample:
     def place(self) -> str:
         """Where an error message finds the sample."""
         return self.source or f"sample {self.id!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = [image if isinstance(image, Path) else encoded(image) or image for image in self.images]
+        return {**vars(self), "images": tuple(kept)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened = [image.open() if isinstance(image, Encoded) else image for image in state["images"]]
+        vars(self).update(state, images=tuple(opened))
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,9 @@ class Stream:
 def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Open one image as the model sees it; see `cram.streams.pictures.upright_rgb`.
 
+    An opened image that is not decoded yet stays so; its bytes are decoded anew. Threads may open the same
+    image at once.
+
     The header is read before the pixels. So a small file that claims a huge picture is refused and not
     decoded.
 
@@ -138,7 +155,7 @@ def open_image(image: Image.Image | Path, max_pixels: int = MAX_IMAGE_PIXELS) ->
         raise ValueError(f"image must be an opened PIL image or a Path, got {type(image).__name__}")
     name = image if isinstance(image, Path) else getattr(image, "filename", "") or "in memory"
     try:
-        return _read(image, max_pixels) if isinstance(image, Path) else upright_rgb(image)
+        return _read(image, max_pixels) if isinstance(image, Path) else shared_rgb(image)
     except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         fault = f"must have at most {max_pixels} pixels, got {error}"
     except DECODING_ERRORS as error:

@@ -33,7 +33,8 @@ def test_a_photograph_is_turned_upright(tmp_path: Path, opened: bool) -> None:
     exif[ORIENTATION] = 6  # shown upright after a quarter turn clockwise
     file = tmp_path / "x.png"
     two_halves().save(file, exif=exif)
-    found = open_image(Image.open(file) if opened else file)
+    with Image.open(file) as image:
+        found = open_image(image if opened else file)
     assert found.size == (4, 8) and at(found, 1, 1) == list(LEFT) and at(found, 1, 6) == list(RIGHT)
     assert open_image(found).size == (4, 8)
 
