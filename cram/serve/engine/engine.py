@@ -72,8 +72,8 @@ class Engine:
         if gate_floor and not isinstance(self.cram.method, GroupedMethod):
             raise ValueError(f"gate_floor must be 0 for {self.cram.config.method!r}, got {gate_floor}")
         routes = PrunedRoutes(self.cram.method, gate_floor) if gate_floor else self.cram.method
-        self.cram.hooks.method = routes
         self._decider = Decider(self.cram, routes)
+        self.cram.hooks.method = self._decider.routes
         self.metrics = Metrics()
         self.versions = Versions(self.cram)
         self._worker = Worker(model, processor, self.limits, self._decider, self.versions, self.metrics)
