@@ -51,7 +51,8 @@ class Sampling:
     Attributes:
         max_tokens: Tokens of an answer at most; None for the engine's default.
         temperature: 0 takes the most probable token.
-        top_p: Tokens are drawn from the smallest set with at least this probability.
+        top_p: Tokens are drawn from the smallest set with at least this probability; 0 leaves the most
+            probable one.
         seed: Equal seeds give equal answers; None draws a new seed.
         n: Answers per request.
         stop: Strings that end an answer; the answer does not contain them.
@@ -73,7 +74,7 @@ class Sampling:
         rules = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 2, "in [0, 2]"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_p", 0 <= self.top_p <= 1, "in [0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             ("n", 1 <= self.n <= MAX_CHOICES, f"in [1, {MAX_CHOICES}]"),
             (

@@ -46,8 +46,13 @@ class Batch:
         """Bytes of the key-value allocation."""
         return self._cache.num_bytes
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answers can go on; see `RowCache.is_whole`."""
+        return self._cache.is_whole
+
     def join(self, answers: Sequence[Answer], prefill: Any, state: ForwardState, logits: Tensor) -> None:
-        """Answers of one request join.
+        """Answers of one request join. An error leaves those before as they were if `is_whole` stays True.
 
         Args:
             answers: The answers; each becomes a row.

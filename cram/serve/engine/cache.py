@@ -9,6 +9,15 @@ columns [start, end), and what lies left of them is padding:
 
 A row joins by a copy of its prefill into the columns before `end`. A row leaves by a copy of the last row
 into its place. A step copies one column; a cache that concatenates would copy all of them.
+
+Memory may run out while rows are moved or the tensors grow:
+
+    grow    one tensor after the other, so that no second allocation of all layers is needed. What all tensors
+            have in common counts as room: those that have grown before an error hold the rows as well.
+    move    in place, through one buffer of the size of a tensor's used part (one for each shape, type and
+            device). It is made before the first write; from there on nothing is allocated.
+
+An error between two writes of a move leaves the rows at different columns; `is_whole` tells of it.
 """
 
 from __future__ import annotations
@@ -42,6 +51,8 @@ class RowLayer(CacheLayerMixin):
         """Write one column of all rows; returns the columns in use, the new one included."""
         rows, end = len(self._cache.starts), self._cache.end
         assert self.keys is not None and self.values is not None
+        # A slice behind the last column is empty, and a write to it is lost without an error.
+        assert end < min(self.keys.shape[2], self.values.shape[2]), "every layer must have room for a column"
         self.keys[:rows, :, end : end + 1] = key_states
         self.values[:rows, :, end : end + 1] = value_states
         used = (slice(rows), slice(None), slice(self._cache.first, end + 1))
@@ -66,12 +77,15 @@ class RowCache(Cache):
     Attributes:
         starts: First column of every row.
         end: The column that the next step writes.
+        is_whole: Whether the tensors hold every row where `starts` and `end` say; once False, the cache is of
+            no use.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.starts: list[int] = []
         self.end = 0
+        self.is_whole = True
 
     @property
     def first(self) -> int:
@@ -109,6 +123,8 @@ class RowCache(Cache):
     def join(self, prefill: Cache, copies: int) -> None:
         """Append rows that continue the one row of `prefill`.
 
+        An error leaves the rows before as they were, unless `is_whole` is False afterwards.
+
         Raises:
             NotImplementedError: If a layer of the prefill does not hold the whole prompt (sliding windows).
         """
@@ -129,20 +145,24 @@ class RowCache(Cache):
     def drop(self, row: int) -> None:
         """Remove one row; the last row takes its place."""
         last = len(self.starts) - 1
+        self.is_whole = False
         if row != last:
             for tensor in self._tensors():
                 tensor[row, :, : self.end] = tensor[last, :, : self.end]
         self.starts[row] = self.starts[last]
         self.starts.pop()
+        self.is_whole = True
 
     def _fit(self, layers: Any, rows: int, length: int) -> None:
         """Make room for `rows` rows and a prompt of `length` tokens that ends at `end`."""
         if not self.layers:
+            made = []
             for layer in layers:
                 shape = (rows, layer.keys.shape[1], max(FIRST_COLUMNS, length + 1))
                 keys = layer.keys.new_zeros(*shape, layer.keys.shape[3])
                 values = layer.values.new_zeros(*shape, layer.values.shape[3])
-                self.layers.append(RowLayer(self, keys, values))
+                made.append(RowLayer(self, keys, values))
+            self.layers.extend(made)
         if self.starts:
             self.reserve_column()
         else:
@@ -157,22 +177,31 @@ class RowCache(Cache):
     def _move(self, by: int) -> None:
         """Move all rows by some columns; negative is to the left."""
         first, end, rows = self.first, self.end, len(self.starts)
-        for tensor in self._tensors():
-            tensor[:rows, :, first + by : end + by] = tensor[:rows, :, first:end].clone()
+        tensors = self._tensors()
+        used = [tensor[:rows, :, first:end] for tensor in tensors]
+        kinds = [(each.shape, each.dtype, each.device) for each in used]
+        buffers = {
+            kind: each.new_empty(each.shape) for kind, each in dict(zip(kinds, used, strict=True)).items()
+        }
+        self.is_whole = False
+        for tensor, old, kind in zip(tensors, used, kinds, strict=True):
+            tensor[:rows, :, first + by : end + by] = buffers[kind].copy_(old)
             if by > 0:
                 tensor[:rows, :, first : first + by] = 0
         self.starts = [start + by for start in self.starts]
         self.end += by
+        self.is_whole = True
 
     def _allocate(self, rows: int, columns: int) -> None:
-        """New tensors of a size that is no smaller; what is in use is copied."""
+        """Grow all tensors to a size that is no smaller; what is in use is copied."""
         used = (slice(len(self.starts)), slice(None), slice(self.end if self.starts else 0))
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                new = old.new_zeros(
-                    max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
-                )
+                size = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
+                if size == old.shape:
+                    continue
+                new = old.new_zeros(size)
                 new[used] = old[used]
                 setattr(layer, name, new)
 
@@ -180,7 +209,7 @@ class RowCache(Cache):
         return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
 
     def _rows(self) -> int:
-        return len(self._tensors()[0])
+        return min(len(tensor) for tensor in self._tensors())
 
     def _columns(self) -> int:
-        return int(self._tensors()[0].shape[2])
+        return min(int(tensor.shape[2]) for tensor in self._tensors())

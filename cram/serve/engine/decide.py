@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,48 @@ from torch import Tensor
 
 from cram.model.attached import AttachedModel
 from cram.model.state import ForwardState
-from cram.routing.query import Route, Routes
+from cram.routing.query import Query, Route, Routes
 from cram.serve.engine.versions import Version
 from cram.serve.request import Decision, Prompt, RequestError
+
+
+class InstructedRoutes:
+    """Routes by the instruction of the prompt that is being read; stands in for the method in
+    `ForwardHooks.method`.
+
+    A forward finds its instruction in the decoded prompt, where a question that holds a template's markers
+    looks like several turns. Its image features, which come from the model's own pass, stay.
+
+    Args:
+        cram: The model's handle.
+        routes: Who is asked.
+    """
+
+    def __init__(self, cram: AttachedModel, routes: Routes) -> None:
+        self._cram, self._routes = cram, routes
+        self._instruction: str | None = None
+        self.uses_queries = routes.uses_queries
+
+    @property
+    def wants_visual_means(self) -> bool:
+        """As the method."""
+        return self._routes.wants_visual_means
+
+    @contextmanager
+    def reading(self, instruction: str) -> Iterator[None]:
+        """Forwards inside read a prompt with this instruction."""
+        self._instruction = instruction
+        try:
+            yield
+        finally:
+            self._instruction = None
+
+    def route(self, query: Query | None, training: bool) -> Route:
+        """The route of the query with the known instruction."""
+        if query is not None and self._instruction is not None:
+            text = self._cram.encoder.encode_text([self._instruction])
+            query = replace(query, text=text.to(query.text.device).expand_as(query.text))
+        return self._routes.route(query, training)
 
 
 class Decider:
@@ -22,10 +62,14 @@ class Decider:
     Args:
         cram: The model's handle.
         routes: Who is asked for automatic routes.
+
+    Attributes:
+        routes: Who is to be asked by the forwards of the model.
     """
 
     def __init__(self, cram: AttachedModel, routes: Routes) -> None:
-        self._cram, self._routes = cram, routes
+        self._cram = cram
+        self.routes = InstructedRoutes(cram, routes)
 
     def routed(self, prompt: Prompt, mixture: Mapping[str, float] | None) -> AbstractContextManager[Any]:
         """The context in which a prompt is read.
@@ -38,9 +82,10 @@ class Decider:
             # Some methods also adapt the projector, which zero gates would not switch off.
             return self._cram.fixed(gates) if any(mixture.values()) else self._cram.disabled()
         self._check_automatic()
-        encoder_sees_prompt = self._cram.encoder.reuses_vision_tower
-        if not self._cram.num_experts or encoder_sees_prompt or not self._cram.method.uses_queries:
+        if not self._cram.num_experts or not self._cram.method.uses_queries:
             return nullcontext()
+        if self._cram.encoder.reuses_vision_tower:
+            return self.routes.reading(self._instruction(prompt))
         return self._cram.fixed(self._automatic(prompt))
 
     def continued(self) -> ForwardState:
@@ -100,8 +145,12 @@ class Decider:
     def _automatic(self, prompt: Prompt) -> Route:
         query = None
         if self._cram.method.uses_queries:
-            query = self._cram.encode([prompt.instruction], [list(prompt.images)])
-        return self._routes.route(query, False)
+            query = self._cram.encode([self._instruction(prompt)], [list(prompt.images)])
+        return self.routes.route(query, False)
+
+    def _instruction(self, prompt: Prompt) -> str:
+        """The instruction as the forwards of training read it."""
+        return self._cram.family.without_placeholders(prompt.instruction)
 
     def _mixture(self, mixture: Mapping[str, float]) -> Tensor:
         """Gates [E]."""

@@ -72,8 +72,8 @@ class Engine:
         if gate_floor and not isinstance(self.cram.method, GroupedMethod):
             raise ValueError(f"gate_floor must be 0 for {self.cram.config.method!r}, got {gate_floor}")
         routes = PrunedRoutes(self.cram.method, gate_floor) if gate_floor else self.cram.method
-        self.cram.hooks.method = routes
         self._decider = Decider(self.cram, routes)
+        self.cram.hooks.method = self._decider.routes
         self.metrics = Metrics()
         self.versions = Versions(self.cram)
         self._worker = Worker(model, processor, self.limits, self._decider, self.versions, self.metrics)
@@ -83,6 +83,9 @@ class Engine:
         self._changes: deque[Call] = deque()
         self._changed = threading.Condition()
         self._accepting, self._stopping = True, False
+        # What a turn has taken out of its queue is in none, until it is in flight or done.
+        self._turning, self._given_up = False, False
+        self._taken: Request | None = None
         self._thread: threading.Thread | None = None
 
     # From any thread
@@ -189,12 +192,12 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        return done
+        return done and not self._given_up
 
     @property
     def busy(self) -> bool:
-        """Whether anything is waiting or in flight."""
-        return bool(self._calls or self._changes or any(self.load))
+        """Whether anything is waiting, in work or in flight."""
+        return bool(self._turning or self._calls or self._changes or any(self.load))
 
     # In the engine's thread
 
@@ -214,6 +217,13 @@ class Engine:
 
     def turn(self) -> None:
         """One turn; see the head of this file."""
+        self._turning = True
+        try:
+            self._turn()
+        finally:
+            self._turning = False
+
+    def _turn(self) -> None:
         # One, so that whoever asks again and again does not keep the others waiting.
         if self._calls:
             self._calls.popleft().run()
@@ -221,7 +231,9 @@ class Engine:
             self._changes.popleft().run()
         self._worker.remove_cancelled()
         while (request := self._admitted()) is not None:
+            self._taken = request
             self._worker.begin(request)
+            self._taken = None
         self._worker.read()
         self._worker.step()
         self.metrics.observe_load(*self.load)
@@ -241,9 +253,10 @@ class Engine:
         """Tell everybody who still waits that there will be no answer."""
         with self._changed:
             self._accepting, self._stopping = False, True
-            left = list(self._waiting)
+            left = [*self._waiting] if self._taken is None else [self._taken, *self._waiting]
+            self._given_up = bool(left) or self.busy
             self._waiting.clear()
-            self._changed.notify_all()
+        self._taken = None
         self._worker.give_up()
         for request in left:
             self._worker.tell(request, Failed("the server has stopped", "server"))
@@ -253,3 +266,5 @@ class Engine:
         self._changes.clear()
         self.cram.hooks.method = self.cram.method
         self._take_back()
+        with self._changed:
+            self._changed.notify_all()

@@ -74,8 +74,12 @@ class Worker:
     def remove_cancelled(self) -> None:
         """Drop prompts and answers that nobody waits for."""
         self._prefills = [each for each in self._prefills if not each.request.cancelled]
-        for batch in self._batches.values():
-            batch.remove(lambda answer: answer.request.cancelled)
+        for batch in list(self._batches.values()):
+            try:
+                batch.remove(lambda answer: answer.request.cancelled)
+            except RuntimeError as error:
+                LOG.error("answers could not be removed from %d: %s", len(batch), error)
+                self._lose(batch)
 
     def begin(self, request: Request) -> None:
         """Take a request, whose prompt is read from here on."""
@@ -166,7 +170,12 @@ class Worker:
             Answer(request, index, self._tokenizer, self._ends, prefill.limit, read.position)
             for index in range(request.sampling.n)
         ]
-        batch.join(answers, read.cache, read.state, read.logits)
+        try:
+            batch.join(answers, read.cache, read.state, read.logits)
+        finally:
+            if not batch.is_whole:
+                LOG.error("a join has broken the cache of %d answers", len(batch))
+                self._lose(batch)
 
     def _step(self, version: Version, batch: Batch) -> None:
         self._versions.act(version)
@@ -179,7 +188,7 @@ class Worker:
                 self._lose(batch)
 
     def _lose(self, batch: Batch) -> None:
-        """A failed step leaves a cache of unknown content: its answers end, and the batch with them."""
+        """What failed may leave a cache of unknown content: its answers end, and the batch with them."""
         for request in dict.fromkeys(answer.request for answer in batch.answers):
             self.tell(request, Failed("the server could not compute this answer", "server"))
             request.cancel()

@@ -174,7 +174,8 @@ def test_sampling_is_a_function_of_the_seed() -> None:
     greedy, heard = ask(asked, max_tokens=10)
     engine.submit(greedy)
     run(engine, heard)
-    assert sampled(False, seed=5, top_p=1e-9) == [heard.choices[0].token_ids] * 3
+    for top_p in (0.0, 1e-9):
+        assert sampled(False, seed=5, top_p=top_p) == [heard.choices[0].token_ids] * 3
 
 
 def test_n_answers_of_greedy_decoding_are_equal() -> None:
@@ -267,7 +268,9 @@ def test_requests_that_cannot_be_answered_fail_alone() -> None:
         {"n": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"top_p": 0.0},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
         {"max_tokens": 0},
         {"stop": ("",)},
         {"stop": ("a",) * 5},
