@@ -31,7 +31,6 @@ from tests.cram.serve.serving import llava_prompt, offline
 
 body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
 app = pytest.importorskip("cram.serve.http.app")
-Replies = pytest.importorskip("cram.serve.http.replies").Replies
 Settings = body.Settings
 
 TOKEN = "open-sesame"
@@ -85,12 +84,6 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
         pieces = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
         assert "".join(p["delta"].get("content", "") for p in pieces) == choice["message"]["content"]
         assert pieces[-1]["finish_reason"] == choice["finish_reason"]
-
-
-def test_a_part_of_a_character_has_no_bytes_of_its_own() -> None:
-    tokenizer = SimpleNamespace(decode=lambda ids, **settings: ("é", "\ufffd")[ids[0]])
-    whole, part = (Replies("cram", tokenizer)._token(token, -1.0) for token in (0, 1))
-    assert whole["bytes"] == [0xC3, 0xA9] and part["bytes"] is None
 
 
 TEXT = {"type": "text", "text": "x"}
