@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -98,7 +99,7 @@ def folder_of(root: Path, name: Any) -> Path:
 
 
 class Bundles:
-    """Changes the bundle of a running engine.
+    """Changes the bundle of a running engine; may be called from several threads.
 
     Args:
         engine: The engine.
@@ -118,6 +119,8 @@ class Bundles:
     ) -> None:
         self._engine, self._model, self._root, self.watched = engine, model, root, watched
         self._folders: dict[int, Path | None] = {engine.versions.current.number: first}
+        # Held from a change until it is on record, so that the record is that of the last change.
+        self._changing = threading.Lock()
         # Size of a bundle when it was refused; None where it need not be tried again.
         self._seen: dict[Any, int | None] = {each[:2]: None for each in (watched() if watched else ())}
         self._record(engine.versions.current)
@@ -138,11 +141,12 @@ class Bundles:
         Raises:
             RequestError: If there are none.
         """
-        try:
-            version: Version = self._engine.roll_back().result()
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        self._record(version)
+        with self._changing:
+            try:
+                version: Version = self._engine.roll_back().result()
+            except ValueError as error:
+                raise RequestError(str(error)) from None
+            self._record(version)
         return version
 
     def poll(self) -> None:
@@ -162,14 +166,16 @@ class Bundles:
                 self._seen[newest[:2]] = newest.size
 
     def _load(self, folder: Path) -> Version:
-        change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
-        try:
-            version = change.result()
-        except FAULTS as error:
-            LOG.error("bundle %s was refused: %s", folder.name, error)
-            raise RequestError(without_paths(f"bundle {folder.name} was refused: {error}", folder)) from None
-        self._folders[version.number] = folder
-        self._record(version)
+        with self._changing:
+            change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
+            try:
+                version = change.result()
+            except FAULTS as error:
+                LOG.error("bundle %s was refused: %s", folder.name, error)
+                refusal = f"bundle {folder.name} was refused: {error}"
+                raise RequestError(without_paths(refusal, folder)) from None
+            self._folders[version.number] = folder
+            self._record(version)
         LOG.warning("bundle %s is current, version %d", folder.name, version.number)
         return version
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cram.atomic import write_json
 from cram.bundle.bundle import save
 from cram.serve.bundles import SERVED, Bundles, bundles_at_start, stamps
 from cram.serve.engine.engine import Engine
@@ -126,3 +128,33 @@ def test_a_folder_that_cannot_be_written_is_served_all_the_same(
     _, bundles = running
     assert len(bundles.use("four").names) == 4
     assert "a restart will not know that four is served" in caplog.text
+
+
+@pytest.mark.parametrize("second", ["load", "roll back"])
+def test_of_two_changes_at_once_the_last_one_is_on_record(
+    root: Path, running: Any, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    engine, bundles = running
+    save(routed_llava()[0], root / "five")
+    writing, go, written = threading.Event(), threading.Event(), threading.Event()
+
+    def late(path: Path, value: dict[str, str]) -> None:
+        if value["name"] == "four":
+            writing.set()
+            assert go.wait(30)
+        write_json(path, value)
+        if value["name"] != "four":
+            written.set()
+
+    monkeypatch.setattr("cram.serve.bundles.write_json", late)
+    change = partial(bundles.use, "five") if second == "load" else bundles.roll_back
+    threads = [threading.Thread(target=partial(bundles.use, "four")), threading.Thread(target=change)]
+    threads[0].start()
+    assert writing.wait(30)
+    threads[1].start()
+    assert not written.wait(1)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    current = bundles._folders[engine.versions.current.number].name
+    assert current == served(root) == ("five" if second == "load" else "three")
