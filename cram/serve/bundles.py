@@ -152,18 +152,24 @@ class Bundles:
     def poll(self) -> None:
         """Load the newest bundle that has come since the last call.
 
-        A refused one is tried again when its files have changed.
+        A refused one gives way to the next, and is tried again when its files have changed.
+
+        Raises:
+            QueueFullError: If the engine takes no change at the moment; the next call tries again.
         """
         assert self.watched is not None
         found = self.watched()
         new = [each for each in found if self._seen.get(each[:2], -1) not in (None, each.size)]
-        self._seen.update((each[:2], None) for each in new)
-        if new:
-            newest = max(new, key=lambda each: each.written)
+        new.sort(key=lambda each: -each.written)
+        for place, stamp in enumerate(new):
             try:
-                self._load(newest.folder)
+                self._load(stamp.folder)
             except RequestError:
-                self._seen[newest[:2]] = newest.size
+                self._seen[stamp[:2]] = stamp.size
+            else:
+                # The rest is older than what is served now.
+                self._seen.update((each[:2], None) for each in new[place:])
+                return
 
     def _load(self, folder: Path) -> Version:
         with self._changing:

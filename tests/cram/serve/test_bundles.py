@@ -16,7 +16,7 @@ from cram.atomic import write_json
 from cram.bundle.bundle import save
 from cram.serve.bundles import SERVED, Bundles, bundles_at_start, stamps
 from cram.serve.engine.engine import Engine
-from cram.serve.request import RequestError
+from cram.serve.request import QueueFullError, RequestError
 from tests.cram.factories import routed_llava
 from tests.cram.serve.engine.test_versions import damage, grown
 
@@ -158,3 +158,35 @@ def test_of_two_changes_at_once_the_last_one_is_on_record(
         thread.join(30)
     current = bundles._folders[engine.versions.current.number].name
     assert current == served(root) == ("five" if second == "load" else "three")
+
+
+def test_of_several_new_bundles_the_newest_good_one_is_loaded(root: Path, running: Any) -> None:
+    engine, bundles = running
+    for age, name in enumerate(("bad", "good", "old")):
+        save(grown()[0] if name == "good" else routed_llava()[0], root / name)
+        stamp = 1_800_000_000 - 100 * age
+        os.utime(root / name / "manifest.json", (stamp, stamp))
+    damage(root / "bad")
+    for _ in range(2):
+        bundles.poll()
+        assert engine.versions.current.number == 2 and served(root) == "good"
+    shutil.copytree(root / "good", root / "bad", dirs_exist_ok=True)
+    bundles.poll()
+    assert served(root) == "bad"
+
+
+def test_a_bundle_that_the_engine_had_no_time_for_is_tried_again(
+    root: Path, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, bundles = running
+    save(grown()[0], root / "five")
+
+    def refuse(load: Any) -> Any:
+        raise QueueFullError("the server takes no more requests")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "replace", refuse)
+        with pytest.raises(QueueFullError):
+            bundles.poll()
+    bundles.poll()
+    assert served(root) == "five"
