@@ -14,7 +14,7 @@ import pytest
 
 from cram.atomic import write_json
 from cram.bundle.bundle import save
-from cram.serve.bundles import SERVED, Bundles, bundles_at_start, stamps
+from cram.serve.bundles import SERVED, Bundles, Watch, bundles_at_start, stamps
 from cram.serve.engine.engine import Engine
 from cram.serve.request import QueueFullError, RequestError
 from tests.cram.factories import routed_llava
@@ -39,7 +39,7 @@ def running(root: Path) -> Any:
     """A started engine and what changes its bundle."""
     model, processor, _ = routed_llava()
     engine = Engine(model, processor)
-    bundles = Bundles(engine, model, root, partial(stamps, root), root / "three")
+    bundles = Bundles(engine, model, root, Watch(partial(stamps, root)), root / "three")
     engine.start()
     yield engine, bundles
     engine.stop(10)
