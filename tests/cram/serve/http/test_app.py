@@ -189,6 +189,25 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
         assert client.chat(messages=question)[1]["choices"] == before
 
 
+def test_what_changes_nothing_is_taken_as_openai_takes_it() -> None:
+    question = messages(QUESTIONS[0], 0)
+    before, empty = ([{"role": "user", "content": "x"}, {"role": "assistant"}, *question] for _ in range(2))
+    before[1]["content"] = ""
+    empty[1]["content"] = None
+    loud = messages(QUESTIONS[0], 0)
+    head, _, data = loud[0]["content"][0]["image_url"]["url"].partition(",")
+    loud[0]["content"][0]["image_url"]["url"] = f"{head.upper()},{data}"
+    with serving() as (client, *_):
+        for plain, other in ((question, loud), (before, empty)):
+            choices = client.chat(messages=plain)[1]["choices"]
+            assert client.chat(messages=other)[1].get("choices") == choices
+        for together in (True, False):
+            assert client.chat(messages=question, parallel_tool_calls=together)[0] == 200
+        status, reply = client.chat(messages=[{"role": "user", "content": None}])
+        assert status == 400 and "content must be text or a list of parts" in reply["error"]["message"]
+        assert client.chat(messages=question, parallel_tool_calls="yes")[0] == 400
+
+
 def test_a_client_that_sends_too_slowly_is_turned_away() -> None:
     with serving(settings=Settings(body_s=0.5)) as (client, *_):
         host, port = client.base.removeprefix("http://").split(":")
