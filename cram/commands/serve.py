@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cram.bundle.bundle import load
 from cram.bundle.runs import newest_bundle
@@ -22,6 +22,9 @@ from cram.learning.run_folder import run_settings
 from cram.loading import BUILTIN, Sources
 from cram.serve.vllm import command as vllm
 from cram.streams import load_stream
+
+if TYPE_CHECKING:
+    from cram.serve.bundles import Watch
 
 TOKEN = "CRAM_ADMIN_TOKEN"
 FIRST_RUN = Path("runs/serve")
@@ -37,12 +40,14 @@ class Served(NamedTuple):
         processor: Its processor.
         bundle: Where its experts come from.
         builtin: Whether the base is the built-in one.
+        watched: Finds bundles that come later; it has begun before the bundle was chosen. None without.
     """
 
     model: Any
     processor: Any
     bundle: Path
     builtin: bool
+    watched: Watch | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +107,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be at least 1, got {given}")
     if not 0 <= arguments.drain <= MAX_DRAIN:
         raise ValueError(f"drain must be in [0, {MAX_DRAIN}], got {arguments.drain}")
-    watched = watched_bundles(arguments)
+    look = watched_bundles(arguments)
     with bound(arguments.host, arguments.port) as place:
-        served = load_served(arguments)
-        server = web_server_of(arguments, served, watched)
+        served = load_served(arguments, look)
+        server = web_server_of(arguments, served)
         experts, url = ", ".join(served.model.cram.expert_names) or "none", url_of(place)
         print(f"experts: {experts}\npage: {url}/\nAPI: {url}/v1", flush=True)
         # After an interrupt uvicorn has shut down in order and raises it again.
@@ -113,9 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
             server.run(sockets=[place])
 
 
-def web_server_of(
-    arguments: argparse.Namespace, served: Served, watched: Callable[[], list[Any]] | None
-) -> Any:
+def web_server_of(arguments: argparse.Namespace, served: Served) -> Any:
     """The web server over an engine with the command's limits."""
     from cram.serve.bundles import Bundles
     from cram.serve.engine.engine import Engine
@@ -132,7 +135,7 @@ def web_server_of(
         hosts=LOOPBACK if arguments.host in LOOPBACK else (),
     )
     root = None if arguments.bundles is None else Path(arguments.bundles)
-    bundles = Bundles(engine, served.model, root, watched, served.bundle)
+    bundles = Bundles(engine, served.model, root, served.watched, served.bundle)
     offered = examples() if served.builtin else ()
     app = create_app(engine, served.processor, settings, bundles, offered)
     return web_server(app, partial(engine.stop, 0), arguments.drain)
@@ -177,19 +180,25 @@ def watched_bundles(arguments: argparse.Namespace) -> Callable[[], list[Any]] | 
     return partial(newest_of_run, Path(arguments.run or FIRST_RUN))
 
 
-def load_served(arguments: argparse.Namespace) -> Served:
+def load_served(arguments: argparse.Namespace, look: Callable[[], list[Any]] | None = None) -> Served:
     """The model with its experts.
+
+    Args:
+        arguments: Those of the command.
+        look: See `watched_bundles`.
 
     Raises:
         ValueError: If a base other than the built-in one has no bundle, or no bundle fits it.
     """
-    from cram.serve.bundles import bundles_at_start
+    from cram.serve.bundles import Watch, bundles_at_start
 
     if arguments.bundle is None and arguments.run is None and arguments.bundles is None:
         if arguments.model not in (None, BUILTIN):
             raise ValueError(f"--bundle or --run must be given for {arguments.model!r}, got neither")
         learn_first(FIRST_RUN, arguments.device)
         arguments.run = FIRST_RUN
+    watched = None if look is None else Watch(look)
+    found = [] if watched is None else watched.first
     settings: dict[str, Any] = {"model": BUILTIN, "clip": None}
     given = None if arguments.bundle is None else Path(arguments.bundle)
     if arguments.run is not None:
@@ -198,14 +207,19 @@ def load_served(arguments: argparse.Namespace) -> Served:
         given = newest_bundle(Path(arguments.run))[0]
     candidates = [given] if given is not None else []
     if arguments.bundles is not None:
-        candidates = bundles_at_start(Path(arguments.bundles), given)
+        candidates = bundles_at_start(Path(arguments.bundles), given, None if watched is None else found)
+    elif found:
+        candidates = [found[0].folder]
     if not candidates:
         raise ValueError(f"{arguments.bundles} must hold a bundle, got none")
     base = arguments.model or settings["model"]
     sources = Sources(base, arguments.clip or settings["clip"], arguments.dtype or "float32")
     model, processor, encoder = sources.load(arguments.device)
     bundle = _load_first(model, candidates, encoder, processor)
-    return Served(model.eval(), processor, bundle, base == BUILTIN)
+    if watched is not None:
+        refused = candidates[: candidates.index(bundle)]
+        watched.refuse(stamp for stamp in found if stamp.folder in refused)
+    return Served(model.eval(), processor, bundle, base == BUILTIN, watched)
 
 
 def _load_first(model: Any, candidates: list[Path], encoder: Any, processor: Any) -> Path:

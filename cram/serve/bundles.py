@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,20 +42,22 @@ class Stamp(NamedTuple):
     size: int
 
 
-def bundles_at_start(root: Path, given: Path | None) -> list[Path]:
+def bundles_at_start(root: Path, given: Path | None, found: Collection[Stamp] | None = None) -> list[Path]:
     """The bundles to try at start, the best first.
 
     Args:
         root: The bundle folder. The bundle of it that was served last comes first.
         given: The bundle to take otherwise; None for the other bundles of the folder, the newest first.
+        found: The bundles of the folder; looked for by default.
     """
+    found = stamps(root) if found is None else found
     last = []
     if (root / SERVED).is_file():
         try:
             last = [folder_of(root, read_json(root / SERVED, 10_000).get("name"))]
         except (ValueError, OSError, AttributeError) as error:
             LOG.warning("%s is not used: %s", SERVED, error)
-    others = [each.folder for each in sorted(stamps(root), key=lambda each: -each.written)]
+    others = [each.folder for each in sorted(found, key=lambda each: -each.written)]
     return [*last, *([given] if given is not None else [each for each in others if each not in last])]
 
 
@@ -97,14 +100,44 @@ def folder_of(root: Path, name: Any) -> Path:
     return folder
 
 
+class Watch:
+    """Finds the bundles that have come since a server chose what to serve.
+
+    Args:
+        look: Lists the bundles.
+
+    Attributes:
+        first: The bundles that were there when the watch began, which is before one of them is chosen.
+    """
+
+    def __init__(self, look: Callable[[], list[Stamp]]) -> None:
+        self._look, self.first = look, look()
+        # Size of a bundle when it was refused; None where it need not be tried again.
+        self._seen: dict[Any, int | None] = {}
+        self.pass_over(self.first)
+
+    def new(self) -> list[Stamp]:
+        """The bundles that are to be tried, the newest first."""
+        new = [each for each in self._look() if self._seen.get(each[:2], -1) not in (None, each.size)]
+        return sorted(new, key=lambda each: -each.written)
+
+    def pass_over(self, stamps: Iterable[Stamp]) -> None:
+        """Try these bundles no more."""
+        self._seen.update((each[:2], None) for each in stamps)
+
+    def refuse(self, stamps: Iterable[Stamp]) -> None:
+        """Try these bundles again when their files have changed."""
+        self._seen.update((each[:2], each.size) for each in stamps)
+
+
 class Bundles:
-    """Changes the bundle of a running engine.
+    """Changes the bundle of a running engine; may be called from several threads.
 
     Args:
         engine: The engine.
         model: Its model.
         root: The folder whose bundles may be loaded by name; None for no such changes.
-        watched: Lists the bundles of which a new one is loaded by itself; None for none.
+        watched: Finds the new bundles that are loaded by themselves; None for none.
         first: The bundle that the engine begins with.
     """
 
@@ -113,13 +146,13 @@ class Bundles:
         engine: Engine,
         model: Any,
         root: Path | None = None,
-        watched: Callable[[], list[Stamp]] | None = None,
+        watched: Watch | None = None,
         first: Path | None = None,
     ) -> None:
         self._engine, self._model, self._root, self.watched = engine, model, root, watched
         self._folders: dict[int, Path | None] = {engine.versions.current.number: first}
-        # Size of a bundle when it was refused; None where it need not be tried again.
-        self._seen: dict[Any, int | None] = {each[:2]: None for each in (watched() if watched else ())}
+        # Held from a change until it is on record, so that the record is that of the last change.
+        self._changing = threading.Lock()
         self._record(engine.versions.current)
 
     def use(self, name: Any) -> Version:
@@ -138,38 +171,45 @@ class Bundles:
         Raises:
             RequestError: If there are none.
         """
-        try:
-            version: Version = self._engine.roll_back().result()
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        self._record(version)
+        with self._changing:
+            try:
+                version: Version = self._engine.roll_back().result()
+            except ValueError as error:
+                raise RequestError(str(error)) from None
+            self._record(version)
         return version
 
     def poll(self) -> None:
         """Load the newest bundle that has come since the last call.
 
-        A refused one is tried again when its files have changed.
+        A refused one gives way to the next, and is tried again when its files have changed.
+
+        Raises:
+            QueueFullError: If the engine takes no change at the moment; the next call tries again.
         """
         assert self.watched is not None
-        found = self.watched()
-        new = [each for each in found if self._seen.get(each[:2], -1) not in (None, each.size)]
-        self._seen.update((each[:2], None) for each in new)
-        if new:
-            newest = max(new, key=lambda each: each.written)
+        new = self.watched.new()
+        for place, stamp in enumerate(new):
             try:
-                self._load(newest.folder)
+                self._load(stamp.folder)
             except RequestError:
-                self._seen[newest[:2]] = newest.size
+                self.watched.refuse([stamp])
+            else:
+                # The rest is older than what is served now.
+                self.watched.pass_over(new[place:])
+                return
 
     def _load(self, folder: Path) -> Version:
-        change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
-        try:
-            version = change.result()
-        except FAULTS as error:
-            LOG.error("bundle %s was refused: %s", folder.name, error)
-            raise RequestError(without_paths(f"bundle {folder.name} was refused: {error}", folder)) from None
-        self._folders[version.number] = folder
-        self._record(version)
+        with self._changing:
+            change: Future[Version] = self._engine.replace(lambda: load(self._model, folder))
+            try:
+                version = change.result()
+            except FAULTS as error:
+                LOG.error("bundle %s was refused: %s", folder.name, error)
+                refusal = f"bundle {folder.name} was refused: {error}"
+                raise RequestError(without_paths(refusal, folder)) from None
+            self._folders[version.number] = folder
+            self._record(version)
         LOG.warning("bundle %s is current, version %d", folder.name, version.number)
         return version
 

@@ -96,7 +96,9 @@ class ChatReader:
                     f"messages[{place}].role must be system, user or assistant, got {role!r:.50}"
                 )
             refuse_others(message, ("role", "content"), IN_MESSAGES, f"messages[{place}].")
-            parts = _parts(message.get("content"), place)
+            given = message.get("content")
+            # An answer may have been empty.
+            parts = _parts("" if given is None and role == "assistant" else given, place)
             content = []
             for part in parts:
                 if part["type"] == "text":

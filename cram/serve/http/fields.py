@@ -54,6 +54,7 @@ WITHOUT_EFFECT: Idle = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),

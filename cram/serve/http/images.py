@@ -33,10 +33,12 @@ def read_image(given: Any, where: str, max_pixels: int) -> Image.Image:
 
 def _content(given: Any, where: str) -> bytes:
     url = given.get("url") if isinstance(given, dict) else None
-    if not isinstance(url, str) or not url.startswith("data:image/"):
+    header, _, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    # Letters of either case mean the same in all of it.
+    header = header.lower()
+    if not header.startswith("data:image/"):
         raise RequestError(f"{where}: image_url.url must be a data URL of an image, got another")
     refuse_others(given, ("url",), IN_IMAGES, f"{where}.content.image_url.")
-    header, _, data = url.partition(",")
     if not header.endswith(";base64"):
         raise RequestError(f"{where}: image data must be in base64, got another encoding")
     try:

@@ -20,7 +20,7 @@ from cram.serve.http.chat import ChatReader, ChatRequest
 from cram.serve.http.errors import failed, failure
 from cram.serve.http.fields import AUTOMATIC, BASE
 from cram.serve.http.mailbox import Mailbox, Presence
-from cram.serve.http.replies import Replies, decided, event
+from cram.serve.http.replies import Pieces, Replies, decided, event
 from cram.serve.request import Collector, Delta, Failed, Prompt, QueueFullError, Request, Started
 
 # Text that the model cannot read is refused before the tokenizer, which needs seconds per megabyte.
@@ -38,7 +38,7 @@ class Server:
 
     def __init__(self, engine: Engine, processor: Any, settings: Settings) -> None:
         self._engine, self._settings, self._bodies = engine, settings, Bodies(settings)
-        self._tokenizer = processor.tokenizer
+        self._pieces = Pieces(processor.tokenizer)
         longest = CHARACTERS_PER_TOKEN * engine.context
         # A prompt lives as long as its request.
         self._held: WeakValueDictionary[int, Prompt] = WeakValueDictionary()
@@ -59,7 +59,7 @@ class Server:
         """Answers a conversation."""
         asked = await self._read(http)
         heard = Collector(asked.sampling.n)
-        mailbox, replies = Mailbox(heard), Replies(asked.model, self._tokenizer)
+        mailbox, replies = Mailbox(heard), Replies(asked.model, self._pieces)
         request = Request(asked.prompt, mailbox, asked.sampling, asked.mixture)
         # However this ends, nothing more is computed for the request; a stream takes that over.
         with ExitStack() as ending:

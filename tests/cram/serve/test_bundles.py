@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cram.atomic import write_json
 from cram.bundle.bundle import save
-from cram.serve.bundles import SERVED, Bundles, bundles_at_start, stamps
+from cram.serve.bundles import SERVED, Bundles, Watch, bundles_at_start, stamps
 from cram.serve.engine.engine import Engine
-from cram.serve.request import RequestError
+from cram.serve.request import QueueFullError, RequestError
 from tests.cram.factories import routed_llava
 from tests.cram.serve.engine.test_versions import damage, grown
 
@@ -37,7 +39,7 @@ def running(root: Path) -> Any:
     """A started engine and what changes its bundle."""
     model, processor, _ = routed_llava()
     engine = Engine(model, processor)
-    bundles = Bundles(engine, model, root, partial(stamps, root), root / "three")
+    bundles = Bundles(engine, model, root, Watch(partial(stamps, root)), root / "three")
     engine.start()
     yield engine, bundles
     engine.stop(10)
@@ -126,3 +128,65 @@ def test_a_folder_that_cannot_be_written_is_served_all_the_same(
     _, bundles = running
     assert len(bundles.use("four").names) == 4
     assert "a restart will not know that four is served" in caplog.text
+
+
+@pytest.mark.parametrize("second", ["load", "roll back"])
+def test_of_two_changes_at_once_the_last_one_is_on_record(
+    root: Path, running: Any, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    engine, bundles = running
+    save(routed_llava()[0], root / "five")
+    writing, go, written = threading.Event(), threading.Event(), threading.Event()
+
+    def late(path: Path, value: dict[str, str]) -> None:
+        if value["name"] == "four":
+            writing.set()
+            assert go.wait(30)
+        write_json(path, value)
+        if value["name"] != "four":
+            written.set()
+
+    monkeypatch.setattr("cram.serve.bundles.write_json", late)
+    change = partial(bundles.use, "five") if second == "load" else bundles.roll_back
+    threads = [threading.Thread(target=partial(bundles.use, "four")), threading.Thread(target=change)]
+    threads[0].start()
+    assert writing.wait(30)
+    threads[1].start()
+    assert not written.wait(1)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    current = bundles._folders[engine.versions.current.number].name
+    assert current == served(root) == ("five" if second == "load" else "three")
+
+
+def test_of_several_new_bundles_the_newest_good_one_is_loaded(root: Path, running: Any) -> None:
+    engine, bundles = running
+    for age, name in enumerate(("bad", "good", "old")):
+        save(grown()[0] if name == "good" else routed_llava()[0], root / name)
+        stamp = 1_800_000_000 - 100 * age
+        os.utime(root / name / "manifest.json", (stamp, stamp))
+    damage(root / "bad")
+    for _ in range(2):
+        bundles.poll()
+        assert engine.versions.current.number == 2 and served(root) == "good"
+    shutil.copytree(root / "good", root / "bad", dirs_exist_ok=True)
+    bundles.poll()
+    assert served(root) == "bad"
+
+
+def test_a_bundle_that_the_engine_had_no_time_for_is_tried_again(
+    root: Path, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, bundles = running
+    save(grown()[0], root / "five")
+
+    def refuse(load: Any) -> Any:
+        raise QueueFullError("the server takes no more requests")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "replace", refuse)
+        with pytest.raises(QueueFullError):
+            bundles.poll()
+    bundles.poll()
+    assert served(root) == "five"

@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
+from cram.bundle.bundle import save
 from cram.bundle.runs import newest_bundle
 from cram.cli import main, parser_for
 from cram.commands import serve
 from cram.commands.serve import learn_first
 from tests.cram import factories, runs
+from tests.cram.serve.engine.test_versions import grown
 
 pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
 
@@ -138,6 +140,45 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(
 def test_a_browser_can_take_the_address(address: tuple[Any, ...], url: str) -> None:
     place: Any = SimpleNamespace(getsockname=lambda: address)
     assert serve.url_of(place) == url
+
+
+def test_a_bundle_that_appears_while_the_model_loads_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, processor, _ = factories.routed_llava()
+    for age, name in enumerate(("half", "first")):
+        save(saved, tmp_path / name)
+        os.utime(tmp_path / name / "manifest.json", (1_700_000_000 - age, 1_700_000_000 - age))
+    (late,) = (tmp_path / "half" / "experts" / "old").glob("*.safetensors")
+    whole = late.read_bytes()
+    late.write_bytes(whole[:-10])
+
+    def slow(sources: Any, device: str | None) -> tuple[Any, Any, Any]:
+        save(grown()[0], tmp_path / "second")
+        clip = factories.clip_model()
+        model = factories.llava(clip=clip)
+        return model, processor, factories.clip_encoder(model, clip)
+
+    monkeypatch.setattr(serve.Sources, "load", slow)
+    kept: list[Any] = []
+    monkeypatch.setattr("cram.serve.http.app.create_app", lambda *given: kept.extend(given))
+    words = ["serve", "--bundles", str(tmp_path), "--model", "elsewhere", "--watch"]
+    arguments = parser_for(words).parse_args(words)
+    served = serve.load_served(arguments, serve.watched_bundles(arguments))
+    assert served.bundle == tmp_path / "first"
+    serve.web_server_of(arguments, served)
+    engine, _, _, bundles, _ = kept
+    engine.start()
+    try:
+        for version in (2, 2):
+            bundles.poll()
+            assert (engine.versions.current.number, len(engine.versions.current.names)) == (version, 4)
+        # What was refused at the start is tried again when its files have changed.
+        late.write_bytes(whole)
+        bundles.poll()
+        assert (engine.versions.current.number, len(engine.versions.current.names)) == (3, 3)
+    finally:
+        engine.stop(10)
 
 
 def test_bundle_and_run_exclude_each_other() -> None:

@@ -139,6 +139,7 @@ def _parts(content: Any, place: int) -> list[dict[str, Any]]:
 def _image(given: Any, place: int) -> bytes:
     url = given.get("url") if isinstance(given, dict) else None
     header, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    header = header.lower()
     if not header.startswith("data:image/") or not header.endswith(";base64") or not comma:
         raise ValueError(
             f"messages[{place}]: an image must be a data URL in base64 to be routed, got another; "

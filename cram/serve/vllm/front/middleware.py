@@ -176,6 +176,7 @@ class CramMiddleware:
                 body.extend(message.get("body", b""))
 
         plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+        plain.append((b"accept-encoding", b"identity"))
         await self.app({**scope, "headers": plain}, receive, collect)
         content = bytes(body)
         if start["status"] == 200 and self._router is not None:

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 from cram.serve.vllm.front.middleware import MODELS, CramMiddleware, Receive, Scope, Send, refuse
 
@@ -19,6 +20,8 @@ CONNECT_S = 10.0
 _OF_A_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection")
 )
+
+Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Forward:
@@ -33,7 +36,8 @@ class Forward:
 
         timeout = httpx.Timeout(None, connect=CONNECT_S)
         self._errors = (httpx.HTTPError,)
-        self._client = httpx.AsyncClient(base_url=upstream, timeout=timeout, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=timeout, trust_env=False)
+        self._upstream, self._request = httpx.URL(upstream), httpx.Request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -49,10 +53,10 @@ class Forward:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        target = scope["path"] + (f"?{scope['query_string'].decode()}" if scope["query_string"] else "")
-        dropped = _OF_A_HOP | {b"host", b"content-length"}
-        headers = _without(scope["headers"], dropped)
-        request = self._client.build_request(scope["method"], target, headers=headers, content=bytes(body))
+        target = scope.get("raw_path") or quote(scope["path"]).encode()
+        if scope["query_string"]:
+            target += b"?" + scope["query_string"]
+        request = self._made(scope["method"], target, scope["headers"], bytes(body))
         forward, left = (
             asyncio.ensure_future(each) for each in (self._forward(request, send), _left(receive))
         )
@@ -65,6 +69,18 @@ class Forward:
                 forward.cancel()
         with suppress(asyncio.CancelledError):
             await forward
+
+    def _made(self, method: str, target: bytes, headers: Headers, content: bytes = b"") -> Any:
+        """A request for the servers, with no header that the client has not sent.
+
+        httpx's client would add its own, and cookies that servers gave to others. A client that names no
+        encoding may be unable to read any.
+        """
+        kept = _without(headers, _OF_A_HOP | {b"host", b"content-length"})
+        if all(name != b"accept-encoding" for name, _ in kept):
+            kept.append((b"accept-encoding", b"identity"))
+        path = self._upstream.raw_path.rstrip(b"/") + b"/" + target.lstrip(b"/")
+        return self._request(method, self._upstream.copy_with(raw_path=path), headers=kept, content=content)
 
     async def _forward(self, request: Any, send: Send) -> None:
         """Send a request on, and its answer back."""
@@ -86,7 +102,7 @@ class Forward:
         """Whether the servers take the request's key; asked before any work is done for the request."""
         kept = [(name, value) for name, value in scope["headers"] if name.lower() == b"authorization"]
         try:
-            answer = await self._client.get(MODELS, headers=kept)
+            answer = await self._client.send(self._made("GET", MODELS.encode(), kept))
         except self._errors:
             return False
         return bool(answer.status_code == 200)
@@ -105,7 +121,7 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def _without(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+def _without(headers: Headers, dropped: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
     return [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
 
 

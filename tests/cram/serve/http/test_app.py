@@ -31,7 +31,6 @@ from tests.cram.serve.serving import llava_prompt, offline
 
 body = pytest.importorskip("cram.serve.http.body", reason="the server needs the extra `serve`")
 app = pytest.importorskip("cram.serve.http.app")
-Replies = pytest.importorskip("cram.serve.http.replies").Replies
 Settings = body.Settings
 
 TOKEN = "open-sesame"
@@ -85,12 +84,6 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
         pieces = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
         assert "".join(p["delta"].get("content", "") for p in pieces) == choice["message"]["content"]
         assert pieces[-1]["finish_reason"] == choice["finish_reason"]
-
-
-def test_a_part_of_a_character_has_no_bytes_of_its_own() -> None:
-    tokenizer = SimpleNamespace(decode=lambda ids, **settings: ("é", "\ufffd")[ids[0]])
-    whole, part = (Replies("cram", tokenizer)._token(token, -1.0) for token in (0, 1))
-    assert whole["bytes"] == [0xC3, 0xA9] and part["bytes"] is None
 
 
 TEXT = {"type": "text", "text": "x"}
@@ -194,6 +187,25 @@ def test_wrong_requests_are_refused_and_the_server_goes_on() -> None:
             assert got == status and reply["error"]["type"] == "invalid_request_error"
         assert client.send("/v1/cram/bundle", {"name": "x"})[0] == 404
         assert client.chat(messages=question)[1]["choices"] == before
+
+
+def test_what_changes_nothing_is_taken_as_openai_takes_it() -> None:
+    question = messages(QUESTIONS[0], 0)
+    before, empty = ([{"role": "user", "content": "x"}, {"role": "assistant"}, *question] for _ in range(2))
+    before[1]["content"] = ""
+    empty[1]["content"] = None
+    loud = messages(QUESTIONS[0], 0)
+    head, _, data = loud[0]["content"][0]["image_url"]["url"].partition(",")
+    loud[0]["content"][0]["image_url"]["url"] = f"{head.upper()},{data}"
+    with serving() as (client, *_):
+        for plain, other in ((question, loud), (before, empty)):
+            choices = client.chat(messages=plain)[1]["choices"]
+            assert client.chat(messages=other)[1].get("choices") == choices
+        for together in (True, False):
+            assert client.chat(messages=question, parallel_tool_calls=together)[0] == 200
+        status, reply = client.chat(messages=[{"role": "user", "content": None}])
+        assert status == 400 and "content must be text or a list of parts" in reply["error"]["message"]
+        assert client.chat(messages=question, parallel_tool_calls="yes")[0] == 400
 
 
 def test_a_client_that_sends_too_slowly_is_turned_away() -> None:
