@@ -20,6 +20,7 @@ from cram.console import ProgressBar
 from cram.families import Family, family_of
 from cram.learning.batches import build_prompt, context_of
 from cram.learning.schedule import total_steps
+from cram.scoring.scorers import check_answers
 from cram.streams.types import Sample, Stream, open_image
 
 # Processors refuse pictures of extreme shape; only such ones are shown to the processor ahead.
@@ -57,6 +58,23 @@ def check_samples(stream: Stream, processor: Any, model: Any, shown: bool = Fals
     context = context_of(model)
     if context is not None:
         _check_lengths(samples, sizes, processor, context)
+
+
+def check_tests(stream: Stream) -> None:
+    """Refuse a test split that could be answered but not scored.
+
+    Raises:
+        ValueError: With the task, and with the sample where it is an answer.
+    """
+    for task in stream.tasks:
+        most = task.max_new_tokens
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError(f"max_new_tokens of task {task.name!r} must be an int >= 1, got {most!r}")
+        for scorer in filter(None, (task.scorer, task.published)):
+            try:
+                check_answers(scorer, task.test)
+            except ValueError as error:
+                raise ValueError(f"task {task.name!r}: {error}") from error
 
 
 def few_steps(stream: Stream, config: CramConfig) -> list[str]:

@@ -30,7 +30,7 @@ from cram.learning.answers.generate import published_line, run_test
 from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import Budget, EncodedSplit, pad_id
 from cram.learning.checkpoint import TaskCheckpoints, Termination
-from cram.learning.checks import check_samples, few_steps
+from cram.learning.checks import check_samples, check_tests, few_steps
 from cram.learning.foresight import check_pictureless
 from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.parallel.sharding import shard
@@ -48,7 +48,6 @@ from cram.learning.schedule import task_seed, total_steps
 from cram.learning.training import train_task
 from cram.methods import METHODS, Method
 from cram.report.schema import Published, Report, Routing
-from cram.scoring.scorers import SCORERS
 from cram.streams.types import Stream
 
 CACHE_BYTES = 4 << 30
@@ -333,5 +332,4 @@ def _check_stream(stream: Stream) -> None:
         ids = {sample.id for sample in task.test}
         if len(ids) != len(task.test):
             raise ValueError(f"test ids of task {task.name!r} must be unique, got repeated ones")
-        if task.scorer not in SCORERS:
-            raise ValueError(f"scorer of {task.name!r} must be one of {sorted(SCORERS)}, got {task.scorer!r}")
+    check_tests(stream)

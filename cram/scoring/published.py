@@ -42,6 +42,7 @@ class PublishedRule:
         unknown: A prediction without an answer is wrong ("wrong"), left out of both counts ("drop") or an
             error ("raise").
         divisor: The accuracy is a share of the "predictions" or of the "questions".
+        several: Whether all accepted answers count, and not one alone.
     """
 
     credit: Callable[[str, Question], float]
@@ -50,6 +51,7 @@ class PublishedRule:
     pairing: Literal["id", "position"] = "id"
     unknown: Literal["wrong", "drop", "raise"] = "raise"
     divisor: Literal["predictions", "questions"] = "predictions"
+    several: bool = False
 
 
 def _first(matches: Callable[[str, str], bool]) -> Callable[[str, Question], float]:
@@ -182,7 +184,7 @@ RULES: dict[str, PublishedRule] = {
     ),
     "mcitlib_imagenet": PublishedRule(_first(_either_contains), "MCITlib eval_imagenet", pairing="position"),
     "mcitlib_scienceqa": PublishedRule(_option_by(_science_option_legacy), "MCITlib eval_science_qa"),
-    "mcitlib_textvqa": PublishedRule(_soft, "MCITlib eval_textvqa"),
+    "mcitlib_textvqa": PublishedRule(_soft, "MCITlib eval_textvqa", several=True),
     "mcitlib_grounding": PublishedRule(_box_by(read_box_cut), "MCITlib eval_grounding"),
     "mcitlib_ai2d": PublishedRule(
         _first(_contains_as_word), "MCITlib eval_ai2d: MLLM-DCL's RS and AD", skip=UNANSWERABLE
@@ -192,7 +194,9 @@ RULES: dict[str, PublishedRule] = {
         _first(_choice_without_blanks), "MCITlib eval_finvis: MLLM-DCL's Fin", skip=UNANSWERABLE
     ),
     "mcitlib_ocr": PublishedRule(
-        _any_contained, "MCITlib eval_ocr: MLLM-ACL's OCR; formulas alone are compared without blanks there"
+        _any_contained,
+        "MCITlib eval_ocr: MLLM-ACL's OCR; formulas alone are compared without blanks there",
+        several=True,
     ),
     "mcitlib_sat": PublishedRule(_first(_contains_without_blanks), "MCITlib eval_sat: MLLM-ACL's VP"),
     "prism_accuracy": PublishedRule(
@@ -207,7 +211,7 @@ RULES: dict[str, PublishedRule] = {
     "prism_scienceqa": PublishedRule(
         _option_by(science_option), "Prism evaluate_scienceqa", unknown="drop", divisor="questions"
     ),
-    "prism_textvqa": PublishedRule(_soft, "Prism evaluate_textvqa", unknown="drop"),
+    "prism_textvqa": PublishedRule(_soft, "Prism evaluate_textvqa", unknown="drop", several=True),
     "prism_grounding": PublishedRule(_box_by(read_box), "Prism evaluate_grounding", unknown="drop"),
 }
 

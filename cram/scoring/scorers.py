@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 from cram.scoring.boxes import OVERLAP, overlap, read_box
 from cram.scoring.captions import CIDER_MAXIMUM, caption_metrics
@@ -59,6 +60,10 @@ class Sample(Protocol):
     @property
     def images(self) -> Sequence[Any]:
         """The question's pictures, opened or as paths."""
+
+    @property
+    def place(self) -> str:
+        """Where an error message finds the sample."""
 
 
 Scorer = Callable[[Sequence[str], Sequence[Sample]], float]
@@ -113,6 +118,23 @@ def check_coverage(predictions: Mapping[str, str], samples: Sequence[Sample]) ->
         )
 
 
+def check_answers(scorer: str, samples: Sequence[Sample]) -> None:
+    """Refuse a scorer that is unknown, or that cannot read the expected answers of a test split.
+
+    Raises:
+        ValueError: For the first answer that cannot be read, with the place of its sample.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {sorted(SCORERS)}, got {scorer!r}")
+    read, wanted = _READERS.get(scorer, (len, ""))
+    for sample in samples:
+        for answer in (sample.answer,) if scorer in RULES else sample.accepted:
+            if read(answer) is None:
+                raise ValueError(
+                    f"{sample.place}: an answer scored by {scorer!r} must be {wanted}, got {answer!r:.100}"
+                )
+
+
 def read_predictions(file: Path) -> dict[str, str]:
     """Read predictions from JSON lines `{question_id, text}`. Other keys are ignored.
 
@@ -140,8 +162,8 @@ def read_predictions(file: Path) -> dict[str, str]:
 
 
 def normalise(text: str) -> str:
-    """Return what `accuracy` compares: the text without case, runs of blanks and one final point."""
-    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+    """Return what `accuracy` compares: the text without case, runs of blanks and one final point, in NFC."""
+    return " ".join(normalize("NFC", text).casefold().split()).removesuffix(".").rstrip()
 
 
 def option_letter(text: str) -> str | None:
@@ -161,7 +183,7 @@ def anls_similarity(prediction: str, answer: str, threshold: float = ANLS_THRESH
 
     Source: Biten et al. 2019 (ST-VQA), with the threshold 0.5 of the DocVQA evaluation.
     """
-    left, right = prediction.strip().lower(), answer.strip().lower()
+    left, right = (normalize("NFC", text).strip().lower() for text in (prediction, answer))
     longest = max(len(left), len(right))
     similarity = 1.0 - _edit_distance(left, right) / longest if longest else 1.0
     return similarity if similarity >= threshold else 0.0
@@ -226,7 +248,7 @@ def _coco_caption(predictions: Sequence[str], samples: Sequence[Sample]) -> floa
 def _published(rule: PublishedRule) -> Scorer:
     def accuracy(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
         ids = [sample.id for sample in samples]
-        questions = [_question(sample) for sample in samples]
+        questions = [_question(sample, rule.several) for sample in samples]
         return published_accuracy(
             rule, list(zip(ids, predictions, strict=True)), list(zip(ids, questions, strict=True))
         )
@@ -234,11 +256,11 @@ def _published(rule: PublishedRule) -> Scorer:
     return accuracy
 
 
-def _question(sample: Sample) -> Question:
+def _question(sample: Sample, several: bool) -> Question:
     first = sample.images[0] if sample.images else None
     picture = first.name if isinstance(first, Path) else ""
-    # The published rules know one answer, except where humans have given several.
-    return Question((sample.answer, *sample.accepted[1:]), sample.instruction, picture)
+    accepted = tuple(sample.accepted) if several else (sample.answer,)
+    return Question(accepted, sample.instruction, picture)
 
 
 def _vqa_soft(predictions: Sequence[str], samples: Sequence[Sample]) -> float:
@@ -267,6 +289,13 @@ SCORERS: dict[str, Scorer] = {
     "coco_caption": _coco_caption,
     "prism_anls": _best_of_accepted(_anls_without_threshold),
     **{name: _published(rule) for name, rule in RULES.items()},
+}
+
+# Scorer -> what it reads in an expected answer, and what that must be. The others take any text.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "option_letter": (option_letter, "an option letter"),
+    "number": (single_number, "a text with one number"),
+    **dict.fromkeys(("box", "mcitlib_grounding", "prism_grounding"), (read_box, "a box [x1, y1, x2, y2]")),
 }
 
 # Strict scorer -> the published variants that score the same kind of answer.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cram.streams.pictures import encoded
 from cram.streams.types import Sample, Stream, Task, open_images
 
 SHOWN = 12
@@ -86,7 +87,8 @@ def _pictures(sample: Sample, opened: bool) -> tuple[str, ...]:
         if isinstance(image, Path):
             names.append(hashlib.sha256(image.read_bytes()).hexdigest() if opened else str(image))
         else:
-            names.append(hashlib.sha256(image.tobytes()).hexdigest())
+            kept = encoded(image)
+            names.append(hashlib.sha256((kept.open() if kept else image).tobytes()).hexdigest())
     return tuple(names)
 
 

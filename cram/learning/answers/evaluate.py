@@ -19,6 +19,7 @@ from cram.learning.answers.generate import published_line, run_test
 from cram.learning.answers.journal import remove_parts
 from cram.learning.batches import CACHE_BYTES, Budget, EncodedSplit
 from cram.learning.checkpoint import Termination
+from cram.learning.checks import check_tests
 from cram.learning.parallel.processes import by_first, is_first
 from cram.learning.run_folder import manifest_digest
 from cram.routing.clip import ClipEncoder
@@ -46,10 +47,10 @@ def evaluate_run(
 
     Raises:
         ValueError: If the run has no trained task, if its newest bundle is damaged or belongs to another
-        base,
-            or if a method that needs the true task has not learnt a task of the stream. Also if another
-            process evaluates there.
+            base, or if a method that needs the true task has not learnt a task of the stream. Also if
+            another process evaluates there, or a test could not be scored.
     """
+    check_tests(stream)
     identity = read_run(run)["identity"]
     bundle, learnt = newest_bundle(run)
     config = read_config({**identity["config"], "method": identity["method"]})

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tokenizers import processors
 
-from cram.learning.checks import check_samples, few_steps
+from cram.learning.checks import check_samples, check_tests, few_steps
 from cram.loading import load_processor
 from cram.streams.types import Sample, Stream, Task
 from tests.cram import factories, runs
@@ -129,3 +129,21 @@ def test_a_later_task_that_is_too_short_is_named_before_the_first_one(method: st
     with pytest.raises(ValueError, match="task 'letter' must have at least 2 steps, got 1"):
         runs.learner(tmp_path / "run", method, tasks=short, max_steps=None).run()
     assert not list(tmp_path.rglob("bundle"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scorer": "number"}, "task 't': .*: an answer scored by 'number' must be a text with one number"),
+        ({"max_new_tokens": 0}, "max_new_tokens of task 't' must be an int >= 1, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens of task 't' must be an int >= 1, got True"),
+        ({"published": "magic"}, "task 't': scorer must be one of"),
+        ({"published": "mcitlib_grounding"}, "an answer scored by 'mcitlib_grounding' must be a box"),
+    ],
+)
+def test_a_test_that_could_not_be_scored_is_refused(change: dict[str, Any], words: str) -> None:
+    sample = Sample("1", (), "q", "dog")
+    task = Task("t", [sample], [sample], "accuracy", 4)
+    check_tests(Stream("s", (task,)))
+    with pytest.raises(ValueError, match=words):
+        check_tests(Stream("s", (replace(task, **change),)))

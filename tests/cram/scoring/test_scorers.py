@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -16,6 +17,7 @@ from cram.scoring.scorers import (
     SCORERS,
     VARIANTS,
     anls_similarity,
+    check_answers,
     normalise,
     option_letter,
     single_number,
@@ -388,3 +390,34 @@ def test_faulty_predictions_are_refused(tmp_path: Path, line: str, message: str)
     file.write_text('{"question_id": 3, "text": "a"}\n' + line)
     with pytest.raises(ValueError, match=message):
         read_predictions(file)
+
+
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_an_expected_answer_that_cannot_be_scored_is_found_ahead(scorer: str) -> None:
+    sample = Sample("1", (), "q", "a dog", ("a dog", "dogs"), source="test.json, row 7")
+    try:
+        check_answers(scorer, [sample])
+    except ValueError as error:
+        assert re.match(
+            f"test.json, row 7: an answer scored by '{scorer}' must be .*, got 'a dog'", str(error)
+        )
+        with pytest.raises(ValueError, match="an answer scored by"):
+            score(scorer, {"1": "[0, 0, 1, 1]"}, [sample])
+    else:
+        assert 0 <= score(scorer, {"1": "a cat"}, [sample]) <= 250
+
+
+@pytest.mark.parametrize("scorer", ["vqa_soft", "mcitlib_textvqa", "prism_textvqa", "mcitlib_ocr"])
+def test_the_order_of_several_answers_makes_no_difference(scorer: str) -> None:
+    answers = ("coke", "coke", *["pepsi"] * 8)
+    found = [
+        score(scorer, {"1": "coke"}, [Sample("1", (), "q", "pepsi", order)])
+        for order in (answers, answers[::-1])
+    ]
+    assert found[0] == found[1] > 50
+
+
+@pytest.mark.parametrize("scorer", ["accuracy", "anls"])
+def test_composed_and_decomposed_letters_are_the_same(scorer: str) -> None:
+    decomposed = normalize("NFD", "caf\u00e9")
+    assert score(scorer, {"1": "caf\u00e9"}, [Sample("1", (), "q", decomposed)]) == 100
