@@ -10,7 +10,7 @@ from cram.commands.options import add_data, add_device
 from cram.config import read_config
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.parallel.processes import joined, own_device
-from cram.learning.run_folder import SETTINGS, run_settings
+from cram.learning.run_folder import BASE_SETTINGS, SETTINGS, run_settings
 from cram.loading import Sources
 from cram.streams import Stream, load_stream
 
@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="RUN", help="run folder")
     # torchrun takes this option for one of its own; the position does without it.
     parser.add_argument("--run", help="run folder, in place of the position")
-    parser.add_argument("--stream", help="another stream (default: the tasks the run has learnt)")
+    text = (
+        "another stream, without the limit, the data root and the order of the run "
+        "(default: the tasks the run has learnt)"
+    )
+    parser.add_argument("--stream", help=text)
     add_data(parser)
     add_device(parser)
 
@@ -34,13 +38,16 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run or arguments.folder)
     record = read_run(folder)
     _, learnt = newest_bundle(folder)
-    given = {name: getattr(arguments, name) for name in ("stream", "limit", "data_root")}
-    settings = run_settings(folder, SETTINGS, given, MEND)
     seed = read_config(record["identity"]["config"]).seed
-    stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
-    stream = stream.in_order(settings["order"])
     if arguments.stream is None:
-        stream = Stream(stream.name, tuple(task for task in stream.tasks if task.name in learnt))
+        given = {name: getattr(arguments, name) for name in ("limit", "data_root")}
+        settings = run_settings(folder, SETTINGS, given, MEND)
+        stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
+        tasks = stream.in_order(settings["order"]).tasks
+        stream = Stream(stream.name, tuple(task for task in tasks if task.name in learnt))
+    else:
+        settings = run_settings(folder, BASE_SETTINGS, {}, MEND)
+        stream = load_stream(arguments.stream, seed, arguments.limit, arguments.data_root)
     sources = Sources(settings["model"], settings["clip"], settings["dtype"])
     with joined(arguments.device):
         evaluate_run(folder, stream, *sources.load(own_device(arguments.device)))
