@@ -88,7 +88,7 @@ class CramConfig:
             off. [code]
         batch_size: Samples per step, over all processes. [paper]
         epochs: Passes over a task's samples. [paper]
-        max_steps: The most optimiser steps of a task. None sets no limit. [ours]
+        max_steps: The optimiser steps of a task, in place of `epochs`. [ours]
         eval_batch_size: Samples per batch of a test. Answers do not depend on it. [ours]
         seed: Decides all randomness. [ours]
         gradient_checkpointing: True computes activations twice and so needs less memory. The released 7B runs

@@ -99,7 +99,8 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="M", help=MODEL_HELP)
     parser.add_argument("--clip", metavar="C", help=CLIP_HELP)
-    add_dtype(parser)
+    text = "float32, bfloat16 or float16 of the base (default: the run's, with --bundle float32)"
+    parser.add_argument("--dtype", help=text)
     add_device(parser)
 
 
@@ -112,7 +113,7 @@ def load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     if (arguments.run is None) == (arguments.bundle is None):
         raise ValueError("--run or --bundle must be given, got " + ("both" if arguments.run else "neither"))
     if arguments.run is not None:
-        given = {"model": arguments.model, "clip": arguments.clip}
+        given = {name: getattr(arguments, name) for name in BASE_SETTINGS}
         settings = run_settings(Path(arguments.run), BASE_SETTINGS, given)
         sources = Sources(*(settings[name] for name in BASE_SETTINGS))
     else:
@@ -130,4 +131,4 @@ def base_sources(arguments: argparse.Namespace) -> Sources:
     """
     if arguments.model is None:
         raise ValueError("--model must name the bundle's base model, got none")
-    return Sources(arguments.model, arguments.clip, arguments.dtype)
+    return Sources(arguments.model, arguments.clip, arguments.dtype or "float32")

@@ -44,6 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.question is None) == (arguments.questions is None):
         given = "neither" if arguments.question is None else "both"
         raise ValueError(f"a question or --questions must be given, got {given}")
+    if arguments.questions is not None and arguments.image:
+        raise ValueError("--image must stand beside one question, got --questions")
+    if arguments.questions is None and arguments.out is not None:
+        raise ValueError("--out must stand beside --questions, got one question, whose answer is printed")
     rows = [] if arguments.questions is None else read_questions(arguments.questions)
     options = answering(arguments)
     if arguments.question is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cram.cli import main
+from cram.commands import options
 from cram.commands.predict import read_questions
 from cram.scoring.scorers import read_predictions
 from tests.cram import factories, runs
@@ -45,6 +48,14 @@ def test_a_question_is_answered_from_a_run_or_a_bundle(
     base = ["--model", str(place / "llava"), "--clip", str(place / "clip")]
     assert main(["predict", *bundle, *base, *asked]) == 0
     assert capsys.readouterr() == said
+
+
+def test_a_dtype_takes_the_place_of_the_runs(place: Path) -> None:
+    parser = argparse.ArgumentParser()
+    options.add_trained(parser)
+    for given, expected in (([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)):
+        model, _ = options.load_trained(parser.parse_args(["--run", str(place / "run"), *given]))
+        assert model.dtype is expected
 
 
 def test_json_lines_in_and_out_are_predictions(
@@ -107,6 +118,8 @@ def test_a_faulty_row_is_one_line_before_a_model_is_loaded(
     [
         (["--run", "r"], "a question or --questions must be given, got neither"),
         (["--run", "r", "--questions", "q", "What?"], "a question or --questions must be given, got both"),
+        (["--run", "r", "--questions", "q", "--image", "i.png"], "--image must stand beside one question"),
+        (["--run", "r", "--out", "f", "What?"], "--out must stand beside --questions"),
         (["What?"], "--run or --bundle must be given, got neither"),
         (["--run", "r", "--bundle", "b", "What?"], "--run or --bundle must be given, got both"),
         (["--bundle", "b", "What?"], "--model must name the bundle's base model"),
