@@ -26,7 +26,7 @@ EQUIVALENTS: dict[str, str] = {
         "A description with a shared A is refused unless its experts have equal ranks."
     ),
     "cram/bundle/tensors.py _is_entry: return False -> return None": "Its only caller asks for truth alone.",
-    "cram/streams/pictures.py upright_rgb: -1 -> -2": "No value of 16 bits is negative.",
+    "cram/streams/pictures.py _rgb: -1 -> -2": "No value of 16 bits is negative.",
     "cram_kernels/expert_lora/outputs.py forward_outputs: not order.base_last and order.chunk is None -> "
     "order.base_last and order.chunk is None": (
         "Both branches compute the same sums; the order of their launches is a matter of speed."
@@ -35,10 +35,10 @@ EQUIVALENTS: dict[str, str] = {
     "experts is not None or experts.trained_a is not None": (
         "An assertion for the types: with two experts every module has a pack."
     ),
-    "cram/streams/types.py module: 1 << 20 -> 1 << 21": (
+    "cram/streams/pictures.py module: 1 << 20 -> 1 << 21": (
         "What a picture's file may have beside its pixels: any bound far above a real one does."
     ),
-    "cram/streams/types.py module: 1 << 20 -> 2 << 20": (
+    "cram/streams/pictures.py module: 1 << 20 -> 2 << 20": (
         "What a picture's file may have beside its pixels: any bound far above a real one does."
     ),
     "cram/streams/readers.py module: 4 << 30 -> 4 << 31": (

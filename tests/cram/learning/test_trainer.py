@@ -98,9 +98,10 @@ def test_the_newest_complete_checkpoint_is_taken_and_named(
     whole: list[CramTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = Path(shutil.copytree(whole[0].args.output_dir, tmp_path / "out"))
+    of = {"task": "one", "earlier experts": []}
     (out / "checkpoint-5/task/state.safetensors").write_bytes(b"cut")
     (out / "checkpoint-4/complete.json").unlink()
-    assert newest_complete(out) == out / "checkpoint-3"
+    assert newest_complete(out, "task", of) == out / "checkpoint-3"
     said = caplog.text
     assert "checkpoint-5 is passed over" in said and "checkpoint-4 is passed over" in said
     assert f"resuming from {out / 'checkpoint-3'}" in said
@@ -108,7 +109,7 @@ def test_the_newest_complete_checkpoint_is_taken_and_named(
     shutil.rmtree(out / "checkpoint-2")
     shutil.rmtree(out / "checkpoint-1")
     with pytest.raises(ValueError, match="must have a complete checkpoint"):
-        newest_complete(out)
+        newest_complete(out, "task", of)
     made = trainer(fresh(CONFIG), same_group()[0], out)
     with pytest.raises(ValueError, match="must be as complete.json says"):
         made.train(resume_from_checkpoint=str(out / "checkpoint-5"))
