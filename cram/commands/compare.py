@@ -15,6 +15,7 @@ from cram.commands.options import (
     add_data,
     add_device,
     add_dtype,
+    check_data_root,
     parse_config,
     refuse_several_processes,
 )
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, or join reports; print the table, write table and page."""
     refuse_several_processes("compare")
+    check_given(arguments)
     if arguments.merge:
         _show(Path(arguments.out), merge_files(arguments.merge, Path(arguments.out)), [])
         return
@@ -110,6 +112,28 @@ def run(arguments: argparse.Namespace) -> None:
         comparison = replace(comparison, found=search(comparison, arguments.jobs))
     report = run_comparison(comparison, arguments.jobs)
     _show(out, report, gather_examples(out, comparison.load_stream(comparison.first_seed)))
+
+
+def check_given(arguments: argparse.Namespace) -> None:
+    """Refuse options that would change nothing.
+
+    Raises:
+        ValueError: If an option of a comparison comes with `--merge`, `--config` has a field that every run
+            sets, or a built-in stream comes with a folder of data.
+    """
+    if arguments.merge:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        for name, default in vars(parser.parse_args([])).items():
+            if name not in ("merge", "out") and (given := getattr(arguments, name)) != default:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} must stand without --merge, which runs nothing, got {given!r}")
+    for pair in arguments.config:
+        if pair.partition("=")[0] in ("method", "seed"):
+            raise ValueError(
+                f"--config must leave method and seed to --methods, --seeds and --first-seed, got {pair!r}"
+            )
+    check_data_root(arguments.stream, arguments.data_root)
 
 
 def _show(out: Path, report: Report, examples: Sequence[Example]) -> None:

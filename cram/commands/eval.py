@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from cram.bundle.runs import newest_bundle, read_run
-from cram.commands.options import add_data, add_device
+from cram.commands.options import add_data, add_device, check_data_root
 from cram.config import read_config
 from cram.learning.answers.evaluate import evaluate_run
 from cram.learning.parallel.processes import joined, own_device
@@ -42,11 +42,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stream is None:
         given = {name: getattr(arguments, name) for name in ("limit", "data_root")}
         settings = run_settings(folder, SETTINGS, given, MEND)
+        check_data_root(settings["stream"], arguments.data_root)
         stream = load_stream(settings["stream"], seed, settings["limit"], settings["data_root"])
         tasks = stream.in_order(settings["order"]).tasks
         stream = Stream(stream.name, tuple(task for task in tasks if task.name in learnt))
     else:
         settings = run_settings(folder, BASE_SETTINGS, {}, MEND)
+        check_data_root(arguments.stream, arguments.data_root)
         stream = load_stream(arguments.stream, seed, arguments.limit, arguments.data_root)
     sources = Sources(settings["model"], settings["clip"], settings["dtype"])
     with joined(arguments.device):

@@ -32,6 +32,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="samples per split at most")
 
 
+def check_data_root(stream: str, data_root: str | None) -> None:
+    """Refuse a folder of data for a stream that has none.
+
+    Raises:
+        ValueError: If the stream is a built-in one and a folder is given.
+    """
+    if data_root is not None and stream in BUILTIN:
+        raise ValueError(f"--data-root must stand with a stream file, got it with {stream}: {data_root!r}")
+
+
 def add_order(parser: argparse.ArgumentParser) -> None:
     """Add `--order`."""
     text = "order of the tasks: 0 is the stream's own (default), each other number is one fixed shuffle"
@@ -75,13 +85,18 @@ def parse_config(
         defaults: Fields that the pairs may change.
 
     Raises:
-        ValueError: If a pair has no `=`, or a field is unknown or wrong.
+        ValueError: If a pair has no `=`, its field is given by another option as well, or a field is unknown
+            or wrong.
     """
     values = {**stream_training(stream), **(defaults or {})}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--config must be KEY=VALUE, got {pair!r}")
+        if (other := fixed.get(key)) is not None:
+            raise ValueError(
+                f"{key} must be given once, got --config {pair} and {other!r} from its own option"
+            )
         try:
             values[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -16,6 +16,7 @@ from cram.commands.options import (
     add_device,
     add_dtype,
     add_order,
+    check_data_root,
     parse_config,
 )
 from cram.compare.base_row import measure_base
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, test after every task, and write the report."""
     if arguments.method not in (None, *METHODS):
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {arguments.method!r}")
+    check_data_root(arguments.stream, arguments.data_root)
     checkpointing = True if arguments.gradient_checkpointing else None
     options = {
         "method": arguments.method,

@@ -1,8 +1,8 @@
 """Compares a stream's data with what its file says was published, and describes it by counts and hashes.
 
 A picture is known by its path, or with `pictures` by the bytes of its file. A question that stands in both
-splits with the same pictures is a fault. Pictures that both splits share are counted: many benchmarks ask
-several questions about one picture.
+splits with the same pictures is a fault; a `test_suffix` is no part of a question here. Pictures that both
+splits share are counted: many benchmarks ask several questions about one picture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cram.streams.pictures import encoded
+from cram.streams.published import without_suffix
 from cram.streams.types import Sample, Stream, Task, open_images
 
 SHOWN = 12
@@ -58,7 +59,8 @@ def _check_task(task: Task, entry: Mapping[str, Any], pictures: bool) -> dict[st
         for name, split in (("train", task.train), ("test", task.test))
         if (wanted := entry.get("counts", {}).get(name, len(split))) != len(split)
     ]
-    leaked = _asked(task.train, train) & _asked(task.test, test)
+    suffix = entry.get("test_suffix", {})
+    leaked = _asked(task.train, train, suffix) & _asked(task.test, test, suffix)
     if leaked:
         question, _ = min(leaked)
         faults.append(f"{len(leaked)} test questions are in the training data, such as {question!r:.80}")
@@ -92,8 +94,10 @@ def _pictures(sample: Sample, opened: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _asked(samples: Iterable[Sample], known: Iterable[tuple[str, ...]]) -> set[tuple[str, tuple[str, ...]]]:
-    return {(sample.instruction, names) for sample, names in zip(samples, known, strict=True)}
+def _asked(
+    samples: Iterable[Sample], known: Iterable[tuple[str, ...]], suffix: Mapping[str, str]
+) -> set[tuple[str, tuple[str, ...]]]:
+    return {(without_suffix(sample, suffix), names) for sample, names in zip(samples, known, strict=True)}
 
 
 def _described(samples: Sequence[Sample], known: Sequence[tuple[str, ...]]) -> dict[str, Any]:

@@ -48,6 +48,17 @@ def with_suffix(samples: Sequence[Sample], suffix: Mapping[str, str]) -> list[Sa
         suffix: Answer -> text; the answer "*" stands for all others.
     """
     return [
-        replace(sample, instruction=sample.instruction + suffix.get(sample.answer, suffix.get(OTHER, "")))
-        for sample in samples
+        replace(sample, instruction=sample.instruction + _suffix_of(sample, suffix)) for sample in samples
     ]
+
+
+def without_suffix(sample: Sample, suffix: Mapping[str, str]) -> str:
+    """The question of a sample without the text that `with_suffix` adds, however often it stands there."""
+    question, added = sample.instruction, _suffix_of(sample, suffix)
+    while added and question.endswith(added):
+        question = question.removesuffix(added)
+    return question
+
+
+def _suffix_of(sample: Sample, suffix: Mapping[str, str]) -> str:
+    return suffix.get(sample.answer, suffix.get(OTHER, ""))

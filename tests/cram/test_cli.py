@@ -243,11 +243,21 @@ def refused_quietly(
     assert files(folder) == before
 
 
+TRAIN = ["--model", "builtin", "--stream", "builtin", "--out", "run"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["eval", "--run", "."], "must be a run folder"),
         (["info", "."], "must be a run, a bundle or a model folder"),
+        (["train", *TRAIN, "--data-root", "."], "--data-root must stand with a stream file"),
+        (["check", "builtin", "--data-root", "."], "--data-root must stand with a stream file"),
+        (["compare", "--data-root", "."], "--data-root must stand with a stream file"),
+        (["train", *TRAIN, "--seed", "3", "--config", "seed=4"], "seed must be given once"),
+        (["compare", "--config", "seed=4"], "--config must leave method and seed to"),
+        (["compare", "--merge", "r.json", "--quick"], "--quick must stand without --merge"),
+        (["compare", "--merge", "r.json", "--found", "f"], "--found must stand without --merge"),
         (["demo", "--seeds", "0"], "seeds must be at least 1"),
         (["demo", "--methods", "magic"], "methods must be distinct names"),
     ],

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cram.atomic import write_json
+from cram.commands.options import check_data_root
 from cram.streams import load_stream
 from cram.streams.check import check_stream, manifest_lines
 from cram.streams.registry import BUILTIN, stream_content
@@ -25,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: If something differs from what was published, or test samples are in the training data.
     """
+    check_data_root(arguments.stream, arguments.data_root)
     stream = load_stream(arguments.stream, data_root=arguments.data_root)
     described = {} if arguments.stream in BUILTIN else stream_content(arguments.stream)[1]
     manifest = check_stream(stream, described, arguments.pictures)

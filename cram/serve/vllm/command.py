@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
         parser_defaults: The same where nothing is given.
 
     Raises:
-        ValueError: If an option has no meaning for vLLM, vLLM is of another version, the bundle is of another
-            base, or as `export_groups`.
+        ValueError: If an option has no meaning for vLLM or without its router, vLLM is of another version,
+            the bundle is of another base, or as `export_groups`.
         ModuleNotFoundError: If there is no vLLM.
     """
     for name, default in vars(parser_defaults).items():
@@ -99,12 +99,20 @@ def run(arguments: argparse.Namespace, parser_defaults: argparse.Namespace) -> N
             raise ValueError(
                 f"{option} must stand without --engine vllm, whose own flags follow `--`, got it"
             )
+    if arguments.dtype is not None and _value(arguments.flags, "--dtype") is not None:
+        raise ValueError(f"--dtype must be given once, got {arguments.dtype} and another one after `--`")
+    for name in ("clip", "device", "bundles"):
+        if arguments.no_router and getattr(arguments, name):
+            raise ValueError(
+                f"--{name} must stand without --no-router, whose server has no use for it, "
+                f"got {getattr(arguments, name)!r}"
+            )
     model, clip, bundle = sources(arguments)
     out = Path(arguments.export) if arguments.export else bundle.with_name(f"{bundle.name}-vllm")
     served = str(published_base(out).resolve()) if model == BUILTIN else model
     adapters = export_groups(bundle, out)
     start = planned(served, bundle, out, adapters, arguments, clip)
-    if arguments.dtype is not None and "--dtype" not in arguments.flags:
+    if arguments.dtype is not None:
         start.command.extend(["--dtype", arguments.dtype])
     program = "" if arguments.print else found_program()
     # A command may also be shown where the base is not.
@@ -168,10 +176,8 @@ def planned(
     """The command that serves exported adapters.
 
     Raises:
-        ValueError: If `$VLLM_PLUGINS` leaves the plugin out, or bundles are to be loaded without the router.
+        ValueError: If `$VLLM_PLUGINS` leaves the plugin out.
     """
-    if arguments.no_router and arguments.bundles:
-        raise ValueError("--bundles must stand without --no-router, whose server takes no bundles, got both")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "cram" not in allowed.split(","):
         raise ValueError(f"VLLM_PLUGINS must contain cram, got {allowed!r}")

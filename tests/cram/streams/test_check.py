@@ -12,8 +12,9 @@ from cram.cli import main
 from cram.config import CramConfig
 from cram.learning.learner import ContinualLearner
 from cram.scoring.scorers import SCORERS
-from cram.streams import StreamError, load_stream
+from cram.streams import Sample, Stream, StreamError, Task, load_stream
 from cram.streams.check import check_stream
+from cram.streams.published import with_suffix
 from cram.streams.registry import SHIPPED, stream_content, stream_training
 from tests.cram import factories, runs
 
@@ -156,6 +157,20 @@ def test_the_command_prints_a_manifest_and_refuses_leaks(
     assert main(["check", str(file)]) == 2
     said = capsys.readouterr()
     assert "test questions are in the training data" in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("trained", ["Which?", "Which? Say it.", "Which? Say A."])
+def test_a_leak_is_seen_behind_the_suffix_of_the_tests(trained: str) -> None:
+    suffix = {"A": " Say A.", "*": " Say it."}
+    answer = "A" if "Say A" in trained else "up"
+    train = [Sample("0", (Path("a.png"),), trained, answer)]
+    asked = Sample("1", (Path("a.png"),), trained.removesuffix(suffix["A"]), answer)
+    other = Sample("2", (Path("b.png"),), trained, answer)
+    stream = Stream("toy", (Task("t", train, with_suffix([asked, other], suffix), "accuracy", 3),))
+    described = {"tasks": [{"name": "t", "test_suffix": suffix}]}
+    assert check_stream(stream, described)["faults"] == [
+        "t: 1 test questions are in the training data, such as 'Which?'"
+    ]
 
 
 def test_the_built_in_stream_has_no_leak(capsys: pytest.CaptureFixture[str]) -> None:

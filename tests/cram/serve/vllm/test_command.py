@@ -128,6 +128,18 @@ def test_vllm_gets_the_command_and_the_environment(bundle: Path, monkeypatch: py
             ["--engine", "vllm", "--model", "m", "--bundle", "BUNDLE", "--no-router", "--bundles", "more"],
             "--bundles must stand without --no-router",
         ),
+        (
+            ["--engine", "vllm", "--run", "r", "--no-router", "--device", "cpu"],
+            "--device must stand without --no-router",
+        ),
+        (
+            ["--engine", "vllm", "--run", "r", "--no-router", "--clip", "c"],
+            "--clip must stand without --no-router",
+        ),
+        (
+            ["--engine", "vllm", "--run", "r", "--dtype", "float16", "--", "--dtype", "float32"],
+            "--dtype must be given once",
+        ),
         (["--", "--seed", "3"], "--engine vllm must stand with flags"),
     ],
 )
