@@ -70,11 +70,11 @@ def check_tests(stream: Stream) -> None:
         most = task.max_new_tokens
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ValueError(f"max_new_tokens of task {task.name!r} must be an int >= 1, got {most!r}")
-        for scorer in filter(None, (task.scorer, task.published)):
+        for field, scorer in (("scorer", task.scorer), ("published", task.published or task.scorer)):
             try:
                 check_answers(scorer, task.test)
             except ValueError as error:
-                raise ValueError(f"task {task.name!r}: {error}") from error
+                raise ValueError(f"{field} of task {task.name!r}: {error}") from error
 
 
 def few_steps(stream: Stream, config: CramConfig) -> list[str]:

@@ -183,7 +183,7 @@ def anls_similarity(prediction: str, answer: str, threshold: float = ANLS_THRESH
 
     Source: Biten et al. 2019 (ST-VQA), with the threshold 0.5 of the DocVQA evaluation.
     """
-    left, right = (normalize("NFC", text).strip().lower() for text in (prediction, answer))
+    left, right = prediction.strip().lower(), answer.strip().lower()
     longest = max(len(left), len(right))
     similarity = 1.0 - _edit_distance(left, right) / longest if longest else 1.0
     return similarity if similarity >= threshold else 0.0
@@ -215,6 +215,10 @@ def _same_number(prediction: str, answer: str) -> float:
         raise ValueError(f"an answer scored by 'number' must hold one number, got {answer!r}")
     found = single_number(prediction)
     return float(found is not None and abs(found - expected) <= NUMBER_TOLERANCE * max(1.0, abs(expected)))
+
+
+def _anls(prediction: str, answer: str) -> float:
+    return anls_similarity(normalize("NFC", prediction), normalize("NFC", answer))
 
 
 def _anls_without_threshold(prediction: str, answer: str) -> float:
@@ -284,7 +288,7 @@ SCORERS: dict[str, Scorer] = {
     "number": _best_of_accepted(_same_number),
     "vqa_soft": _vqa_soft,
     "box": _best_of_accepted(_same_box),
-    "anls": _best_of_accepted(anls_similarity),
+    "anls": _best_of_accepted(_anls),
     "caption": _caption,
     "coco_caption": _coco_caption,
     "prism_anls": _best_of_accepted(_anls_without_threshold),

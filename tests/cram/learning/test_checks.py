@@ -134,10 +134,10 @@ def test_a_later_task_that_is_too_short_is_named_before_the_first_one(method: st
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"scorer": "number"}, "task 't': .*: an answer scored by 'number' must be a text with one number"),
+        ({"scorer": "number"}, "scorer of task 't': .*: .*'number' must be a text with one number"),
         ({"max_new_tokens": 0}, "max_new_tokens of task 't' must be an int >= 1, got 0"),
         ({"max_new_tokens": True}, "max_new_tokens of task 't' must be an int >= 1, got True"),
-        ({"published": "magic"}, "task 't': scorer must be one of"),
+        ({"published": "magic"}, "published of task 't': scorer must be one of"),
         ({"published": "mcitlib_grounding"}, "an answer scored by 'mcitlib_grounding' must be a box"),
     ],
 )

@@ -267,7 +267,7 @@ def named(name: str, scorer: str = "accuracy") -> Stream:
         (lambda: empty("test"), "must have test samples"),
         (repeated, "must be unique"),
         (lambda: named("../up"), "must match"),
-        (lambda: named("a", "magic"), "task 'a': scorer must be one of"),
+        (lambda: named("a", "magic"), "scorer of task 'a': scorer must be one of"),
     ],
 )
 def test_a_faulty_stream_is_refused_before_anything_is_written(

@@ -421,3 +421,8 @@ def test_the_order_of_several_answers_makes_no_difference(scorer: str) -> None:
 def test_composed_and_decomposed_letters_are_the_same(scorer: str) -> None:
     decomposed = normalize("NFD", "caf\u00e9")
     assert score(scorer, {"1": "caf\u00e9"}, [Sample("1", (), "q", decomposed)]) == 100
+
+
+def test_a_published_anls_compares_as_published() -> None:
+    decomposed = normalize("NFD", "caf\u00e9")
+    assert score("prism_anls", {"1": "caf\u00e9"}, [Sample("1", (), "q", decomposed)]) == 60
